@@ -1,0 +1,1 @@
+"""Tensor maths that two stages use: pure, no I/O, no config."""

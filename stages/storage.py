@@ -1,0 +1,208 @@
+"""Folders in a store, by URI: local disk, S3, GCS and Azure through `obstore`, behind six verbs.
+
+Promises: `put(create=True)` writes an object whole or raises `AlreadyExists`, and of two writers one wins; a
+reader never sees half an object; `fetch` gives a local path (where it lies, or a verified download in the cache).
+Does not: rename, append or lock: nothing in the store is ever changed in place but a run's heartbeat.
+
+Credentials and endpoints come from the environment only (`AWS_*`, `GOOGLE_*`, `AZURE_*`).
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import obstore
+from obstore.exceptions import AlreadyExistsError as AlreadyExists
+from obstore.store import LocalStore, ObjectStore, from_url
+
+from stages.errors import ConfigError
+
+__all__ = ["AlreadyExists", "Entry", "File", "Folder", "cache_root", "fetch", "is_remote"]
+
+CHUNK_BYTES = 8 * 1024 * 1024
+"""Read and write granularity: large enough that S3 multipart parts are legal (≥ 5 MiB)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One object in a folder."""
+
+    name: str
+    size_bytes: int
+    modified: float
+    """Seconds since the epoch, by the store's clock."""
+
+
+@dataclass(frozen=True, slots=True)
+class File:
+    """One file of an artifact: its logical name, where it lies, and what its bytes are."""
+
+    name: str
+    uri: str
+    size_bytes: int
+    sha256: str
+
+
+def is_remote(uri: str) -> bool:
+    """Tell whether a URI points to an object store rather than to a path on a disk."""
+    return "://" in uri and not uri.startswith("file://")
+
+
+def cache_root() -> Path:
+    """Return the folder for downloads and digest caches: `$STILLHOUSE_CACHE`, else `~/.cache/stillhouse`."""
+    return Path(os.environ.get("STILLHOUSE_CACHE") or Path.home() / ".cache" / "stillhouse")
+
+
+@lru_cache(maxsize=32)
+def _open(root: str) -> ObjectStore:
+    """Open the store at a root URI, once a process."""
+    if not is_remote(root):
+        return LocalStore("/")
+    insecure = os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://")
+    options = {"allow_http": True} if insecure and root.startswith("s3") else {}
+    try:
+        return from_url(root, client_options=options)  # type: ignore[arg-type]
+    except Exception as error:  # noqa: BLE001  obstore raises one bare type per backend for a bad URL
+        raise ConfigError(f"cannot open the store {root!r}: {error}; expected a path, s3://, gs:// or az:// URI") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Folder:
+    """A folder in a store. Names inside it are relative and use `/`."""
+
+    uri: str
+    """An absolute local path, or `scheme://bucket/prefix`; without a slash at the end."""
+
+    @classmethod
+    def at(cls, uri: str | Path) -> "Folder":
+        """Return the folder at a path or URI; a relative path is taken from the current directory."""
+        text = str(uri).removeprefix("file://")
+        return cls(text.rstrip("/") if is_remote(text) else str(Path(text).absolute()))
+
+    def _key(self, name: str) -> tuple[ObjectStore, str]:
+        if not is_remote(self.uri):
+            return _open("/"), f"{self.uri}/{name}".strip("/")
+        scheme, _, rest = self.uri.partition("://")
+        bucket, _, prefix = rest.partition("/")
+        return _open(f"{scheme}://{bucket}"), f"{prefix}/{name}".strip("/")
+
+    def __truediv__(self, name: str) -> "Folder":
+        return Folder(f"{self.uri}/{name}")
+
+    def uri_of(self, name: str) -> str:
+        """Return the URI of an object in this folder."""
+        return f"{self.uri}/{name}"
+
+    def put(self, name: str, data: bytes, *, create: bool = False) -> File:
+        """Write an object whole; with `create`, raise `AlreadyExists` where there is one already."""
+        store, key = self._key(name)
+        obstore.put(store, key, data, mode="create" if create else "overwrite")
+        return File(name, self.uri_of(name), len(data), hashlib.sha256(data).hexdigest())
+
+    def put_json(self, name: str, value: Any, *, create: bool = False) -> File:
+        """Write a value as JSON with sorted keys."""
+        data = json.dumps(value, sort_keys=True, indent=1, allow_nan=False)
+        return self.put(name, data.encode(), create=create)
+
+    def get(self, name: str) -> bytes:
+        """Read an object whole; raise `FileNotFoundError` where there is none."""
+        store, key = self._key(name)
+        return bytes(obstore.get(store, key).bytes())
+
+    def get_json(self, name: str) -> Any:
+        """Read a JSON object."""
+        return json.loads(self.get(name))
+
+    def has(self, name: str) -> bool:
+        """Tell whether there is such an object."""
+        store, key = self._key(name)
+        try:
+            obstore.head(store, key)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def entries(self, prefix: str = "") -> list[Entry]:
+        """List all objects below `prefix`, sorted by name."""
+        store, key = self._key(prefix)
+        base = len(self._key("")[1]) + 1
+        found = [
+            Entry(item["path"][base:], item["size"], item["last_modified"].timestamp())
+            for batch in obstore.list(store, key)
+            for item in batch
+        ]
+        return sorted(found, key=lambda entry: entry.name)
+
+    def children(self) -> list[str]:
+        """List the names of the folders directly inside."""
+        store, key = self._key("")
+        prefixes = obstore.list_with_delimiter(store, key)["common_prefixes"]
+        return sorted(prefix.rstrip("/").rsplit("/", 1)[-1] for prefix in prefixes)
+
+    def upload(self, path: Path, name: str) -> File:
+        """Stream a local file into the folder; its digest is taken of the bytes that are sent."""
+        store, key = self._key(name)
+        digest, size = hashlib.sha256(), 0
+        with path.open("rb") as source, obstore.open_writer(store, key, buffer_size=CHUNK_BYTES) as sink:
+            while chunk := source.read(CHUNK_BYTES):
+                digest.update(chunk)
+                size += len(chunk)
+                sink.write(chunk)
+        return File(name, self.uri_of(name), size, digest.hexdigest())
+
+    def stream(self, name: str) -> Iterator[bytes]:
+        """Read an object in chunks."""
+        store, key = self._key(name)
+        for chunk in obstore.get(store, key).stream(min_chunk_size=CHUNK_BYTES):
+            yield bytes(chunk)
+
+    def digest(self, name: str) -> File:
+        """Hash an object as the store holds it; raise `FileNotFoundError` where there is none."""
+        digest, size = hashlib.sha256(), 0
+        for chunk in self.stream(name):
+            digest.update(chunk)
+            size += len(chunk)
+        return File(name, self.uri_of(name), size, digest.hexdigest())
+
+    def delete(self, names: list[str]) -> None:
+        """Delete objects by name."""
+        for name in names:
+            store, key = self._key(name)
+            obstore.delete(store, key)
+
+    def local_path(self) -> Path | None:
+        """Return the folder's path where it lies on a local disk, else None."""
+        return None if is_remote(self.uri) else Path(self.uri)
+
+
+def fetch(file: File, folder: Path) -> Path:
+    """Return a local path of a file: where it lies, or a download to `folder / file.name`, checked by its digest.
+
+    Raises:
+        StageFailed: the downloaded bytes are not those that the manifest names.
+    """
+    from stages.errors import StageFailed
+
+    if not is_remote(file.uri):
+        return Path(file.uri)
+    target = folder / file.name
+    if target.exists() and target.stat().st_size == file.size_bytes:
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    parent, _, name = file.uri.rpartition("/")
+    digest = hashlib.sha256()
+    with tempfile.NamedTemporaryFile(dir=target.parent, prefix=".fetch-", delete=False) as sink:
+        for chunk in Folder(parent).stream(name):
+            digest.update(chunk)
+            sink.write(chunk)
+    if digest.hexdigest() != file.sha256:
+        os.unlink(sink.name)
+        raise StageFailed(f"{file.uri} has sha256 {digest.hexdigest()[:12]}…, expected {file.sha256[:12]}…; run `stillhouse artifacts verify`")
+    os.replace(sink.name, target)
+    return target

@@ -1,0 +1,1 @@
+"""Tests mirror the tree; `references.py` holds the float64 references, `fakes.py` the seams."""

@@ -1,0 +1,1 @@
+"""What runs, in what order: workflows as functions, the engine that runs them, and the command."""
