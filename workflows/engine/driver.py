@@ -1,0 +1,415 @@
+"""The loop of a run: poll → events → decisions → act → record. Holds no resources and does no work itself.
+
+Crash-only: there is no state but the store. Kill it anywhere and call `run` again with the same workflow: committed
+steps are HITs, and long steps go on from what they left in `resume`.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from threading import Event as Flag
+from typing import Any, Literal, Protocol
+
+from stages.contract import Artifact
+from stages.storage import Folder
+from workflows.engine import records
+from workflows.engine.failures import Failure, FailureKind
+from workflows.engine.graph import Given, Handle, Source, Step, Wiring
+from workflows.engine.heartbeat import Heartbeat, Holder
+from workflows.engine.identity import Fingerprint, given_identity
+from workflows.engine.plan import Plan
+from workflows.engine.provenance import code_evidence
+from workflows.engine.records import Record
+from workflows.engine.schedule import (
+    Began,
+    Capacity,
+    Committed,
+    Decision,
+    Event,
+    Failed,
+    Held,
+    Interrupted,
+    Launch,
+    Phase,
+    Schedule,
+    Settle,
+    Stop,
+    Tick,
+    advance,
+    new_schedule,
+)  # fmt: skip
+from workflows.engine.store import MANIFEST_SCHEMA, ArtifactStore, Claim, Commit, Fenced
+from workflows.engine.tasks import Done, Reports, Request, Tasks
+
+logger = logging.getLogger(__name__)
+
+POLL_SECONDS = 0.5
+"""How long one turn of the loop waits for a task to end."""
+REPORT_SECONDS = 0.5
+"""How often stages' reports are fetched."""
+IDLE_SECONDS = 0.05
+"""How long a turn waits while steps wait for another run or a backoff, and nothing runs."""
+
+Outcome = Literal["hit", "committed", "shared", "failed", "skipped", "cancelled"]
+
+
+class Watcher(Protocol):
+    """Who is told how the run goes: the terminal."""
+
+    def step(self, name: str, phase: Phase, text: str) -> None:
+        """A step changed its phase."""
+
+    def progress(self, name: str, done: float, total: float, unit: str) -> None:
+        """A step told how far it is."""
+
+    def note(self, name: str, text: str) -> None:
+        """A step told a line."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """How a step of a run ended."""
+
+    name: str
+    outcome: Outcome
+    reason: str
+    commit: Commit | None
+    log: str | None
+    """URI of the last attempt's log."""
+    attempts: int
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """How a run ended."""
+
+    run: str
+    steps: Mapping[str, StepResult]
+    succeeded: bool
+    interrupted: bool
+
+    @property
+    def executed(self) -> int:
+        """Steps that this run ran and committed."""
+        return sum(step.outcome == "committed" for step in self.steps.values())
+
+
+@dataclass(slots=True)
+class Driver:
+    """One run of a plan."""
+
+    plan: Plan
+    store: ArtifactStore
+    tasks: Tasks
+    run: str
+    record: Callable[[Record], None]
+    watcher: Watcher
+    interrupt: Flag = field(default_factory=Flag)
+    clock: Callable[[], float] = time.monotonic
+    _schedule: Schedule = field(init=False)
+    _claims: dict[str, Claim] = field(init=False, default_factory=dict)
+    _commits: dict[str, Commit] = field(init=False, default_factory=dict)
+    _shared: set[str] = field(init=False, default_factory=set)
+    _hits: frozenset[str] = field(init=False)
+    _next_reports: float = field(init=False, default=0.0)
+
+    def __post_init__(self) -> None:
+        """Take the plan's hits as committed."""
+        self._commits = {
+            name: step.commit for name, step in self.plan.steps.items() if step.status == "HIT" and step.commit
+        }
+        self._hits = frozenset(self._commits)
+        shape = self.tasks.shape()
+        steps = {name: planned.step for name, planned in self.plan.steps.items()}
+        self._schedule = new_schedule(steps, committed=self._hits, capacity=Capacity(shape.cpus, shape.gpus))
+
+    def go(self) -> RunResult:
+        """Run everything that is not committed; return how each step ended."""
+        heartbeat = Heartbeat(self.store.root / "runs", self.run)
+        try:
+            fingerprints = {name: planned.fingerprint for name, planned in self.plan.steps.items()}
+            (self.store.root / "runs" / self.run).put_json("steps.json", fingerprints)
+            for name in self._hits:
+                self._record_hit(name)
+            self._take(Tick(self.clock()))
+            while not self._schedule.over:
+                if self.interrupt.is_set() and not self._schedule.interrupted:
+                    self._take(Interrupted(self.clock()))
+                self._turn()
+        finally:
+            heartbeat.stop()
+        return self._result()
+
+    def _turn(self) -> None:
+        running = any(s.phase in (Phase.RUNNING, Phase.STOPPING) for s in self._schedule.steps.values())
+        for name, result in self.tasks.poll(POLL_SECONDS if running else IDLE_SECONDS):
+            self._ended(name, result)
+        if running and self.clock() >= self._next_reports:
+            self._next_reports = self.clock() + REPORT_SECONDS
+            self._pass_on(self.tasks.reports())
+        self._take(Tick(self.clock()))
+
+    def _take(self, event: Event) -> None:
+        """Advance the schedule by one event and act on what it decides; acting may bring further events."""
+        self._schedule, decisions = advance(self._schedule, event)
+        for decision in decisions:
+            self._act(decision)
+
+    def _act(self, decision: Decision) -> None:
+        match decision:
+            case Launch():
+                self._launch(decision)
+            case Stop(step, reason):
+                logger.info("deciding to stop %s, since %s", step, reason)
+                self.watcher.step(step, Phase.STOPPING, reason)
+                self.tasks.cancel(step)
+            case Settle(step, phase, reason):
+                logger.info("%s: %s", step, reason)
+                self.watcher.step(step, phase, reason)
+
+    # Starting an attempt --------------------------------------------------------------------------------------------
+
+    def _launch(self, launch: Launch) -> None:
+        planned = self.plan.steps[launch.step]
+        assert planned.fingerprint is not None
+        if self._share(launch):
+            return
+        claim = self.store.claim(planned.fingerprint, self.run)
+        if isinstance(claim, Holder):
+            self.watcher.step(
+                launch.step, Phase.HELD, f"run {claim.run} on {claim.host} is at it; waiting to share its result"
+            )
+            self._take(Held(launch.step, self.clock(), claim.run))
+            return
+        if self._share(launch):  # committed between our look and our claim
+            return
+        self._claims[launch.step] = claim
+        stage = planned.step.stage
+        request = Request(
+            step=launch.step,
+            attempt=launch.attempt,
+            stage=stage,
+            fingerprint=planned.fingerprint,
+            inputs={name: self._resolve(wiring) for name, wiring in planned.step.inputs.items()},
+            root=self.store.folder(planned.fingerprint),
+            out=self.store.out(claim),
+            resume=self.store.resume(claim),
+            logs=self._logs(),
+            resources=launch.resources,
+        )
+        self._record_opened(launch.step, launch.attempt, "miss")
+        self.watcher.step(launch.step, Phase.RUNNING, f"attempt {launch.attempt}" if launch.attempt > 1 else "")
+        self.tasks.submit(request)
+
+    def _share(self, launch: Launch) -> bool:
+        """Take the commit that another run has made since this run was planned, if there is one."""
+        planned = self.plan.steps[launch.step]
+        assert planned.fingerprint is not None
+        newest = self.store.newest(planned.fingerprint)
+        if (
+            newest is None
+            or newest.generation <= planned.seen_generation
+            or newest.manifest["inputs"] != self._input_commits(planned.step)
+        ):
+            return False
+        self._commits[launch.step] = newest
+        self._shared.add(launch.step)
+        self._record_opened(launch.step, launch.attempt, "hit")
+        self._record_closed(
+            launch.step,
+            launch.attempt,
+            "FINISHED",
+            newest.artifact.metrics,
+            {"made_by_run": str(newest.manifest["run"])},
+        )
+        self.watcher.step(launch.step, Phase.COMMITTED, f"shared with run {newest.manifest['run']}")
+        self._take(Committed(launch.step, self.clock()))
+        return True
+
+    def _input_commits(self, step: Step) -> dict[str, dict[str, Any]]:
+        return {name: self._commit_of(source) for name, source in step.sources()}
+
+    def _commit_of(self, source: Source) -> dict[str, Any]:
+        if isinstance(source, Given):
+            return {"fingerprint": given_identity(source).fingerprint, "generation": 0}
+        commit = self._commits[source.step]
+        return {"fingerprint": commit.fingerprint, "generation": commit.generation}
+
+    def _resolve(self, wiring: Wiring) -> Artifact | Mapping[str, Artifact]:
+        def artifact(source: Source) -> Artifact:
+            if isinstance(source, Handle):
+                return self._commits[source.step].artifact
+            return source.checkpoint.artifact(given_identity(source).fingerprint)
+
+        return {key: artifact(s) for key, s in wiring.items()} if isinstance(wiring, Mapping) else artifact(wiring)
+
+    def _logs(self) -> Folder:
+        return self.store.root / "runs" / self.run / "logs"
+
+    # Ending one -----------------------------------------------------------------------------------------------------
+
+    def _ended(self, name: str, result: Done | Failure) -> None:
+        state = self._schedule.steps[name]
+        self._pass_on(self.tasks.reports())  # the last of its curves, before its record is closed
+        if isinstance(result, Done) and state.stopping is None:
+            result = self._commit(name, result)
+        if isinstance(result, Commit):
+            self._commits[name] = result
+            self.store.point(self.plan.workflow.name, name, result)
+            metrics = {
+                **result.artifact.metrics,
+                "seconds": result.seconds,
+                "peak_memory_bytes": result.manifest["peak_memory_bytes"],
+            }
+            self._record_closed(
+                name, state.attempt, "FINISHED", metrics, {"artifact": self.store.out(self._claims[name]).uri}
+            )
+            self.watcher.step(name, Phase.COMMITTED, f"{result.seconds:.1f} s")
+            self._take(Committed(name, self.clock()))
+            return
+        failure = (
+            result
+            if isinstance(result, Failure)
+            else Failure(FailureKind.TRANSIENT, "it ended while it was being stopped")
+        )
+        self._record_closed(
+            name,
+            state.attempt,
+            "KILLED" if state.phase is Phase.STOPPING else "FAILED",
+            {},
+            {"error": failure.message[:500]},
+        )
+        self._take(Failed(name, self.clock(), failure))
+
+    def _commit(self, name: str, done: Done) -> Commit | Failure:
+        planned, claim = self.plan.steps[name], self._claims[name]
+        assert planned.identity is not None
+        stage = planned.step.stage
+        manifest = {
+            "schema": MANIFEST_SCHEMA,
+            "fingerprint": claim.fingerprint,
+            "generation": claim.generation,
+            "epoch": claim.epoch,
+            "kind": stage.KIND,
+            "stage": type(stage).__name__,
+            "step": name,
+            "workflow": self.plan.workflow.name,
+            "run": self.run,
+            "files": done.files,
+            "metrics": dict(done.metrics),
+            "fallbacks": list(done.fallbacks),
+            "identity": planned.identity.record,
+            "inputs": self._input_commits(planned.step),
+            "resources": self._schedule.steps[name].resources.model_dump(),
+            "provenance": {**done.environment, **code_evidence(type(stage))},
+            "seconds": done.seconds,
+            "peak_memory_bytes": done.peak_memory_bytes,
+            "created": time.time(),
+        }
+        try:
+            commit = self.store.commit(claim, manifest)
+        except Fenced as error:
+            return Failure(FailureKind.FENCED, str(error))
+        self.store.forget_resume(claim)
+        return commit
+
+    def _pass_on(self, reports: Reports) -> None:
+        for name, attempt in sorted(reports.speakers()):
+            state = self._schedule.steps[name]
+            if state.phase is Phase.RUNNING and state.attempt == attempt and state.began_at is None:
+                self._take(Began(name, self.clock()))
+        for (name, _), (done, total, unit) in reports.progress.items():
+            self.watcher.progress(name, done, total, unit)
+        for (name, attempt), points in reports.curves.items():
+            self.record(records.CurvePoints(self.run, name, attempt, tuple(points)))
+        for name, _, text in reports.notes:
+            self.watcher.note(name, text)
+
+    # Recording ------------------------------------------------------------------------------------------------------
+
+    def _record_hit(self, name: str) -> None:
+        self._record_opened(name, 0, "hit")
+        commit = self._commits[name]
+        self._record_closed(name, 0, "FINISHED", commit.artifact.metrics, {"made_by_run": str(commit.manifest["run"])})
+
+    def _record_opened(self, name: str, attempt: int, cache: Literal["hit", "miss"]) -> None:
+        planned = self.plan.steps[name]
+        assert planned.fingerprint is not None
+        stage = type(planned.step.stage).__name__
+        self.record(records.StepOpened(self.run, name, attempt, _now_ms(), stage, planned.fingerprint, cache, {}))
+
+    def _record_closed(
+        self, name: str, attempt: int, status: records.Status, metrics: Mapping[str, float], tags: Mapping[str, str]
+    ) -> None:
+        stage = self.plan.steps[name].step.stage
+        self.record(
+            records.StepClosed(
+                self.run,
+                name,
+                attempt,
+                _now_ms(),
+                status,
+                metrics,
+                short_params(stage),
+                tags,
+                stage.model_dump_json(indent=1),
+            )
+        )
+
+    def _result(self) -> RunResult:
+        results = {}
+        for name, state in self._schedule.steps.items():
+            outcome: Outcome = (
+                "hit" if name in self._hits else "shared" if name in self._shared else _OUTCOMES[state.phase]
+            )
+            log = (
+                self._logs().uri_of(f"{name}.{state.attempt}.log")
+                if state.attempt and name not in self._shared
+                else None
+            )
+            results[name] = StepResult(name, outcome, state.reason, self._commits.get(name), log, state.attempt)
+        return RunResult(self.run, results, self._schedule.succeeded, self._schedule.interrupted)
+
+
+_OUTCOMES: Mapping[Phase, Outcome] = {
+    Phase.COMMITTED: "committed",
+    Phase.FAILED: "failed",
+    Phase.SKIPPED: "skipped",
+    Phase.CANCELLED: "cancelled",
+}
+
+NUM_PARAMS = 12
+PARAM_CHARACTERS = 60
+
+
+def short_params(stage: Any) -> dict[str, str]:
+    """Return a stage's fields that fit a table's cell: numbers, words and flags, at most a dozen."""
+    plain = {
+        name: value for name, value in canonical_fields(stage).items() if isinstance(value, str | int | float | bool)
+    }
+    return {name: str(value)[:PARAM_CHARACTERS] for name, value in list(plain.items())[:NUM_PARAMS]}
+
+
+def canonical_fields(stage: Any) -> dict[str, Any]:
+    """Return a stage's own fields, without reading data from outside."""
+    return {name: getattr(stage, name) for name in type(stage).model_fields}
+
+
+def _now_ms() -> int:
+    return int(time.time() * 1000)
+
+
+def cost_seconds(store: ArtifactStore, fingerprint: Fingerprint, excluding: frozenset[str] = frozenset()) -> float:
+    """Return the wall-clock seconds of all the steps that an artifact was made by, but for those of `excluding`."""
+    seconds, seen, todo = 0.0, set(excluding), [fingerprint]
+    while todo:
+        current = todo.pop()
+        if current in seen:
+            continue
+        seen.add(current)
+        commit = store.newest(current)
+        if commit is not None:
+            seconds += commit.seconds
+            todo += [part["fingerprint"] for part in commit.manifest["inputs"].values()]
+    return seconds

@@ -1,0 +1,152 @@
+"""Step → fingerprint: the only place that knows what enters identity.
+
+fingerprint = sha256 of canonical JSON of: schema version, the stage's class and `REVISION`, its config, and the
+fingerprints of its inputs. Not in it: the step's name, resources, retries, paths, the store, code, time, hardware.
+Equal across processes, hosts, hash seeds, store roots and dict order. What has no stable form is refused.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, NewType
+
+from pydantic import BaseModel
+
+from stages.contract import Outside
+from stages.errors import ConfigError, OutsideError
+from workflows.engine.graph import Given, Handle, Source, Step, Workflow
+
+Fingerprint = NewType("Fingerprint", str)
+
+SCHEMA = 1
+"""Raised when the canonical form below changes: every fingerprint changes with it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """A fingerprint and the record that it is the hash of."""
+
+    fingerprint: Fingerprint
+    record: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Unknown:
+    """Why a step has no fingerprint yet: data from outside is out of reach, for it or for what it needs."""
+
+    reason: str
+    own: bool
+    """Whether the data is this step's own, rather than that of a step before it."""
+
+
+def canonical(value: Any, where: str = "config") -> Any:
+    """Return plain JSON for a config value.
+
+    Raises:
+        ConfigError: the value has no stable form (a callable, a path, a NaN, an object with a default repr).
+        OutsideError: data from outside is missing or out of reach.
+    """
+    if value is None or (isinstance(value, bool | int | str) and not isinstance(value, Enum)):
+        return value
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise ConfigError(f"{where} is {value}, which has no stable form; use None or a finite number")
+        return value
+    if isinstance(value, Enum):
+        return canonical(value.value, where)
+    if isinstance(value, Outside):
+        return {"outside": type(value).__name__, **value.identity()}
+    if isinstance(value, BaseModel):
+        fields = {name: canonical(getattr(value, name), f"{where}.{name}") for name in type(value).model_fields}
+        return {"type": type(value).__name__, **fields}
+    if isinstance(value, list | tuple):
+        return [canonical(item, f"{where}[{index}]") for index, item in enumerate(value)]
+    if isinstance(value, Mapping):
+        return {str(key): canonical(item, f"{where}[{key!r}]") for key, item in sorted(value.items())}
+    if isinstance(value, frozenset | set):
+        return sorted(canonical(item, where) for item in value)
+    raise ConfigError(
+        f"{where} is a {type(value).__name__}, which has no stable form, so a result could not be found again; "
+        "use a name or number instead, nest a frozen Config, or wrap data from outside in an Outside with identity()"
+    )
+
+
+def _hash(record: Mapping[str, Any]) -> Identity:
+    text = json.dumps(record, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return Identity(Fingerprint(hashlib.sha256(text.encode()).hexdigest()), record)
+
+
+def given_identity(given: Given) -> Identity:
+    """Return the identity of a checkpoint from outside.
+
+    Raises:
+        OutsideError: it is missing or out of reach.
+    """
+    return _hash({"schema": SCHEMA, "given": given.kind, "checkpoint": canonical(given.checkpoint, given.name)})
+
+
+def step_identity(step: Step, inputs: Mapping[str, Any]) -> Identity:
+    """Return a step's identity from its stage and the fingerprints of its inputs."""
+    config = canonical(step.stage)
+    stage = config.pop("type")
+    return _hash(
+        {"schema": SCHEMA, "stage": stage, "revision": step.stage.REVISION, "config": config, "inputs": dict(inputs)}
+    )
+
+
+def identities(workflow: Workflow) -> dict[str, Identity | Unknown]:
+    """Return every step's identity, or why it cannot be known."""
+    found: dict[str, Identity | Unknown] = {}
+    givens: dict[Given, Identity | Unknown] = {}
+
+    def of(source: Source) -> Identity | Unknown:
+        if isinstance(source, Handle):
+            return found[source.step]
+        if source not in givens:
+            try:
+                givens[source] = given_identity(source)
+            except OutsideError as error:
+                givens[source] = Unknown(str(error), own=True)
+        return givens[source]
+
+    for step in workflow.in_order():
+        found[step.name] = _identify(step, {name: of(source) for name, source in step.sources()})
+    return found
+
+
+def _identify(step: Step, inputs: Mapping[str, Identity | Unknown]) -> Identity | Unknown:
+    for (_, source), known in zip(step.sources(), inputs.values(), strict=True):
+        if isinstance(known, Unknown):
+            if isinstance(source, Handle):
+                return Unknown(f"waits for {source.step}", own=False)
+            return known
+    try:
+        return step_identity(
+            step, {name: known.fingerprint for name, known in inputs.items() if isinstance(known, Identity)}
+        )
+    except OutsideError as error:
+        return Unknown(str(error), own=True)
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Return one sentence for each field that differs between two identity records."""
+    found = []
+    for key in sorted({*old, *new}):
+        before, after, name = old.get(key), new.get(key), f"{prefix}{key}"
+        if before == after:
+            continue
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            found += differences(before, after, f"{name}.")
+        elif key not in old or key not in new:
+            found.append(f"{name} {'added' if key not in old else 'removed'}")
+        else:
+            found.append(f"{name}: {_short(before)} → {_short(after)}")
+    return found
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:40]}…{text[-12:]}"

@@ -1,0 +1,237 @@
+"""Fingerprints + store → HIT, MISS or BLOCKED for every step, with the reason. Reads the store; starts nothing.
+
+HIT: the newest commit of this fingerprint is not withdrawn, its files are there, and its inputs are its inputs' newest
+commits. MISS: it must run; the reason names the field, file, input or commit that changed since this step last had a
+result. BLOCKED: it could not run even once its inputs exist.
+"""
+
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from stages.contract import Resources
+from workflows.engine.check import check, find_step
+from workflows.engine.graph import Step, Workflow
+from workflows.engine.identity import Fingerprint, Identity, Unknown, differences, identities
+from workflows.engine.provenance import code_digest
+from workflows.engine.store import ArtifactStore, Commit
+
+Status = Literal["HIT", "MISS", "BLOCKED"]
+
+STORE_READERS = 8
+"""Steps looked up at once: a look-up is two to four requests, which on S3 take some 20 ms each."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterShape:
+    """What a cluster has, as far as planning needs it."""
+
+    cpus: float
+    gpus: float
+    largest_node_cpus: float
+    largest_node_gpus: float
+    name: str = "this machine"
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """What would happen to one step."""
+
+    step: Step
+    status: Status
+    reason: str
+    identity: Identity | None = None
+    commit: Commit | None = None
+    seconds_estimate: float | None = None
+    """How long the step took the last time it had a result."""
+    seen_generation: int = 0
+    """The newest commit that planning saw, counted or refused: a newer one is another run's and can be shared."""
+
+    @property
+    def fingerprint(self) -> Fingerprint | None:
+        """The step's fingerprint, or None where data from outside is out of reach."""
+        return self.identity.fingerprint if self.identity else None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON."""
+        return {
+            "name": self.step.name,
+            "stage": type(self.step.stage).__name__,
+            "status": self.status,
+            "reason": self.reason,
+            "fingerprint": self.fingerprint,
+            "seconds_estimate": self.seconds_estimate,
+            "resources": {
+                "workers": self.step.resources.workers,
+                "cpus": self.step.resources.total_cpus,
+                "gpus": self.step.resources.total_gpus,
+            },
+            "required": self.step.required,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What would happen to every step of a workflow, in order."""
+
+    workflow: Workflow
+    steps: Mapping[str, StepPlan]
+
+    def having(self, status: Status) -> list[StepPlan]:
+        """Return the steps of a status."""
+        return [plan for plan in self.steps.values() if plan.status == status]
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """What the store has for one step."""
+
+    commit: Commit | None
+    problems: list[str]
+    withdrawal: str | None
+    previous: Commit | None
+    """What `by-name/<workflow>/<step>` names, where that has another fingerprint."""
+
+
+def make_plan(
+    workflow: Workflow,
+    store: ArtifactStore,
+    *,
+    only: str | None = None,
+    strict_code: bool = False,
+    cluster: ClusterShape | None = None,
+    deep: bool = False,
+) -> Plan:
+    """Plan a workflow, or what one step of it needs.
+
+    Args:
+        workflow: the graph.
+        store: what is committed already.
+        only: plan this step and what it needs.
+        strict_code: a HIT whose stage's code has changed since is a MISS.
+        cluster: what there is to run on; None skips that check.
+        deep: hash the files that steps to be run will read, rather than only compare sizes.
+
+    Raises:
+        ConfigError: the graph cannot run, or there is no step `only`.
+    """
+    check(workflow)
+    wanted = workflow.upstream(find_step(workflow, only).name) if only else set(workflow.steps)
+    known = {name: identity for name, identity in identities(workflow).items() if name in wanted}
+    with ThreadPoolExecutor(STORE_READERS) as pool:
+        found = dict(zip(known, pool.map(lambda item: _look_up(workflow, store, *item), known.items()), strict=True))
+    plan: dict[str, StepPlan] = {}
+    for step in workflow.in_order():
+        if step.name in wanted:
+            plan[step.name] = _plan_step(step, known[step.name], found[step.name], plan, cluster, strict_code)
+    if deep and _withdraw_rotten_inputs(store, plan):
+        return make_plan(workflow, store, only=only, strict_code=strict_code, cluster=cluster, deep=True)
+    return Plan(workflow, plan)
+
+
+def _look_up(workflow: Workflow, store: ArtifactStore, name: str, identity: Identity | Unknown) -> _Found:
+    fingerprint = identity.fingerprint if isinstance(identity, Identity) else None
+    commit = store.newest(fingerprint) if fingerprint else None
+    problems = store.problems(commit, deep=False) if commit else []
+    withdrawal = store.withdrawal(fingerprint) if fingerprint and not commit else None
+    pointer, previous = (None if commit else store.pointed(workflow.name, name)), None
+    if pointer and pointer["fingerprint"] != fingerprint:
+        previous = store.newest(Fingerprint(pointer["fingerprint"]))
+    return _Found(commit, problems, withdrawal, previous)
+
+
+def _plan_step(
+    step: Step,
+    identity: Identity | Unknown,
+    found: _Found,
+    before: Mapping[str, StepPlan],
+    cluster: ClusterShape | None,
+    strict_code: bool,
+) -> StepPlan:
+    previous = found.commit or found.previous
+    estimate = previous.seconds if previous else None
+    if isinstance(identity, Unknown):
+        return StepPlan(step, "BLOCKED" if identity.own else "MISS", identity.reason, seconds_estimate=estimate)
+    miss = _why_miss(step, identity, found, before, strict_code)
+    if miss is None and found.commit is not None:
+        changed = found.commit.manifest["provenance"]["code_digest"] != code_digest(type(step.stage))
+        reason = "committed" + (", code changed since" if changed else "")
+        return StepPlan(step, "HIT", reason, identity, found.commit, estimate)
+    seen = found.commit.generation if found.commit else 0
+    lack = _lacking(step.resources, cluster) if cluster else None
+    if lack:
+        return StepPlan(step, "BLOCKED", lack, identity, None, estimate, seen)
+    return StepPlan(step, "MISS", miss or "never run", identity, None, estimate, seen)
+
+
+def _why_miss(
+    step: Step, identity: Identity, found: _Found, before: Mapping[str, StepPlan], strict_code: bool
+) -> str | None:
+    commit = found.commit
+    if commit is None:
+        if found.withdrawal:
+            return f"its commit was withdrawn: {found.withdrawal}"
+        if found.previous is None:
+            waits = sorted(need for need in step.needs() if before[need].status != "HIT")
+            return "never run" + (f"; waits for {', '.join(waits)}" if waits else "")
+        return _changed(step, found.previous.manifest["identity"], identity.record)
+    if found.problems:
+        return f"its commit does not verify: {found.problems[0]}"
+    for need in sorted(step.needs()):
+        source = before[need].commit
+        if source is None:
+            return f"{need} is run again"
+        if all(
+            part["fingerprint"] != source.fingerprint or part["generation"] != source.generation
+            for part in commit.manifest["inputs"].values()
+        ):
+            return f"{need} has a newer commit than the one this was made from"
+    if strict_code and commit.manifest["provenance"]["code_digest"] != code_digest(type(step.stage)):
+        return f"the code of {type(step.stage).__name__} changed (--strict-code)"
+    return None
+
+
+def _changed(step: Step, old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """Say what differs from the step's last result: its own fields first, else the inputs by their step's name."""
+    own = differences({k: v for k, v in old.items() if k != "inputs"}, {k: v for k, v in new.items() if k != "inputs"})
+    if own:
+        return (
+            "changed: "
+            + "; ".join(text.removeprefix("config.") for text in own[:3])
+            + (f" and {len(own) - 3} more" if len(own) > 3 else "")
+        )
+    inputs = [
+        name for name in sorted({*old["inputs"], *new["inputs"]}) if old["inputs"].get(name) != new["inputs"].get(name)
+    ]
+    labels = {
+        name: getattr(source, "step", None) or f"given {getattr(source, 'name', '')}" for name, source in step.sources()
+    }
+    return "changed: input " + ", ".join(
+        f"{name} ({labels[name]})" if name in labels else f"{name} (removed)" for name in inputs[:3]
+    )
+
+
+def _lacking(need: Resources, cluster: ClusterShape) -> str | None:
+    """Say what a cluster lacks for a step, or None."""
+    for what, each, total, largest, have in (
+        ("GPU", need.gpus_per_worker, need.total_gpus, cluster.largest_node_gpus, cluster.gpus),
+        ("CPU", need.cpus_per_worker, need.total_cpus, cluster.largest_node_cpus, cluster.cpus),
+    ):
+        if each > largest:
+            return f"each of its workers needs {each:g} {what}, and the largest node of {cluster.name} has {largest:g}"
+        if total > have:
+            return f"it needs {total:g} {what} ({need.workers} workers × {each:g}), and {cluster.name} has {have:g}"
+    return None
+
+
+def _withdraw_rotten_inputs(store: ArtifactStore, plan: Mapping[str, StepPlan]) -> bool:
+    """Withdraw commits that steps to be run would read and whose files do not verify; tell whether there were any."""
+    read = {need for step in plan.values() if step.status == "MISS" for need in step.step.needs()}
+    rotten = False
+    for name in read:
+        commit = plan[name].commit
+        if commit is not None and (problems := store.problems(commit, deep=True)):
+            store.withdraw(commit, problems[0])
+            rotten = True
+    return rotten

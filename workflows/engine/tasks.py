@@ -1,0 +1,298 @@
+"""Steps as Ray tasks: start a cluster or join one, submit, poll, cancel. The only engine file that imports ray.
+
+A step's task holds no CPU and no GPU: the library inside it (Ray Data, Train, Tune) takes the real ones. Retries are
+the engine's, so Ray's are off. What a stage reports goes to one actor without CPUs that the driver drains.
+"""
+
+import importlib
+import logging
+import os
+import secrets
+import socket
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any, Protocol
+
+from stages.contract import Artifact, Resources, Stage
+from stages.errors import ConfigError
+from stages.storage import Folder, is_remote
+from workflows.engine.failures import Failure, FailureKind
+from workflows.engine.plan import ClusterShape
+
+logger = logging.getLogger(__name__)
+
+PROBE_SECONDS = 3.0
+"""How long an address may take to accept a connection; a dead one costs Ray itself 30 to 100 s."""
+CANCEL_GRACE_SECONDS = 4.0
+"""How long a cancelled task may take to end before its worker is killed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One attempt at a step, as its worker gets it."""
+
+    step: str
+    attempt: int
+    stage: Stage
+    fingerprint: str
+    inputs: Mapping[str, Artifact | Mapping[str, Artifact]]
+    root: Folder
+    out: Folder
+    resume: Folder
+    logs: Folder
+    resources: Resources
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """An attempt that ended well: what its manifest will say."""
+
+    files: list[dict[str, Any]]
+    metrics: Mapping[str, float]
+    fallbacks: tuple[str, ...]
+    seconds: float
+    peak_memory_bytes: int
+    environment: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Reports:
+    """What stages told since the last drain."""
+
+    progress: Mapping[tuple[str, int], tuple[float, float, str]] = field(default_factory=dict)
+    """(step, attempt) → (done, total, unit)."""
+    curves: Mapping[tuple[str, int], list[tuple[str, float, int, int]]] = field(default_factory=dict)
+    """(step, attempt) → [(metric, value, step, at_ms)]."""
+    notes: list[tuple[str, int, str]] = field(default_factory=list)
+    """(step, attempt, text)."""
+
+    def speakers(self) -> set[tuple[str, int]]:
+        """Return which attempts told anything."""
+        return {*self.progress, *self.curves, *((step, attempt) for step, attempt, _ in self.notes)}
+
+
+class Tasks(Protocol):
+    """The seam between the driver and what runs its steps."""
+
+    def shape(self) -> ClusterShape:
+        """Return what there is to run on."""
+
+    def submit(self, request: Request) -> None:
+        """Start an attempt."""
+
+    def poll(self, timeout_seconds: float) -> list[tuple[str, Done | Failure]]:
+        """Wait for attempts to end, at most so long, and return those that did, by step."""
+
+    def reports(self) -> Reports:
+        """Return what stages told since the last call."""
+
+    def cancel(self, step: str) -> None:
+        """End a running attempt; `poll` will return it."""
+
+    def close(self) -> None:
+        """Let go of the cluster; what still runs there for us ends."""
+
+
+def local_shape() -> ClusterShape:
+    """Return what this machine has, as a Ray started here would offer it."""
+    cpus = max(2, os.cpu_count() or 2)  # two training ranks on a one-core machine are slow, not wrong
+    gpus = len(
+        [name for name in os.listdir("/dev") if name.removeprefix("nvidia").isdigit() and name.startswith("nvidia")]
+    )
+    return ClusterShape(cpus, gpus, cpus, gpus)
+
+
+def probe(address: str) -> None:
+    """Connect to a cluster's address by TCP.
+
+    Raises:
+        ConfigError: nothing answers there.
+    """
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=PROBE_SECONDS).close()
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"no Ray cluster answers at {address!r} ({error}); expected HOST:PORT of a running head, e.g. 10.0.0.5:6379; "
+            "leave --address out to run on this machine"
+        ) from error
+
+
+class RayTasks:
+    """Runs attempts on a Ray cluster."""
+
+    def __init__(
+        self, *, address: str | None = None, verbose: bool = False, by_value: ModuleType | None = None
+    ) -> None:
+        """Start Ray on this machine, or join the cluster at an address.
+
+        Args:
+            address: `HOST:PORT` of a running cluster's head; None starts Ray here.
+            verbose: let Ray's and the workers' own output through to the terminal.
+            by_value: the user's own workflow module, which workers cannot import and are sent.
+
+        Raises:
+            ConfigError: nothing answers at the address.
+        """
+        if address:
+            probe(address)
+        _set_environment(local=address is None)
+        import ray
+
+        self._ray = ray
+        where: dict[str, Any] = {
+            "address": address,
+            "runtime_env": {"py_modules": [_package("stages"), _package("workflows")]},
+        }
+        if address is None:
+            shape = local_shape()
+            where = {
+                "address": "local",
+                "num_cpus": int(shape.cpus),
+                "include_dashboard": False,
+                "_node_ip_address": "127.0.0.1",
+            }
+        level = logging.INFO if verbose else logging.ERROR
+        ray.init(
+            log_to_driver=verbose,
+            logging_level=level,
+            configure_logging=verbose,
+            namespace=f"stillhouse-{secrets.token_hex(4)}",
+            **where,
+        )
+        if by_value is not None:
+            ray.cloudpickle.register_pickle_by_value(by_value)
+        remote = importlib.import_module("workflows.engine.worker")
+        self._address = address
+        self._box = ray.remote(num_cpus=0, max_concurrency=1)(remote.ReportBox).remote()
+        self._run = {
+            fresh: ray.remote(num_cpus=0, num_gpus=0, max_retries=0, max_calls=1 if fresh else 0)(remote.run_attempt)
+            for fresh in (True, False)
+        }
+        self._running: dict[Any, str] = {}
+        self._cancelled: dict[Any, float] = {}
+
+    def shape(self) -> ClusterShape:
+        """Return what the cluster's living nodes have."""
+        nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
+        cpus, gpus = [node.get("CPU", 0.0) for node in nodes], [node.get("GPU", 0.0) for node in nodes]
+        name = f"the cluster at {self._address}" if self._address else "this machine"
+        return ClusterShape(sum(cpus), sum(gpus), max(cpus, default=0.0), max(gpus, default=0.0), name)
+
+    def check_store_is_shared(self, store: Folder) -> None:
+        """See that every node can read what this driver writes into the store.
+
+        Raises:
+            ConfigError: a node cannot.
+        """
+        nodes = [node for node in self._ray.nodes() if node["Alive"]]
+        if is_remote(store.uri) or len(nodes) < 2:
+            return
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        mark = f"probe-{secrets.token_hex(8)}"
+        store.put(mark, b"stillhouse")
+        try:
+            look = self._ray.remote(num_cpus=0)(Folder.has)
+            sees = {
+                node["NodeManagerHostname"]: look.options(
+                    scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+                ).remote(store, mark)
+                for node in nodes
+            }
+            blind = [host for host, ref in sees.items() if not self._ray.get(ref)]
+        finally:
+            store.delete([mark])
+        if blind:
+            raise ConfigError(
+                f"the store {store.uri} is not the same folder on node {', '.join(blind)}; use a shared file system or s3:// or gs://"
+            )
+
+    def submit(self, request: Request) -> None:
+        """Start an attempt."""
+        ref = self._run[request.stage.FRESH_PROCESS].remote(request, self._box)
+        self._running[ref] = request.step
+
+    def poll(self, timeout_seconds: float) -> list[tuple[str, Done | Failure]]:
+        """Wait for attempts to end, at most so long, and return those that did, by step."""
+        if not self._running:
+            time.sleep(timeout_seconds)
+            return []
+        for ref, since in list(self._cancelled.items()):
+            if time.monotonic() - since > CANCEL_GRACE_SECONDS:
+                self._ray.cancel(ref, force=True)
+                self._cancelled[ref] = float("inf")
+        refs = list(self._running)
+        ready, _ = self._ray.wait(refs, num_returns=1, timeout=timeout_seconds)
+        if ready:  # take all that are ready, not only the first
+            ready, _ = self._ray.wait(refs, num_returns=len(refs), timeout=0)
+        return [(self._running.pop(ref), self._result(ref)) for ref in ready]
+
+    def _result(self, ref: Any) -> Done | Failure:
+        self._cancelled.pop(ref, None)
+        try:
+            result: Done | Failure = self._ray.get(ref)
+        except self._ray.exceptions.TaskCancelledError:
+            return Failure(FailureKind.TRANSIENT, "it was cancelled")
+        except self._ray.exceptions.OutOfMemoryError as error:
+            return Failure(
+                FailureKind.OUT_OF_MEMORY,
+                f"its node ran out of memory and Ray ended its worker: {str(error).splitlines()[0]}",
+            )
+        except self._ray.exceptions.RayTaskError as error:
+            logger.error("%s", error)
+            return Failure(FailureKind.PERMANENT, f"the engine's own worker code failed: {error.cause!r}")
+        except self._ray.exceptions.RayError as error:
+            return Failure(
+                FailureKind.WORKER_LOST,
+                f"its worker or node died ({type(error).__name__}: {str(error).splitlines()[0]})",
+            )
+        return result
+
+    def reports(self) -> Reports:
+        """Return what stages told since the last call; nothing where the actor does not answer in time."""
+        try:
+            found: Reports = self._ray.get(self._box.drain.remote(), timeout=2.0)
+        except self._ray.exceptions.RayError as error:
+            logger.warning("no reports from the stages: %s", error)
+            return Reports()
+        return found
+
+    def cancel(self, step: str) -> None:
+        """End a running attempt: its library first, its worker if that does not end in time."""
+        for ref, name in self._running.items():
+            if name == step and ref not in self._cancelled:
+                self._ray.cancel(ref, force=False)
+                self._cancelled[ref] = time.monotonic()
+
+    def close(self) -> None:
+        """Let go of the cluster; what still runs there for us ends."""
+        self._ray.shutdown()
+
+
+def _set_environment(*, local: bool) -> None:
+    """Set what Ray reads at import: quiet, and a token of our own for a Ray that we start."""
+    quiet = {
+        "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+        "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+        "RAY_DEDUP_LOGS": "1",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    for name, value in quiet.items():
+        os.environ.setdefault(name, value)
+    if local and "RAY_AUTH_MODE" not in os.environ:
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+
+
+def _package(name: str) -> str:
+    file = sys.modules[name].__file__ if name in sys.modules else importlib.import_module(name).__file__
+    assert file is not None
+    return os.path.dirname(file)

@@ -1,0 +1,190 @@
+"""What runs inside a step's Ray task: the stage, its log, its report, and the hashing of what it wrote.
+
+Imported by workers; imports no ray itself: the report actor's handle is passed in.
+"""
+
+import contextlib
+import logging
+import os
+import resource
+import socket
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from stages.contract import Context
+from stages.errors import OutOfMemory, StillhouseError, Transient
+from workflows.engine.failures import Failure, FailureKind
+from workflows.engine.provenance import environment
+from workflows.engine.store import seal
+from workflows.engine.tasks import Done, Reports, Request
+
+PROGRESS_SECONDS = 0.2
+"""At most one progress report so often from each process, but for the first and the last."""
+
+LOST = {
+    "ActorDiedError", "ActorUnavailableError", "WorkerCrashedError", "NodeDiedError", "RayActorError", "ObjectLostError", "OwnerDiedError",
+    "WorkerHealthCheckTimeoutError", "WorkerHealthCheckFailedError", "RayChannelError", "ControllerError",
+}  # fmt: skip
+"""Ray's error types that mean a process or node died, by name: this file works without importing ray."""
+MEMORY = {"OutOfMemoryError", "MemoryError", "OutOfMemory"}
+CONNECTION = ("Connection closed by peer", "Connection reset by peer", "Connection refused")
+"""What gloo and NCCL say on the living ranks when another died."""
+DISK_FULL_ERRNO = 28
+
+
+class ReportBox:
+    """The actor that keeps what stages tell until the driver fetches it."""
+
+    def __init__(self) -> None:
+        """Start empty."""
+        self._reports = Reports({}, {}, [])
+
+    def progress(self, key: tuple[str, int], done: float, total: float, unit: str) -> None:
+        """Keep an attempt's latest progress."""
+        self._reports.progress[key] = (done, total, unit)  # type: ignore[index]
+
+    def curve(self, key: tuple[str, int], points: list[tuple[str, float, int, int]]) -> None:
+        """Keep points of an attempt's curves."""
+        self._reports.curves.setdefault(key, []).extend(points)  # type: ignore[attr-defined]
+
+    def note(self, key: tuple[str, int], text: str) -> None:
+        """Keep a line for people."""
+        self._reports.notes.append((*key, text))
+
+    def drain(self) -> Reports:
+        """Return everything and start anew."""
+        reports, self._reports = self._reports, Reports({}, {}, [])
+        return reports
+
+
+class ActorReport:
+    """A `stages.contract.Report` that sends to the actor without waiting for it."""
+
+    def __init__(self, box: Any, step: str, attempt: int) -> None:
+        """Report for one attempt."""
+        self._box, self._key = box, (step, attempt)
+        self._last = 0.0
+
+    def progress(self, done: float, total: float, unit: str) -> None:
+        """Tell how much of the work is done."""
+        now = time.monotonic()
+        if now - self._last >= PROGRESS_SECONDS or done >= total:
+            self._last = now
+            self._send("progress", done, total, unit)
+
+    def curve(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Add a point to the step's curves."""
+        at_ms = int(time.time() * 1000)
+        self._send("curve", [(name, float(value), step, at_ms) for name, value in metrics.items()])
+
+    def note(self, text: str) -> None:
+        """Tell a person one line."""
+        self._send("note", text)
+
+    def _send(self, method: str, *values: Any) -> None:
+        with contextlib.suppress(Exception):  # a report that is lost must not fail the work it tells of
+            getattr(self._box, method).remote(self._key, *values)
+
+
+def run_attempt(request: Request, box: Any) -> Done | Failure:
+    """Run one attempt at a step and say how it ended; nothing is committed here."""
+    report = ActorReport(box, request.step, request.attempt)
+    with _log(request) as log:
+        started = time.monotonic()
+        logger = logging.getLogger(__name__)
+        logger.info("%s attempt %d on %s: %r", request.step, request.attempt, socket.gethostname(), request.stage)
+        context = Context(request.fingerprint, request.inputs, request.out, request.resume, request.resources, report)
+        try:
+            outcome = request.stage.run(context)
+            files = seal(request.out, request.resume, request.root)
+        except Exception as error:  # noqa: BLE001  the border of the step's process: every error becomes a decision of the engine
+            log.write(traceback.format_exc())
+            return classify(error)
+        seconds = time.monotonic() - started
+        size = sum(file["size_bytes"] for file in files)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        logger.info(
+            "%s done in %.1f s: %d files, %d bytes, peak memory %d bytes", request.step, seconds, len(files), size, peak
+        )
+    return Done(files, dict(outcome.metrics), outcome.fallbacks, seconds, peak, environment())
+
+
+def classify(error: BaseException) -> Failure:
+    """Return what kind of failure an error means, by it and everything that it wraps."""
+    chain = list(_causes(error))
+    names = {type(link).__name__ for link in chain}
+    ours = next((link for link in chain if isinstance(link, StillhouseError)), None)
+    if any(isinstance(link, OutOfMemory) for link in chain) or names & MEMORY:
+        return Failure(FailureKind.OUT_OF_MEMORY, _text(ours or error))
+    if isinstance(ours, Transient):
+        return Failure(FailureKind.TRANSIENT, _text(ours))
+    if ours is not None:
+        return Failure(FailureKind.PERMANENT, _text(ours))
+    if names & LOST or any(sign in str(link) for sign in CONNECTION for link in chain):
+        return Failure(FailureKind.WORKER_LOST, _text(error))
+    if any(
+        isinstance(link, OSError) and link.errno == DISK_FULL_ERRNO for link in chain
+    ) or "No space left on device" in str(error):
+        return Failure(
+            FailureKind.PERMANENT,
+            f"the disk is full ({_text(error)}); free space (`stillhouse artifacts gc`) and run the same command again",
+        )
+    if any(isinstance(link, ConnectionError | TimeoutError) for link in chain) or type(error).__module__.startswith(
+        "obstore"
+    ):
+        return Failure(FailureKind.TRANSIENT, _text(error))
+    return Failure(FailureKind.PERMANENT, _text(chain[-1]))
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """Yield an error and what it wraps, the way Python, Ray's tasks and Ray Train's worker groups wrap."""
+    seen: set[int] = set()
+    todo: list[Any] = [error]
+    while todo:
+        link = todo.pop(0)
+        if not isinstance(link, BaseException) or id(link) in seen:
+            continue
+        seen.add(id(link))
+        yield link
+        todo += [link.__cause__, getattr(link, "cause", None), *getattr(link, "worker_failures", {}).values()]
+        todo += [link.__context__] if not link.__suppress_context__ else []
+
+
+def _text(error: BaseException) -> str:
+    text = str(error).strip()
+    return (
+        text
+        if isinstance(error, StillhouseError)
+        else f"{type(error).__name__}: {text.splitlines()[-1] if text else 'no message'}"
+    )
+
+
+@contextlib.contextmanager
+def _log(request: Request) -> Iterator[TextIO]:
+    """Send the process's Python output and log records to the attempt's log file in the store."""
+    name = f"{request.step}.{request.attempt}.log"
+    local = request.logs.local_path()
+    path = (local or Path(tempfile.mkdtemp(prefix="stillhouse-log-"))) / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    root = logging.getLogger()
+    with path.open("a", buffering=1) as log:
+        handler = logging.StreamHandler(log)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        level = root.level
+        root.addHandler(handler)
+        root.setLevel(logging.INFO)
+        try:
+            with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+                yield log
+        finally:
+            root.removeHandler(handler)
+            root.setLevel(level)
+            if local is None:
+                log.flush()
+                with contextlib.suppress(Exception):  # a log that cannot be stored must not hide how the attempt ended
+                    request.logs.upload(path, name)
+                os.unlink(path)

@@ -1,0 +1,104 @@
+"""Finds workflows: by the name of a file in this folder, or by the path of a user's own file."""
+
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+from stages.errors import ConfigError, nearest
+from workflows.engine.graph import Workflow
+
+HERE = Path(__file__).parent
+NOT_WORKFLOWS = frozenset({"__init__", "cli", "find", "terminal", "doctor", "starter", "inspect_store"})
+"""Modules of this folder that define no workflow."""
+
+
+@dataclass(frozen=True, slots=True)
+class FoundWorkflow:
+    """A workflow's function, and the module to send to workers by value where it is a user's own file."""
+
+    name: str
+    build: Callable[..., Workflow]
+    by_value: ModuleType | None
+
+
+def workflow_names() -> list[str]:
+    """Return the names of the workflows that come with stillhouse."""
+    return sorted(path.stem for path in HERE.glob("*.py") if path.stem not in NOT_WORKFLOWS)
+
+
+def find_workflow(text: str) -> FoundWorkflow:
+    """Return the workflow that `NAME` or `path/to/file.py[:function]` names.
+
+    Raises:
+        ConfigError: there is none; names the nearest.
+    """
+    path, _, function = text.partition(":")
+    if not path.endswith(".py"):
+        if text not in workflow_names():
+            raise ConfigError(
+                f"there is no workflow {text!r}{nearest(text, workflow_names())}; or give a file: path/to/file.py[:function]"
+            )
+        return FoundWorkflow(text, _function(importlib.import_module(f"workflows.{text}"), text), None)
+    file = Path(path).resolve()
+    if not file.is_file():
+        near = nearest(file.name, [p.name for p in file.parent.glob("*.py")]) if file.parent.is_dir() else ""
+        raise ConfigError(f"there is no workflow file {path!r}{near}")
+    module = _load(file)
+    return FoundWorkflow(function or file.stem, _function(module, function or _only_function(module, path)), module)
+
+
+def _load(file: Path) -> ModuleType:
+    """Import a user's file under a name that shadows nothing."""
+    name = f"stillhouse_user_{file.stem}"
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    sys.path.insert(0, str(file.parent))
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ConfigError(
+            f"the workflow file {str(file)!r} cannot be imported: {type(error).__name__}: {error}"
+        ) from error
+    finally:
+        sys.path.remove(str(file.parent))
+    return module
+
+
+def _functions(module: ModuleType) -> list[str]:
+    """Return the functions of a module that say they return a Workflow."""
+    return [
+        name
+        for name, value in vars(module).items()
+        if inspect.isfunction(value)
+        and value.__module__ == module.__name__
+        and value.__annotations__.get("return") in (Workflow, "Workflow")
+    ]
+
+
+def _only_function(module: ModuleType, path: str) -> str:
+    found = _functions(module)
+    if len(found) != 1:
+        many = (
+            f"several workflows ({', '.join(found)}); choose one: {path}:{found[0]}"
+            if found
+            else "no function that returns a Workflow (`def name(…) -> Workflow`)"
+        )
+        raise ConfigError(f"{path!r} has {many}")
+    return found[0]
+
+
+def _function(module: ModuleType, name: str) -> Callable[..., Workflow]:
+    known = _functions(module)
+    if name not in known:
+        raise ConfigError(
+            f"{module.__file__} has no workflow function {name!r}{nearest(name, known)}; it must be declared `-> Workflow`"
+        )
+    build: Callable[..., Workflow] = getattr(module, name)
+    return build

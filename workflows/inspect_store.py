@@ -1,0 +1,302 @@
+"""What the store and the ledger hold, for the commands that look rather than run."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from stages.errors import ConfigError, nearest
+from workflows.engine.check import check, find_step
+from workflows.engine.execute import Settings
+from workflows.engine.graph import Workflow
+from workflows.engine.identity import Fingerprint, Identity, differences, identities
+from workflows.engine.ledger import read_candidates, registered_fingerprints
+from workflows.engine.store import ArtifactStore, Commit, reachable
+from workflows.terminal import duration, size
+
+COLUMNS = (
+    ("final/perplexity", "perplexity", "{:.2f}"),
+    ("final/kl_to_teacher", "KL to teacher, nats/token", "{:.4f}"),
+    ("final/agreement", "top-1 agreement", "{:.1%}"),
+    ("final/size_bytes", "size, MB", "{:.2f}"),
+    ("final/compression_x", "compression", "{:.1f}×"),
+    ("final/bits_per_weight", "bits/weight", "{:.2f}"),
+    ("final/latency_p50_ms", "decode p50, ms", "{:.2f}"),
+    ("final/tokens_per_second", "tokens/s", "{:,.0f}"),
+    ("final/cost_seconds", "cost, s", "{:,.0f}"),
+)
+"""The leaderboard out of MLflow: metric, heading, format."""
+
+
+def explain(workflow: Workflow, store_uri: str, step: str, *, against: str | None) -> dict[str, Any]:
+    """Return what a step's fingerprint is made of, and what differs from its result in another run.
+
+    Raises:
+        ConfigError: there is no such step or run, or data from outside is out of reach.
+    """
+    check(workflow)
+    name = find_step(workflow, step).name
+    identity = identities(workflow)[name]
+    if not isinstance(identity, Identity):
+        raise ConfigError(f"the fingerprint of {name} cannot be known: {identity.reason}")
+    store = ArtifactStore(store_uri)
+    commit = store.newest(identity.fingerprint)
+    answer: dict[str, Any] = {"step": name, "fingerprint": identity.fingerprint, **identity.record}
+    answer["committed"] = f"generation {commit.generation} by run {commit.manifest['run']}" if commit else "no"
+    if against:
+        steps = _run_steps(store, against)
+        if name not in steps:
+            raise ConfigError(f"run {against!r} had no step {name!r}{nearest(name, list(steps))}")
+        other = store.newest(Fingerprint(steps[name]))
+        if steps[name] == identity.fingerprint:
+            answer[f"against {against}"] = "the same fingerprint"
+        elif other is None:
+            answer[f"against {against}"] = f"another fingerprint, {steps[name]}, which has no commit to compare with"
+        else:
+            answer[f"against {against}"] = differences(other.manifest["identity"], identity.record)
+    return answer
+
+
+def _run_steps(store: ArtifactStore, run: str) -> Mapping[str, str]:
+    """Return step → fingerprint of a run."""
+    runs = store.root / "runs"
+    try:
+        steps: Mapping[str, str] = (runs / run).get_json("steps.json")
+    except FileNotFoundError as error:
+        raise ConfigError(f"the store {store.uri} has no run {run!r}{nearest(run, runs.children())}") from error
+    return steps
+
+
+# artifacts ----------------------------------------------------------------------------------------------------------
+
+
+def _commits(store: ArtifactStore) -> list[Commit]:
+    found = (store.newest(Fingerprint(fingerprint)) for fingerprint in store.fingerprints())
+    return sorted((commit for commit in found if commit), key=lambda commit: float(commit.manifest["created"]))
+
+
+def _total_bytes(commit: Commit) -> int:
+    return sum(file.size_bytes for file in commit.artifact.files)
+
+
+def list_artifacts(store_uri: str) -> list[dict[str, Any]]:
+    """Return a row for each committed artifact, oldest first."""
+    store = ArtifactStore(store_uri)
+    pins = set(store.pins())
+    return [
+        {
+            "fingerprint": commit.fingerprint,
+            "kind": commit.artifact.kind,
+            "step": f"{commit.manifest['workflow']}/{commit.manifest['step']}",
+            "size_bytes": _total_bytes(commit),
+            "seconds": commit.seconds,
+            "created": commit.manifest["created"],
+            "run": commit.manifest["run"],
+            "generation": commit.generation,
+            "pinned": commit.fingerprint in pins,
+        }
+        for commit in _commits(store)
+    ]
+
+
+def print_artifacts(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print the rows of `list_artifacts`."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for heading in ("fingerprint", "kind", "workflow/step", "size", "took", "made", ""):
+        table.add_column(heading, no_wrap=True)
+    for row in rows:
+        made = time.strftime("%Y-%m-%d %H:%M", time.localtime(row["created"]))
+        table.add_row(
+            row["fingerprint"][:12],
+            row["kind"],
+            row["step"],
+            size(row["size_bytes"]),
+            duration(row["seconds"]),
+            made,
+            "pinned" if row["pinned"] else "",
+        )
+    console.print(table)
+    console.print(f"{len(rows)} artifacts, {size(sum(row['size_bytes'] for row in rows))}", highlight=False)
+
+
+def show(store_uri: str, text: str) -> dict[str, Any]:
+    """Return everything about one artifact.
+
+    Raises:
+        ConfigError: there is none, or it has no commit.
+    """
+    store = ArtifactStore(store_uri)
+    fingerprint = store.resolve(text)
+    commit = store.newest(fingerprint)
+    if commit is None:
+        raise ConfigError(
+            f"{fingerprint[:12]} has no commit: {store.withdrawal(fingerprint) or 'its step has not finished yet'}"
+        )
+    manifest = commit.manifest
+    folders = sorted(
+        {file.uri.rsplit("/", 1)[0] for file in commit.artifact.files if file.name.endswith("/config.json")}
+    )
+    return {
+        "fingerprint": fingerprint,
+        "kind": manifest["kind"],
+        "step": f"{manifest['workflow']}/{manifest['step']}",
+        "run": manifest["run"],
+        "generation": commit.generation,
+        "load from": folders,
+        "size": size(_total_bytes(commit)),
+        "took": duration(commit.seconds),
+        "peak memory": size(manifest["peak_memory_bytes"]),
+        "metrics": dict(manifest["metrics"]),
+        "fallbacks": list(manifest["fallbacks"]),
+        "inputs": {name: part["fingerprint"][:12] for name, part in manifest["inputs"].items()},
+        "provenance": manifest["provenance"],
+        "files": [
+            {"name": file.name, "size_bytes": file.size_bytes, "uri": file.uri} for file in commit.artifact.files
+        ],
+    }
+
+
+def verify(store_uri: str, which: Iterable[str]) -> list[dict[str, Any]]:
+    """Hash artifacts' files again; withdraw those that do not verify; return a row for each."""
+    store = ArtifactStore(store_uri)
+    chosen = [store.resolve(text) for text in which] or [
+        Fingerprint(fingerprint) for fingerprint in store.fingerprints()
+    ]
+    rows = []
+    for fingerprint in chosen:
+        commit = store.newest(fingerprint)
+        if commit is None:
+            continue
+        problems = store.problems(commit, deep=True)
+        if problems:
+            store.withdraw(commit, problems[0])
+        rows.append({"fingerprint": fingerprint, "step": commit.manifest["step"], "problems": problems})
+    return rows
+
+
+def pin(store_uri: str, text: str, note: str) -> str:
+    """Pin an artifact and return its fingerprint."""
+    store = ArtifactStore(store_uri)
+    fingerprint = store.resolve(text)
+    store.pin(fingerprint, note)
+    return fingerprint
+
+
+# gc -----------------------------------------------------------------------------------------------------------------
+
+
+def collect(settings: Settings, *, keep_runs: int, delete: bool) -> dict[str, Any]:
+    """Find, and with `delete` remove, what no pinned artifact, kept run or registered version reaches.
+
+    Raises:
+        LedgerUnavailable: the registry cannot be asked, so nothing is known to be safe to remove.
+    """
+    store = ArtifactStore(settings.store)
+    registered = registered_fingerprints(settings.tracking(store))
+    runs = sorted((store.root / "runs").children())
+    kept_runs = runs[-keep_runs:] if keep_runs > 0 else []
+    roots = {*registered, *store.pins()}
+    for run in kept_runs:
+        if (store.root / "runs" / run).has("steps.json"):
+            roots.update(_run_steps(store, run).values())
+    known = set(store.fingerprints())
+    kept = reachable(store, roots & known)
+    rows, freed = [], 0
+    for fingerprint in sorted(known - kept):
+        if store.held(fingerprint):
+            continue
+        entries = store.folder(fingerprint).entries()
+        num_bytes = sum(entry.size_bytes for entry in entries)
+        freed += num_bytes
+        commit = store.newest(Fingerprint(fingerprint))
+        step = f"{commit.manifest['workflow']}/{commit.manifest['step']}" if commit else "(unfinished)"
+        rows.append({"fingerprint": fingerprint, "step": step, "size_bytes": num_bytes})
+        if delete:
+            # Commits go first: a collection that is cut short leaves files that nobody reads, never a manifest without files.
+            names = sorted((entry.name for entry in entries), key=lambda name: not name.startswith("commits/"))
+            store.folder(fingerprint).delete(names)
+    return {"collected": rows, "size_bytes": freed, "kept": len(kept), "kept_runs": kept_runs, "deleted": delete}
+
+
+def print_collected(console: Console, answer: Mapping[str, Any]) -> None:
+    """Print what `collect` returned."""
+    for row in answer["collected"]:
+        console.print(f"{row['fingerprint'][:12]}  {row['step']}  {size(row['size_bytes'])}", highlight=False)
+    verb = "deleted" if answer["deleted"] else "would be deleted (give --yes to do it)"
+    console.print(
+        f"{len(answer['collected'])} artifacts, {size(answer['size_bytes'])}, {verb}; {answer['kept']} kept",
+        highlight=False,
+    )
+
+
+# the ledger ---------------------------------------------------------------------------------------------------------
+
+
+def compare(settings: Settings, runs: Sequence[str]) -> list[dict[str, Any]]:
+    """Return the candidates that MLflow knows, of some runs or of all."""
+    return read_candidates(settings.tracking(ArtifactStore(settings.store)), run_ids=list(runs) or None)
+
+
+def print_comparison(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print candidates as the leaderboard."""
+    if not rows:
+        console.print(
+            "no candidates yet: run a workflow that ends with Promote, e.g. `stillhouse run quickstart`",
+            highlight=False,
+        )
+        return
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("candidate", no_wrap=True)
+    for _, heading, _ in COLUMNS:
+        table.add_column(heading, justify="right")
+    for row in rows:
+        cells = [_cell(metric, form, row["metrics"]) for metric, _, form in COLUMNS]
+        champion = bool(row.get("champion"))
+        table.add_row(Text(row["name"] + (" ★" if champion else ""), style="bold green" if champion else ""), *cells)
+    console.print(table)
+
+
+def _cell(metric: str, form: str, metrics: Mapping[str, float]) -> str:
+    if metric not in metrics:
+        return "–"
+    value = metrics[metric]
+    return form.format(value / 1e6 if metric == "final/size_bytes" else value)
+
+
+def serve_ui(settings: Settings, port: int, console: Console) -> int:
+    """Serve the MLflow UI until it is stopped; return its exit code."""
+    tracking = settings.tracking(ArtifactStore(settings.store))
+    if tracking.startswith(("http://", "https://")):
+        console.print(f"the tracking server has its own UI: {tracking}", highlight=False)
+        return 0
+    if tracking.startswith("sqlite:///") and not os.path.exists(tracking.removeprefix("sqlite:///")):
+        raise ConfigError(f"there is no ledger at {tracking} yet; run a workflow first, or name its store with --store")
+    address = f"http://127.0.0.1:{port}"
+    console.print(
+        f"MLflow UI at {address} · candidates side by side: the experiment's runs with the filter tags.kind = 'candidate' · Ctrl-C ends it",
+        highlight=False,
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "mlflow",
+        "server",
+        "--backend-store-uri",
+        tracking,
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--workers",
+        "1",
+    ]
+    try:
+        return subprocess.run(command, check=False).returncode
+    except KeyboardInterrupt:
+        return 0

@@ -1,0 +1,239 @@
+"""What people see: the plan, the run as it goes, and what came out. Renders with rich; decides nothing."""
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+from stages.promote.leaderboard import leaderboard
+
+from workflows.engine.driver import StepResult, Watcher
+from workflows.engine.execute import Execution
+from workflows.engine.plan import Plan, StepPlan
+from workflows.engine.schedule import Phase
+
+STATUS_STYLE = {"HIT": "green", "MISS": "yellow", "BLOCKED": "bold red"}
+PHASE_MARK = {
+    Phase.WAITING: ("·", "dim"),
+    Phase.BACKING_OFF: ("↻", "yellow"),
+    Phase.HELD: ("⧗", "yellow"),
+    Phase.RUNNING: ("▶", "cyan"),
+    Phase.STOPPING: ("■", "yellow"),
+    Phase.COMMITTED: ("✓", "green"),
+    Phase.FAILED: ("✗", "bold red"),
+    Phase.SKIPPED: ("–", "dim"),
+    Phase.CANCELLED: ("■", "yellow"),
+}
+REFRESH_PER_SECOND = 4
+
+
+def duration(seconds: float) -> str:
+    """Return seconds as people say them: `0.4 s`, `12 s`, `3 min 5 s`, `2 h 10 min`."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def size(num_bytes: float) -> str:
+    """Return bytes as people say them, in powers of 1,000."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.1f} TB"
+
+
+def needs(step: StepPlan) -> str:
+    """Return what a step takes of the cluster."""
+    resources = step.step.resources
+    text = f"{resources.workers} × {resources.cpus_per_worker:g} CPU"
+    return text + (f" + {resources.gpus_per_worker:g} GPU" if resources.gpus_per_worker else "")
+
+
+def plan_table(plan: Plan) -> Table:
+    """Return the plan as a table."""
+    table = Table(
+        title=f"plan of {plan.workflow.name}", title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0)
+    )
+    for heading in ("step", "stage", "status", "why", "needs", "took last"):
+        table.add_column(heading, overflow="fold", no_wrap=heading in ("step", "status", "needs", "took last"))
+    for step in plan.steps.values():
+        last = duration(step.seconds_estimate) if step.seconds_estimate is not None else "–"
+        status = Text(step.status, style=STATUS_STYLE[step.status])
+        table.add_row(step.step.name, type(step.step.stage).__name__, status, step.reason, needs(step), last)
+    return table
+
+
+def plan_summary(plan: Plan) -> str:
+    """Return the plan in one sentence."""
+    misses, hits, blocked = plan.having("MISS"), plan.having("HIT"), plan.having("BLOCKED")
+    known = [step.seconds_estimate for step in misses if step.seconds_estimate is not None]
+    took = f" (those that ran before took {duration(sum(known))})" if known else ""
+    tail = f", {len(blocked)} blocked" if blocked else ""
+    return f"{len(misses)} to run{took}, {len(hits)} found{tail}"
+
+
+@dataclass(slots=True)
+class _Row:
+    phase: Phase = Phase.WAITING
+    text: str = ""
+    began: float | None = None
+    took: float | None = None
+    progress: tuple[float, float, str] | None = None
+    first_progress: tuple[float, float] | None = None
+    """(when, how much was done): rate and time left count from the first report, not from start-up."""
+    note: str = ""
+
+
+@dataclass(slots=True)
+class LiveWatcher(Watcher):
+    """Shows every step on a terminal; on anything else prints a line for each change."""
+
+    console: Console
+    plan: Plan
+    rows: dict[str, _Row] = field(default_factory=dict)
+    live: Live | None = None
+
+    def __post_init__(self) -> None:
+        """Take the plan's hits as committed."""
+        self.rows = {
+            name: _Row(Phase.COMMITTED, "found") if step.status == "HIT" else _Row()
+            for name, step in self.plan.steps.items()
+        }
+
+    def step(self, name: str, phase: Phase, text: str) -> None:
+        """Show a step's new phase."""
+        row, now = self.rows[name], time.monotonic()
+        if phase is Phase.RUNNING:
+            row.began, row.progress, row.first_progress = now, None, None
+        if phase.over and row.began is not None:
+            row.took = now - row.began
+        row.phase, row.text = phase, text
+        if self.live is None:
+            mark, style = PHASE_MARK[phase]
+            self.console.print(
+                Text(f"{mark} {name} {phase.value}{': ' + text if text else ''}", style=style), soft_wrap=True
+            )
+
+    def progress(self, name: str, done: float, total: float, unit: str) -> None:
+        """Show how far a step is."""
+        row = self.rows[name]
+        row.first_progress = row.first_progress or (time.monotonic(), done)
+        row.progress = (done, total, unit)
+
+    def note(self, name: str, text: str) -> None:
+        """Show a step's line."""
+        self.rows[name].note = text
+        if self.live is None:
+            self.console.print(Text(f"  {name}: {text}", style="dim"), soft_wrap=True)
+
+    def __rich__(self) -> RenderableType:
+        """Return the steps as they stand."""
+        table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+        table.add_column(width=1)
+        table.add_column(no_wrap=True)
+        table.add_column(no_wrap=True, justify="right")
+        table.add_column(overflow="ellipsis", no_wrap=True)
+        now = time.monotonic()
+        for name, row in self.rows.items():
+            mark, style = PHASE_MARK[row.phase]
+            took = row.took if row.took is not None else now - row.began if row.began is not None else None
+            detail = self._detail(row, now) if row.phase is Phase.RUNNING else row.text
+            table.add_row(
+                Text(mark, style=style),
+                Text(name, style=style),
+                duration(took) if took is not None else "",
+                detail.split("\n")[0],
+            )
+        return Group(table)
+
+    def _detail(self, row: _Row, now: float) -> str:
+        if row.progress is None:
+            return " ".join(part for part in (row.text, row.note or "starting") if part)
+        done, total, unit = row.progress
+        assert row.first_progress is not None
+        since, start = row.first_progress
+        parts = [f"{done / total:.0%} of {total:,.0f} {unit}" if total else unit]
+        if now > since and done > start:
+            rate = (done - start) / (now - since)
+            parts.append(f"{rate:,.0f} {unit}/s" if rate >= 10 else f"{rate:.1f} {unit}/s")
+            if done < total:
+                parts.append(f"{duration((total - done) / rate)} left")
+        return ", ".join(parts) + (f" · {row.note}" if row.note else "")
+
+
+@contextmanager
+def watching(console: Console, plan: Plan) -> Iterator[Watcher]:
+    """Show a run as it goes."""
+    console.print(Text(plan_summary(plan), style="bold"))
+    watcher = LiveWatcher(console, plan)
+    if not console.is_terminal:
+        yield watcher
+        return
+    with Live(watcher, console=console, refresh_per_second=REFRESH_PER_SECOND, transient=False) as live:
+        watcher.live = live
+        yield watcher
+
+
+def leaderboard_table(report: Mapping[str, Any]) -> Table:
+    """Return a report's candidates as a table."""
+    headers, rows = leaderboard(report)
+    table = Table(title="candidates", title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for index, header in enumerate(headers):
+        table.add_column(header, justify="left" if index == 0 else "right")
+    champion = report["verdict"]["champion"]
+    for row in rows:
+        table.add_row(*row, style="bold green" if champion and row[0].split()[0] == champion else "")
+    return table
+
+
+def print_outcome(console: Console, execution: Execution, *, store: str) -> None:
+    """Print how a run ended, what came out, and where to look."""
+    result = execution.result
+    for step in result.steps.values():
+        if step.outcome in ("failed", "skipped"):
+            _print_failure(console, step)
+    for report in execution.reports.values():
+        console.print()
+        console.print(leaderboard_table(report))
+        console.print()
+        verdict = report["verdict"]
+        console.print(Text(verdict["outcome"], style="bold green" if verdict["champion"] else "bold yellow"))
+        for line in [*verdict["reasons"], *(claim["text"] for claim in verdict["claims"])]:
+            console.print(f"  {line}", highlight=False, soft_wrap=True)
+    console.print()
+    found = sum(step.outcome == "hit" for step in result.steps.values())
+    state = "finished" if result.succeeded else "interrupted" if result.interrupted else "failed"
+    console.print(
+        f"run {result.run} {state} in {duration(execution.seconds)}: {result.executed} steps run, {found} found",
+        highlight=False,
+    )
+    if execution.ledger is not None and execution.ledger.waiting:
+        console.print(
+            f"[yellow]{execution.ledger.waiting} records wait for MLflow at {execution.tracking_uri}: {execution.ledger.error}; the next run sends them[/]"
+        )
+    console.print(
+        f"look: stillhouse ui{_flag(store)} · stillhouse compare{_flag(store)} · stillhouse artifacts list{_flag(store)}",
+        highlight=False,
+    )
+    if not result.succeeded:
+        console.print("go on: run the same command again; what is committed is not run again", highlight=False)
+
+
+def _print_failure(console: Console, step: StepResult) -> None:
+    style = "bold red" if step.outcome == "failed" else "dim"
+    console.print(Text(f"{step.name} {step.outcome}: {step.reason}", style=style), soft_wrap=True)
+    if step.log:
+        console.print(f"  the whole log: {step.log}", highlight=False, soft_wrap=True)
+
+
+def _flag(store: str) -> str:
+    return "" if store == "./.stillhouse" else f" --store {store}"
