@@ -1,4 +1,4 @@
-"""Fakes at the seams: a report that remembers, a context on a local folder, an artifact made of files."""
+"""Fakes at the seams: a report that remembers, a context on a local folder, tasks that run in this process."""
 
 import hashlib
 from collections.abc import Mapping
@@ -8,6 +8,15 @@ from typing import Any
 
 from stages.contract import Artifact, Context, Kind, Resources
 from stages.storage import File, Folder
+from workflows.engine.driver import Driver, RunResult
+from workflows.engine.failures import Failure
+from workflows.engine.graph import Workflow
+from workflows.engine.plan import ClusterShape, make_plan
+from workflows.engine.records import Record
+from workflows.engine.schedule import Phase
+from workflows.engine.store import ArtifactStore
+from workflows.engine.tasks import Done, Reports, Request, Tasks
+from workflows.engine.worker import ReportBox, run_attempt
 
 
 @dataclass
@@ -43,9 +52,81 @@ def fake_context(folder: Path, inputs: Mapping[str, Any] | None = None, **resour
 def artifact_of(kind: Kind, folder: Path, fingerprint: str | None = None) -> Artifact:
     """Return an artifact made of every file below a local folder (e.g. a fake context's `out`)."""
     files = tuple(
-        File(str(path.relative_to(folder)), str(path), path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest())
+        File(
+            str(path.relative_to(folder)), str(path), path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest()
+        )
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     )
     digest = hashlib.sha256("".join(f.name + f.sha256 for f in files).encode()).hexdigest()
     return Artifact(kind, fingerprint or digest, files)
+
+
+class _Method:
+    def __init__(self, method: Any) -> None:
+        self.remote = method
+
+
+class InlineTasks:
+    """Runs attempts in this process, one after another, the way the engine's Ray tasks do; deaths are scripted.
+
+    `deaths` maps a step to the failures that its first attempts end in, before they run.
+    """
+
+    def __init__(self, deaths: Mapping[str, list[Failure]] | None = None, *, cpus: float = 4) -> None:
+        self.deaths = {name: list(failures) for name, failures in (deaths or {}).items()}
+        self.submitted: list[str] = []
+        self.requests: list[Request] = []
+        self.cancelled: list[str] = []
+        self._ended: list[tuple[str, Done | Failure]] = []
+        self._box = ReportBox()
+        self._cluster = ClusterShape(cpus, 0, cpus, 0, "the test's cluster")
+
+    def shape(self) -> ClusterShape:
+        return self._cluster
+
+    def submit(self, request: Request) -> None:
+        self.submitted.append(request.step)
+        self.requests.append(request)
+        if self.deaths.get(request.step):
+            self._ended.append((request.step, self.deaths[request.step].pop(0)))
+            return
+        names = ("progress", "curve", "note")
+        box = type("Box", (), {name: _Method(getattr(self._box, name)) for name in names})()
+        self._ended.append((request.step, run_attempt(request, box)))
+
+    def poll(self, timeout_seconds: float) -> list[tuple[str, Done | Failure]]:
+        ended, self._ended = self._ended, []
+        return ended
+
+    def reports(self) -> Reports:
+        return self._box.drain()
+
+    def cancel(self, step: str) -> None:
+        self.cancelled.append(step)
+
+    def close(self) -> None:
+        pass
+
+
+class SilentWatcher:
+    """Remembers the phases that a run went through."""
+
+    def __init__(self) -> None:
+        self.phases: list[tuple[str, Phase]] = []
+
+    def step(self, name: str, phase: Phase, text: str) -> None:
+        self.phases.append((name, phase))
+
+    def progress(self, name: str, done: float, total: float, unit: str) -> None:
+        pass
+
+    def note(self, name: str, text: str) -> None:
+        pass
+
+
+def drive(workflow: Workflow, store: ArtifactStore, tasks: Tasks, *, run: str = "run", **options: Any) -> tuple[RunResult, list[Record]]:
+    """Plan a workflow and drive it to its end; return the result and what the ledger was told."""
+    told: list[Record] = []
+    plan = make_plan(workflow, store, deep=True, cluster=tasks.shape(), **options)
+    return Driver(plan, store, tasks, run, told.append, SilentWatcher()).go(), told

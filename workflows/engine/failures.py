@@ -50,6 +50,8 @@ class GiveUp:
     reason: str
 
 
+LONGEST_BACKOFF_SECONDS = 300.0
+"""Backoff stops doubling here: an outage of an hour costs a dozen tries, not a night."""
 SMALLEST_MICRO_BATCH = 1
 FIRST_MICRO_BATCH = 8
 """Where shrinking starts when the stage had chosen its own micro-batch: an eighth of it is tried at the third attempt."""
@@ -61,7 +63,7 @@ def decide(failure: Failure, *, attempt: int, retry: Retry, resources: Resources
         return GiveUp(f"it {failure.kind.value}, which trying again would repeat")
     if attempt >= retry.attempts:
         return GiveUp(f"it {failure.kind.value} at attempt {attempt} of {retry.attempts}")
-    wait = 0.0 if failure.kind is FailureKind.PREEMPTED else retry.backoff_seconds * 2 ** (attempt - 1)
+    wait = 0.0 if failure.kind is FailureKind.PREEMPTED else min(retry.backoff_seconds * 2 ** (attempt - 1), LONGEST_BACKOFF_SECONDS)
     reason = f"it {failure.kind.value} at attempt {attempt} of {retry.attempts}"
     if failure.kind is not FailureKind.OUT_OF_MEMORY:
         return TryAgain(wait, resources, reason)

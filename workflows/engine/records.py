@@ -118,7 +118,8 @@ def to_json(record: Record) -> dict[str, Any]:
 def from_json(value: Mapping[str, Any]) -> Record:
     """Return the record that `to_json` wrote."""
     types: dict[str, type[Record]] = {
-        t.__name__: t for t in (RunOpened, StepOpened, CurvePoints, StepClosed, CandidateFound, VerdictReached, RunClosed)
+        t.__name__: t
+        for t in (RunOpened, StepOpened, CurvePoints, StepClosed, CandidateFound, VerdictReached, RunClosed)
     }
     fields = dict(value)
     kind = types[fields.pop("record")]

@@ -1,0 +1,204 @@
+"""A run's loop: what it launches, commits, records and goes on from."""
+
+from pathlib import Path
+from threading import Event as Flag
+
+import pytest
+
+from stages.contract import Resources
+from tests.fakes import InlineTasks, SilentWatcher, drive
+from tests.stages_for_tests import Join, Pour, Stumble, Write
+from workflows.engine import records
+from workflows.engine.driver import Driver, cost_seconds
+from workflows.engine.failures import Failure, FailureKind
+from workflows.engine.graph import Retry, Workflow
+from workflows.engine.plan import make_plan
+from workflows.engine.store import ArtifactStore, Claim
+
+LOST = Failure(FailureKind.WORKER_LOST, "the node died")
+AT_ONCE = Retry(attempts=3, backoff_seconds=0)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> ArtifactStore:
+    return ArtifactStore(str(tmp_path / "store"))
+
+
+def graph() -> Workflow:
+    flow = Workflow("flow")
+    data = flow.step("data", Write(text="malt"), retry=AT_ONCE)
+    first = flow.step("first", Join(mark="1:"), data=data, retry=AT_ONCE)
+    flow.step("second", Join(mark="2:"), data=data, parts={"first": first}, retry=AT_ONCE)
+    return flow
+
+
+def text(store: ArtifactStore, step: str) -> str:
+    commit = store.newest(store.resolve(f"flow/{step}"))
+    assert commit is not None
+    return commit.artifact.paths("text.txt")[0].read_text()
+
+
+def test_drive_whole_graph_commits_each_step_once(store: ArtifactStore) -> None:
+    tasks = InlineTasks()
+    result, _ = drive(graph(), store, tasks)
+    assert result.succeeded
+    assert result.executed == 3
+    assert tasks.submitted == ["data", "first", "second"]
+    assert text(store, "second") == "2:malt+1:malt"
+
+
+def test_drive_again_runs_nothing(store: ArtifactStore) -> None:
+    drive(graph(), store, InlineTasks())
+    tasks = InlineTasks()
+    result, _ = drive(graph(), store, tasks)
+    assert (tasks.submitted, result.executed, result.succeeded) == ([], 0, True)
+    assert {step.outcome for step in result.steps.values()} == {"hit"}
+
+
+def test_drive_lost_worker_is_tried_again_in_a_fresh_folder(store: ArtifactStore) -> None:
+    tasks = InlineTasks({"first": [LOST, LOST]})
+    result, _ = drive(graph(), store, tasks)
+    assert result.succeeded
+    assert result.steps["first"].attempts == 3
+    assert [request.out.uri.rsplit("/", 1)[1] for request in tasks.requests if request.step == "first"] == ["000001", "000002", "000003"]
+
+
+def test_drive_attempts_spent_fails_the_step_and_skips_what_needs_it(store: ArtifactStore) -> None:
+    result, _ = drive(graph(), store, InlineTasks({"first": [LOST] * 3}))
+    assert not result.succeeded
+    assert {name: step.outcome for name, step in result.steps.items()} == {"data": "committed", "first": "failed", "second": "skipped"}
+    assert "the node died" in result.steps["first"].reason
+    again, _ = drive(graph(), store, InlineTasks())
+    assert again.executed == 2
+
+
+def test_drive_out_of_memory_shrinks_the_micro_batch_and_keeps_the_fingerprint(store: ArtifactStore, tmp_path: Path) -> None:
+    flow = Workflow("flow")
+    stage = Stumble(how="memory", times=2, counter=str(tmp_path / "tries"))
+    flow.step("data", stage, resources=Resources(micro_batch=16), retry=AT_ONCE)
+    result, _ = drive(flow, store, InlineTasks())
+    assert result.succeeded
+    assert text(store, "data") == "tries=3 micro_batch=4"
+    assert make_plan(flow, store).steps["data"].status == "HIT"
+
+
+def test_drive_permanent_failure_is_tried_once_and_names_its_log(store: ArtifactStore, tmp_path: Path) -> None:
+    flow = Workflow("flow")
+    flow.step("data", Stumble(how="permanent", counter=str(tmp_path / "tries")), retry=AT_ONCE)
+    result, _ = drive(flow, store, InlineTasks())
+    failed = result.steps["data"]
+    assert failed.attempts == 1
+    assert "the flask broke" in failed.reason
+    assert failed.log is not None
+    assert "StageFailed: the flask broke" in Path(failed.log).read_text()
+
+
+def test_drive_goes_on_from_receipts_of_a_dead_attempt(store: ArtifactStore, tmp_path: Path) -> None:
+    """The first attempt pours two shards and dies; the second pours only the others."""
+    flow = Workflow("flow")
+    log = tmp_path / "log"
+    flow.step("data", Pour(log=str(log)), retry=AT_ONCE)
+    fingerprint = make_plan(flow, store).steps["data"].fingerprint
+    assert fingerprint is not None
+    dead = store.claim(fingerprint, "run")
+    assert isinstance(dead, Claim)
+    from stages.contract import Shards
+
+    shards = Shards(store.out(dead), store.resume(dead))
+    for index in (0, 2):
+        shards.write(f"shards/{index}.txt", f"shard {index}".encode(), {})
+    result, _ = drive(flow, store, InlineTasks(), run="run")
+    assert result.succeeded
+    assert log.read_text().split() == ["1", "3"]
+    commit = result.steps["data"].commit
+    assert commit is not None
+    assert [file.name for file in commit.artifact.files] == [f"shards/{index}.txt" for index in range(4)]
+    assert store.resume(dead).entries() == [], "what was kept in order to go on is gone once it is committed"
+
+
+def test_drive_fenced_out_result_is_not_committed_twice(store: ArtifactStore) -> None:
+    """Another writer takes the step over while our attempt runs."""
+
+    class Overtaken(InlineTasks):
+        def submit(self, request):  # type: ignore[no-untyped-def]
+            super().submit(request)
+            if request.step == "data" and len(self.submitted) == 1:
+                store.claim(request.fingerprint, "run")
+
+    tasks = Overtaken()
+    result, _ = drive(graph(), store, tasks)
+    assert result.succeeded
+    assert tasks.submitted.count("data") == 2
+    commit = result.steps["data"].commit
+    assert commit is not None
+    assert commit.generation == 1
+
+
+def test_drive_result_committed_by_another_run_meanwhile_is_shared(store: ArtifactStore) -> None:
+    plan = make_plan(graph(), store)
+    drive(graph(), store, InlineTasks(), run="other")
+    tasks = InlineTasks()
+    result = Driver(plan, store, tasks, "late", lambda record: None, SilentWatcher()).go()
+    assert tasks.submitted == []
+    assert {step.outcome for step in result.steps.values()} == {"shared"}
+    assert result.succeeded
+
+
+def test_drive_interrupted_before_it_begins_runs_nothing_and_can_go_on(store: ArtifactStore) -> None:
+    flag = Flag()
+    flag.set()
+
+    class Slow(InlineTasks):
+        def submit(self, request):  # type: ignore[no-untyped-def]
+            self.submitted.append(request.step)
+
+        def poll(self, timeout_seconds):  # type: ignore[no-untyped-def]
+            return [(step, Failure(FailureKind.TRANSIENT, "cancelled")) for step in self.cancelled]
+
+    tasks = Slow()
+    plan = make_plan(graph(), store)
+    result = Driver(plan, store, tasks, "run", lambda record: None, SilentWatcher(), flag).go()
+    assert tasks.cancelled == ["data"]
+    assert result.interrupted
+    assert not result.succeeded
+    again, _ = drive(graph(), store, InlineTasks())
+    assert again.succeeded
+
+
+def test_drive_tells_the_ledger_of_every_attempt(store: ArtifactStore) -> None:
+    _, told = drive(graph(), store, InlineTasks({"first": [LOST]}))
+    opened = [(r.step, r.attempt) for r in told if isinstance(r, records.StepOpened)]
+    closed = [(r.step, r.attempt, r.status) for r in told if isinstance(r, records.StepClosed)]
+    assert opened == [("data", 1), ("first", 1), ("first", 2), ("second", 1)]
+    assert closed == [("data", 1, "FINISHED"), ("first", 1, "FAILED"), ("first", 2, "FINISHED"), ("second", 1, "FINISHED")]
+    _, told = drive(graph(), store, InlineTasks())
+    assert {r.cache for r in told if isinstance(r, records.StepOpened)} == {"hit"}
+
+
+def test_drive_manifest_says_where_the_result_came_from(store: ArtifactStore) -> None:
+    result, _ = drive(graph(), store, InlineTasks())
+    commit = result.steps["second"].commit
+    assert commit is not None
+    manifest = commit.manifest
+    assert set(manifest["inputs"]) == {"data", "parts[first]"}
+    assert manifest["identity"]["config"] == {"mark": "2:"}
+    assert manifest["provenance"]["python"]
+    assert manifest["metrics"] == {"parts": 2.0}
+
+
+def test_drive_rotten_input_is_made_again_before_it_is_read(store: ArtifactStore) -> None:
+    drive(graph(), store, InlineTasks(), only="data")
+    fingerprint = store.resolve("flow/data")
+    commit = store.newest(fingerprint)
+    assert commit is not None
+    Path(commit.artifact.files[0].uri).write_text("rot!")
+    result, _ = drive(graph(), store, InlineTasks())
+    assert result.succeeded
+    assert text(store, "second") == "2:malt+1:malt"
+    assert store.generations(fingerprint) == [2]
+
+
+def test_cost_counts_each_step_before_a_result_once(store: ArtifactStore) -> None:
+    result, _ = drive(graph(), store, InlineTasks())
+    total = sum(step.commit.seconds for step in result.steps.values() if step.commit)
+    assert cost_seconds(store, store.resolve("flow/second")) == pytest.approx(total)

@@ -1,0 +1,152 @@
+"""HIT, MISS or BLOCKED, and why: each reason a person would look for."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stages.contract import Resources
+from stages.errors import ConfigError
+from stages.outside import Checkpoint
+from tests.fakes import InlineTasks, drive
+from tests.stages_for_tests import Join, Write
+from workflows.engine import provenance
+from workflows.engine.graph import Workflow
+from workflows.engine.plan import ClusterShape, Plan, make_plan
+from workflows.engine.store import ArtifactStore, Commit
+
+
+def graph(text: str = "x", mark: str = "", **options: Any) -> Workflow:
+    flow = Workflow("flow")
+    data = flow.step("data", Write(text=text))
+    first = flow.step("first", Join(mark=mark), data=data)
+    flow.step("second", Join(), data=data, parts={"first": first}, **options)
+    return flow
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> ArtifactStore:
+    return ArtifactStore(str(tmp_path / "store"))
+
+
+def look(store: ArtifactStore, flow: Workflow, **options: Any) -> dict[str, tuple[str, str]]:
+    plan: Plan = make_plan(flow, store, **options)
+    return {name: (step.status, step.reason) for name, step in plan.steps.items()}
+
+
+def newest(store: ArtifactStore, flow: Workflow, step: str) -> Commit:
+    commit = make_plan(flow, store).steps[step].commit
+    assert commit is not None
+    return commit
+
+
+def test_plan_empty_store_misses_all_and_says_what_waits(store: ArtifactStore) -> None:
+    assert look(store, graph()) == {
+        "data": ("MISS", "never run"),
+        "first": ("MISS", "never run; waits for data"),
+        "second": ("MISS", "never run; waits for data, first"),
+    }
+
+
+def test_plan_reads_only(store: ArtifactStore, tmp_path: Path) -> None:
+    look(store, graph())
+    assert not (tmp_path / "store").exists()
+
+
+def test_plan_after_a_run_hits_all_with_estimates(store: ArtifactStore) -> None:
+    drive(graph(), store, InlineTasks())
+    plan = make_plan(graph(), store)
+    assert [step.status for step in plan.steps.values()] == ["HIT"] * 3
+    assert all(step.seconds_estimate is not None for step in plan.steps.values())
+
+
+def test_plan_changed_field_names_it_and_what_follows_names_its_input(store: ArtifactStore) -> None:
+    drive(graph(), store, InlineTasks())
+    found = look(store, graph(mark="!"))
+    assert found["data"][0] == "HIT"
+    assert found["first"] == ("MISS", 'changed: mark: "" → "!"')
+    assert found["second"] == ("MISS", "changed: input parts[first] (first)")
+
+
+def test_plan_under_another_root_has_equal_fingerprints(store: ArtifactStore, tmp_path: Path) -> None:
+    other = ArtifactStore(str(tmp_path / "elsewhere" / "store"))
+    drive(graph(), store, InlineTasks())
+    drive(graph(), other, InlineTasks())
+    assert store.fingerprints() == other.fingerprints()
+
+
+def test_plan_missing_file_is_a_miss_that_names_it(store: ArtifactStore) -> None:
+    drive(graph(), store, InlineTasks())
+    Path(newest(store, graph(), "first").artifact.files[0].uri).unlink()
+    found = look(store, graph())
+    assert found["first"] == ("MISS", "its commit does not verify: text.txt is missing")
+    assert found["second"] == ("MISS", "first is run again")
+
+
+def test_plan_withdrawn_commit_is_a_miss_with_its_reason(store: ArtifactStore) -> None:
+    drive(graph(), store, InlineTasks())
+    store.withdraw(newest(store, graph(), "data"), "text.txt is rotten")
+    assert look(store, graph())["data"] == ("MISS", "its commit was withdrawn: text.txt is rotten")
+
+
+def test_plan_newer_input_commit_is_a_miss(store: ArtifactStore) -> None:
+    drive(graph(), store, InlineTasks())
+    store.withdraw(newest(store, graph(), "first"), "for the test")
+    drive(graph(), store, InlineTasks(), only="first")
+    assert look(store, graph())["second"] == ("MISS", "first has a newer commit than the one this was made from")
+
+
+def test_plan_deep_finds_same_size_rot_in_what_would_be_read(store: ArtifactStore) -> None:
+    drive(graph(), store, InlineTasks(), only="data")
+    Path(newest(store, graph(), "data").artifact.files[0].uri).write_text("y")
+    assert look(store, graph())["data"][0] == "HIT", "sizes agree: a plan does not hash"
+    found = look(store, graph(), deep=True)
+    assert found["data"] == ("MISS", "its commit was withdrawn: text.txt has another sha256 than its manifest names")
+
+
+def test_plan_changed_code_is_told_and_with_strict_code_a_miss(store: ArtifactStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    drive(graph(), store, InlineTasks())
+    monkeypatch.setattr("workflows.engine.plan.code_digest", lambda stage: "0" * 16)
+    assert look(store, graph())["data"] == ("HIT", "committed, code changed since")
+    found = look(store, graph(), strict_code=True)
+    assert found["data"] == ("MISS", "the code of Write changed (--strict-code)")
+
+
+def test_plan_lacking_resource_blocks_with_both_numbers(store: ArtifactStore) -> None:
+    cluster = ClusterShape(cpus=4, gpus=1, largest_node_cpus=2, largest_node_gpus=1)
+    wants = {
+        "each of its workers needs 2 GPU, and the largest node of this machine has 1": Resources(gpus_per_worker=2),
+        "it needs 3 GPU (3 workers × 1), and this machine has 1": Resources(workers=3, gpus_per_worker=1),
+        "each of its workers needs 3 CPU, and the largest node of this machine has 2": Resources(cpus_per_worker=3),
+    }
+    for reason, resources in wants.items():
+        assert look(store, graph(resources=resources), cluster=cluster)["second"] == ("BLOCKED", reason)
+
+
+def test_plan_hit_is_not_blocked_by_what_it_would_need(store: ArtifactStore) -> None:
+    drive(graph(), store, InlineTasks())
+    cluster = ClusterShape(0.5, 0, 0.5, 0)
+    assert look(store, graph(), cluster=cluster)["second"][0] == "HIT"
+
+
+def test_plan_missing_outside_data_blocks_and_names_it(store: ArtifactStore, tmp_path: Path) -> None:
+    flow = Workflow("flow")
+    data = flow.step("data", Write())
+    flow.step("join", Join(), data=data, parts={"t": flow.given("teacher", Checkpoint(source=str(tmp_path / "gone")))})
+    status, reason = look(store, flow)["join"]
+    assert status == "BLOCKED"
+    assert "gone" in reason
+
+
+def test_plan_only_a_step_leaves_out_what_it_does_not_need(store: ArtifactStore) -> None:
+    assert list(look(store, graph(), only="first")) == ["data", "first"]
+
+
+def test_plan_only_unknown_step_names_nearest(store: ArtifactStore) -> None:
+    with pytest.raises(ConfigError, match="did you mean 'first'"):
+        make_plan(graph(), store, only="frist")
+
+
+def test_code_digest_of_a_stage_covers_its_folder() -> None:
+    assert len(provenance.code_digest(Write)) == 16
+    assert provenance.code_digest(Write) == provenance.code_digest(Join), "they share a file"

@@ -1,0 +1,240 @@
+"""The state machine, one event at a time; and over random graphs, failures and crash points."""
+
+from dataclasses import dataclass, field
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stages.contract import Resources
+from tests.stages_for_tests import Join, Write
+from workflows.engine.failures import Failure, FailureKind
+from workflows.engine.graph import Handle, Retry, Step
+from workflows.engine.schedule import (
+    Began,
+    Capacity,
+    Committed,
+    Decision,
+    Failed,
+    Held,
+    Interrupted,
+    Launch,
+    Phase,
+    Schedule,
+    Stop,
+    Tick,
+    advance,
+    new_schedule,
+)
+
+LOST = Failure(FailureKind.WORKER_LOST, "the node died")
+BROKEN = Failure(FailureKind.PERMANENT, "no such column")
+
+
+def step(name: str, *needs: str, cpus: float = 1, retry: Retry | None = None, required: bool = True) -> Step:
+    stage = Join() if needs else Write()
+    inputs = {"parts": {need: Handle(need, "model") for need in needs}} if needs else {}
+    resources = Resources(cpus_per_worker=cpus)
+    return Step(name, stage, inputs, resources, retry or Retry(attempts=3, backoff_seconds=10), required)
+
+
+def schedule(*steps: Step, cpus: float = 2, committed: frozenset[str] = frozenset()) -> Schedule:
+    return new_schedule({s.name: s for s in steps}, committed=committed, capacity=Capacity(cpus, 0))
+
+
+def launched(decisions: list[Decision]) -> list[str]:
+    return [decision.step for decision in decisions if isinstance(decision, Launch)]
+
+
+def test_advance_launches_only_what_is_ready() -> None:
+    state, decisions = advance(schedule(step("a"), step("b", "a")), Tick(0))
+    assert launched(decisions) == ["a"]
+    state, decisions = advance(state, Committed("a", 1))
+    assert launched(decisions) == ["b"]
+
+
+def test_advance_admits_no_more_than_the_cluster_has() -> None:
+    state, decisions = advance(schedule(step("a", cpus=2), step("b", cpus=1), step("c", cpus=1)), Tick(0))
+    assert launched(decisions) == ["a"]
+    state, decisions = advance(state, Committed("a", 1))
+    assert launched(decisions) == ["b", "c"]
+
+
+def test_advance_step_larger_than_the_cluster_runs_alone() -> None:
+    state, decisions = advance(schedule(step("huge", cpus=9), step("small")), Tick(0))
+    assert launched(decisions) == ["huge"]
+
+
+def test_advance_committed_step_is_never_launched() -> None:
+    _, decisions = advance(schedule(step("a"), step("b", "a"), committed=frozenset({"a"})), Tick(0))
+    assert launched(decisions) == ["b"]
+
+
+def test_advance_failed_attempt_is_tried_again_after_its_backoff() -> None:
+    state, _ = advance(schedule(step("a")), Tick(0))
+    state, decisions = advance(state, Failed("a", 5, LOST))
+    assert state.steps["a"].phase is Phase.BACKING_OFF
+    assert launched(decisions) == []
+    state, decisions = advance(state, Tick(14.9))
+    assert launched(decisions) == []
+    state, decisions = advance(state, Tick(15))
+    assert [d for d in decisions if isinstance(d, Launch)] == [Launch("a", 2, Resources())]
+
+
+def test_advance_permanent_failure_skips_what_needs_it_and_goes_on_elsewhere() -> None:
+    state, _ = advance(schedule(step("a"), step("b", "a"), step("c", "b"), step("d"), cpus=1), Tick(0))
+    state, decisions = advance(state, Failed("a", 1, BROKEN))
+    assert {name: s.phase for name, s in state.steps.items()} == {
+        "a": Phase.FAILED,
+        "b": Phase.SKIPPED,
+        "c": Phase.SKIPPED,
+        "d": Phase.RUNNING,
+    }
+    state, _ = advance(state, Committed("d", 2))
+    assert state.over
+    assert not state.succeeded
+
+
+def test_advance_optional_step_failing_leaves_the_run_succeeded() -> None:
+    state, _ = advance(schedule(step("a"), step("b", required=False)), Tick(0))
+    state, _ = advance(state, Failed("b", 1, BROKEN))
+    state, _ = advance(state, Committed("a", 2))
+    assert state.over
+    assert state.succeeded
+
+
+def test_advance_attempt_past_its_timeout_is_stopped_and_tried_again() -> None:
+    state, _ = advance(schedule(step("a", retry=Retry(attempts=2, backoff_seconds=0, timeout_seconds=30))), Tick(0))
+    state, _ = advance(state, Began("a", 10))
+    state, decisions = advance(state, Tick(39))
+    assert decisions == []
+    state, decisions = advance(state, Tick(41))
+    assert [type(d) for d in decisions] == [Stop]
+    state, decisions = advance(state, Failed("a", 42, Failure(FailureKind.TRANSIENT, "cancelled")))
+    assert "ran past its timeout" in state.steps["a"].reason or launched(decisions) == ["a"]
+    assert launched(decisions) == ["a"]
+
+
+def test_advance_attempt_that_never_begins_fails_naming_what_it_asks_for() -> None:
+    state, _ = advance(schedule(step("a", retry=Retry(pending_timeout_seconds=60))), Tick(0))
+    state, decisions = advance(state, Tick(61))
+    assert [type(d) for d in decisions] == [Stop]
+    state, _ = advance(state, Failed("a", 62, Failure(FailureKind.TRANSIENT, "cancelled")))
+    assert state.steps["a"].phase is Phase.FAILED
+    assert "1 × 1 CPU" in state.steps["a"].reason
+
+
+def test_advance_held_step_waits_and_spends_no_attempt() -> None:
+    state, _ = advance(schedule(step("a")), Tick(0))
+    state, _ = advance(state, Held("a", 0, "other"))
+    assert state.steps["a"].phase is Phase.HELD
+    state, decisions = advance(state, Tick(2))
+    assert [d for d in decisions if isinstance(d, Launch)] == [Launch("a", 1, Resources())]
+
+
+def test_advance_interruption_stops_what_runs_and_launches_nothing_more() -> None:
+    state, _ = advance(schedule(step("a"), step("b", "a")), Tick(0))
+    state, decisions = advance(state, Interrupted(1))
+    assert [d.step for d in decisions if isinstance(d, Stop)] == ["a"]
+    assert state.steps["b"].phase is Phase.CANCELLED
+    state, decisions = advance(state, Failed("a", 2, LOST))
+    assert launched(decisions) == []
+    assert state.over
+    assert not state.succeeded
+
+
+def test_advance_interrupted_step_that_ended_well_stays_committed() -> None:
+    state, _ = advance(schedule(step("a")), Tick(0))
+    state, _ = advance(state, Interrupted(1))
+    state, _ = advance(state, Committed("a", 1))
+    assert state.steps["a"].phase is Phase.COMMITTED
+
+
+# Random graphs ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class World:
+    """Plays the cluster and the store: attempts end at random, drivers die at random, commits stay."""
+
+    steps: tuple[Step, ...]
+    committed: set[str] = field(default_factory=set)
+    launches_after_commit: int = 0
+    failures_left: int = 20
+    now: float = 0.0
+
+    def drive(self, data: st.DataObject, *, may_die: bool) -> Schedule | None:
+        """Run a driver to its end, or until it dies (returns None)."""
+        state = schedule(*self.steps, committed=frozenset(self.committed))
+        running: set[str] = set()
+        state, decisions = advance(state, Tick(self.now))
+        for _ in range(1000):
+            for name in launched(decisions):
+                self.launches_after_commit += name in self.committed
+                assert all(need in self.committed for need in state.steps[name].needs)
+                running.add(name)
+            demand = sum(state.steps[name].resources.total_cpus for name in running)
+            assert demand <= state.capacity.cpus or len(running) == 1
+            if state.over:
+                return state
+            if may_die and data.draw(st.integers(0, 9), label="die") == 9:
+                return None
+            self.now += 1
+            if not running:
+                self.now += 1000
+                state, decisions = advance(state, Tick(self.now))
+                continue
+            name = data.draw(st.sampled_from(sorted(running)), label="ends")
+            running.discard(name)
+            if self.failures_left and data.draw(st.integers(0, 4), label="fails") == 4:
+                self.failures_left -= 1
+                failure = data.draw(st.sampled_from([LOST, Failure(FailureKind.PREEMPTED, "p")]))
+                state, decisions = advance(state, Failed(name, self.now, failure))
+            else:
+                self.committed.add(name)
+                state, decisions = advance(state, Committed(name, self.now))
+        raise AssertionError("the schedule does not end")
+
+
+@st.composite
+def graphs(draw: st.DrawFn) -> tuple[Step, ...]:
+    names = [f"s{index}" for index in range(draw(st.integers(1, 7)))]
+    return tuple(
+        step(name, *draw(st.sets(st.sampled_from(names[:index]), max_size=3) if index else st.just(set())), cpus=draw(st.sampled_from([0.5, 1, 2, 5])),
+             retry=Retry(attempts=50, backoff_seconds=0.5))
+        for index, name in enumerate(names)
+    )  # fmt: skip
+
+
+@settings(max_examples=150, deadline=None)
+@given(graphs(), st.data())
+def test_advance_random_graph_with_crashes_commits_each_step_and_repeats_none(steps: tuple[Step, ...], data: st.DataObject) -> None:
+    world = World(steps)
+    for _ in range(5):
+        final = world.drive(data, may_die=True)
+        if final is not None:
+            break
+    final = final or world.drive(data, may_die=False)
+    assert final is not None
+    assert final.succeeded
+    assert world.committed == {s.name for s in steps}
+    assert world.launches_after_commit == 0
+
+
+@settings(max_examples=100, deadline=None)
+@given(graphs(), st.data())
+def test_advance_random_permanent_failures_skip_exactly_what_needs_them(steps: tuple[Step, ...], data: st.DataObject) -> None:
+    doomed = data.draw(st.sets(st.sampled_from([s.name for s in steps])))
+    state, decisions = advance(schedule(*steps), Tick(0))
+    now, running = 0.0, launched(decisions)
+    while running:
+        name, now = running.pop(), now + 1
+        state, decisions = advance(state, Failed(name, now, BROKEN) if name in doomed else Committed(name, now))
+        running += launched(decisions)
+    assert state.over
+    lost: set[str] = set()
+    for s in steps:  # built in topological order
+        if s.needs() & (lost | doomed):
+            lost.add(s.name)
+    for s in steps:
+        expected = Phase.SKIPPED if s.name in lost else Phase.FAILED if s.name in doomed else Phase.COMMITTED
+        assert state.steps[s.name].phase is expected
