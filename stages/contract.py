@@ -1,4 +1,4 @@
-"""What a stage is, and what passes between the engine and a stage: config in, artifacts in, files and metrics out.
+"""What a stage is, and what passes between the engine and a stage: config and artifacts in, files and metrics out.
 
 A stage is a frozen config with one method, `run(context)`. Its fields are what its result depends on, and nothing
 else; where and how fast it runs is `Resources` and reaches it through the context. It reads `context.inputs`, writes
@@ -9,7 +9,7 @@ Files that each kind of artifact holds (logical names, relative to the artifact)
 
 | kind    | files |
 | ---     | --- |
-| dataset | `dataset.json`, `tokenizer/…`, `tokens/<split>-<part>.parquet`; splits `train`, `validation`, `calibration` |
+| dataset | `dataset.json`, `tokenizer/…`, `tokens/<split>-<part>.parquet` (`train`, `validation`, `calibration`) |
 | signals | `signals.json`, `signals/<shard>.parquet` |
 | model   | `model/…` (a checkpoint as the hub lays it out, tokenizer included), `training.json` |
 | search  | `search.json`, `finalists/<scheme>/…` (checkpoints) |
@@ -29,7 +29,7 @@ from typing import Any, ClassVar, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from stages.storage import File, Folder, cache_root, fetch
+from stages.storage import AlreadyExists, File, Folder, cache_root, fetch
 
 Kind = Literal["dataset", "signals", "model", "search", "scores", "speed", "report"]
 Split = Literal["train", "validation", "calibration"]
@@ -118,8 +118,8 @@ class Artifact:
         files = self.below(f"{name}/*")
         if not files:
             raise FileNotFoundError(f"the {self.kind} artifact {self.fingerprint[:12]} has no files below {name!r}")
-        path = [fetch(file, self._cache()) for file in files][0]
-        return path.parents[files[0].name.removeprefix(f"{name}/").count("/")]
+        paths = [fetch(file, self._cache()) for file in files]
+        return paths[0].parents[files[0].name.removeprefix(f"{name}/").count("/")]
 
     def read_json(self, name: str) -> Any:
         """Read one of the artifact's JSON files."""
@@ -195,7 +195,7 @@ class Stage(Config, ABC):
     FRESH_PROCESS: ClassVar[bool] = False
     """Needs a worker process of its own, since its library leaves state behind (costs about 230 ms)."""
 
-    def check(self, sources: "Mapping[str, Stage | Outside | Mapping[str, Stage | Outside]]") -> None:  # noqa: B027
+    def check(self, sources: "Mapping[str, Stage | Outside | Mapping[str, Stage | Outside]]") -> None:
         """Check what can be known before anything runs: this config against those of the steps that feed it.
 
         Raises:
@@ -230,14 +230,14 @@ class Shards:
 
     def write(self, name: str, data: bytes, facts: Mapping[str, Any]) -> None:
         """Write a shard, then its receipt. A shard that another attempt finished meanwhile stays as it is."""
-        from stages.storage import AlreadyExists
-
         file = self.out.put(name, data)
-        receipt = {"name": name, "uri": file.uri, "size_bytes": file.size_bytes, "sha256": file.sha256, "facts": dict(facts)}
+        receipts, receipt_name = self.resume / "receipts", name.replace("/", "~") + ".json"
+        receipt = {"name": name, "uri": file.uri, "size_bytes": file.size_bytes, "sha256": file.sha256}
         try:
-            (self.resume / "receipts").put_json(name.replace("/", "~") + ".json", receipt, create=True)
+            receipts.put_json(receipt_name, {**receipt, "facts": dict(facts)}, create=True)
         except AlreadyExists:
-            self.out.delete([name])
+            if receipts.get_json(receipt_name)["uri"] != file.uri:  # else it is ours, of a task that Ray ran twice
+                self.out.delete([name])
 
 
 def read_receipts(resume: Folder) -> list[File]:

@@ -15,13 +15,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import obstore
 from obstore.exceptions import AlreadyExistsError as AlreadyExists
 from obstore.store import LocalStore, ObjectStore, from_url
 
 from stages.errors import ConfigError
+
+if TYPE_CHECKING:
+    from obstore.store import ClientConfig
 
 __all__ = ["AlreadyExists", "Entry", "File", "Folder", "cache_root", "fetch", "is_remote"]
 
@@ -65,11 +68,14 @@ def _open(root: str) -> ObjectStore:
     if not is_remote(root):
         return LocalStore("/")
     insecure = os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://")
-    options = {"allow_http": True} if insecure and root.startswith("s3") else {}
+    options: ClientConfig = {"allow_http": True} if insecure and root.startswith("s3") else {}
     try:
-        return from_url(root, client_options=options)  # type: ignore[arg-type]
-    except Exception as error:  # noqa: BLE001  obstore raises one bare type per backend for a bad URL
-        raise ConfigError(f"cannot open the store {root!r}: {error}; expected a path, s3://, gs:// or az:// URI") from error
+        store: ObjectStore = from_url(root, client_options=options)
+        return store
+    except Exception as error:
+        raise ConfigError(
+            f"cannot open the store {root!r}: {error}; expected a path, s3://, gs:// or az:// URI"
+        ) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,6 +187,15 @@ class Folder:
         return None if is_remote(self.uri) else Path(self.uri)
 
 
+def _fetch_from_hub(uri: str) -> Path:
+    """Download `hf://<repo_id>@<commit>/<file>` into the hub's own cache, which checks what it downloads."""
+    from huggingface_hub import hf_hub_download
+
+    repo_id, _, rest = uri.removeprefix("hf://").partition("@")
+    revision, _, name = rest.partition("/")
+    return Path(hf_hub_download(repo_id, name, revision=revision))
+
+
 def fetch(file: File, folder: Path) -> Path:
     """Return a local path of a file: where it lies, or a download to `folder / file.name`, checked by its digest.
 
@@ -191,6 +206,8 @@ def fetch(file: File, folder: Path) -> Path:
 
     if not is_remote(file.uri):
         return Path(file.uri)
+    if file.uri.startswith("hf://"):
+        return _fetch_from_hub(file.uri)
     target = folder / file.name
     if target.exists() and target.stat().st_size == file.size_bytes:
         return target
@@ -203,6 +220,9 @@ def fetch(file: File, folder: Path) -> Path:
             sink.write(chunk)
     if digest.hexdigest() != file.sha256:
         os.unlink(sink.name)
-        raise StageFailed(f"{file.uri} has sha256 {digest.hexdigest()[:12]}…, expected {file.sha256[:12]}…; run `stillhouse artifacts verify`")
+        raise StageFailed(
+            f"{file.uri} has sha256 {digest.hexdigest()[:12]}…, expected {file.sha256[:12]}…; "
+            "run `stillhouse artifacts verify`"
+        )
     os.replace(sink.name, target)
     return target

@@ -125,7 +125,9 @@ class SilentWatcher:
         pass
 
 
-def drive(workflow: Workflow, store: ArtifactStore, tasks: Tasks, *, run: str = "run", **options: Any) -> tuple[RunResult, list[Record]]:
+def drive(
+    workflow: Workflow, store: ArtifactStore, tasks: Tasks, *, run: str = "run", **options: Any
+) -> tuple[RunResult, list[Record]]:
     """Plan a workflow and drive it to its end; return the result and what the ledger was told."""
     told: list[Record] = []
     plan = make_plan(workflow, store, deep=True, cluster=tasks.shape(), **options)

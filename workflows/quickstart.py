@@ -7,18 +7,20 @@ cross-entropy alone and one distilled → a search of quantization schemes on th
 from typing import Annotated
 
 from pydantic import Field
+from stages.promote.stage import Gate, Promote
+
+from stages.contract import Config, Resources
+from stages.errors import ConfigError
 from stages.evaluate.stage import Evaluate
 from stages.measure.device import describe_device
 from stages.measure.stage import Measure
-from stages.prepare.stage import ByteLevelBPE, Prepare
-from stages.promote.stage import Gate, Promote
-from stages.teach.stage import Teach, TopK
-from stages.train.stage import Llama, Train
-
-from stages.contract import Config, Resources
 from stages.outside import PythonDocs
-from stages.quantize.stage import DEFAULT_SCHEMES, Quantize
+from stages.prepare.stage import ByteLevelBPE, Prepare
+from stages.quantize.schemes import DEFAULT_SCHEMES
+from stages.quantize.stage import Quantize
+from stages.teach.stage import Teach, TopK
 from stages.train.objectives import CrossEntropy, Objective, SoftTarget
+from stages.train.stage import Llama, Train
 from workflows.engine.graph import Workflow
 
 
@@ -79,6 +81,8 @@ def quickstart(
         gate: what a model must hold to be promoted.
         seed: seed of everything random.
     """
+    if not students:
+        raise ConfigError("""no students: give at least one, e.g. --students '{"name": "plain"}'""")
     flow = Workflow("quickstart", base_model="python-docs")
     corpus = flow.step(
         "corpus",

@@ -17,9 +17,10 @@ from workflows.engine import records
 from workflows.engine.failures import Failure, FailureKind
 from workflows.engine.graph import Given, Handle, Source, Step, Wiring
 from workflows.engine.heartbeat import Heartbeat, Holder
-from workflows.engine.identity import Fingerprint, given_identity
+from workflows.engine.identity import given_identity
+from workflows.engine.manifest import build_manifest
 from workflows.engine.plan import Plan
-from workflows.engine.provenance import code_evidence
+from workflows.engine.recorder import Recorder
 from workflows.engine.records import Record
 from workflows.engine.schedule import (
     Began,
@@ -39,7 +40,7 @@ from workflows.engine.schedule import (
     advance,
     new_schedule,
 )  # fmt: skip
-from workflows.engine.store import MANIFEST_SCHEMA, ArtifactStore, Claim, Commit, Fenced
+from workflows.engine.store import ArtifactStore, Claim, Commit, Fenced
 from workflows.engine.tasks import Done, Reports, Request, Tasks
 
 logger = logging.getLogger(__name__)
@@ -107,6 +108,7 @@ class Driver:
     watcher: Watcher
     interrupt: Flag = field(default_factory=Flag)
     clock: Callable[[], float] = time.monotonic
+    _recorder: Recorder = field(init=False)
     _schedule: Schedule = field(init=False)
     _claims: dict[str, Claim] = field(init=False, default_factory=dict)
     _commits: dict[str, Commit] = field(init=False, default_factory=dict)
@@ -116,6 +118,7 @@ class Driver:
 
     def __post_init__(self) -> None:
         """Take the plan's hits as committed."""
+        self._recorder = Recorder(self.run, self.plan, self.record)
         self._commits = {
             name: step.commit for name, step in self.plan.steps.items() if step.status == "HIT" and step.commit
         }
@@ -131,7 +134,7 @@ class Driver:
             fingerprints = {name: planned.fingerprint for name, planned in self.plan.steps.items()}
             (self.store.root / "runs" / self.run).put_json("steps.json", fingerprints)
             for name in self._hits:
-                self._record_hit(name)
+                self._recorder.hit(name, self._commits[name])
             self._take(Tick(self.clock()))
             while not self._schedule.over:
                 if self.interrupt.is_set() and not self._schedule.interrupted:
@@ -198,7 +201,7 @@ class Driver:
             logs=self._logs(),
             resources=launch.resources,
         )
-        self._record_opened(launch.step, launch.attempt, "miss")
+        self._recorder.opened(launch.step, launch.attempt, "miss")
         self.watcher.step(launch.step, Phase.RUNNING, f"attempt {launch.attempt}" if launch.attempt > 1 else "")
         self.tasks.submit(request)
 
@@ -215,8 +218,8 @@ class Driver:
             return False
         self._commits[launch.step] = newest
         self._shared.add(launch.step)
-        self._record_opened(launch.step, launch.attempt, "hit")
-        self._record_closed(
+        self._recorder.opened(launch.step, launch.attempt, "hit")
+        self._recorder.closed(
             launch.step,
             launch.attempt,
             "FINISHED",
@@ -252,61 +255,36 @@ class Driver:
     def _ended(self, name: str, result: Done | Failure) -> None:
         state = self._schedule.steps[name]
         self._pass_on(self.tasks.reports())  # the last of its curves, before its record is closed
-        if isinstance(result, Done) and state.stopping is None:
-            result = self._commit(name, result)
-        if isinstance(result, Commit):
-            self._commits[name] = result
-            self.store.point(self.plan.workflow.name, name, result)
+        ended = self._commit(name, result) if isinstance(result, Done) else result
+        if isinstance(ended, Commit):
+            self._commits[name] = ended
+            self.store.point(self.plan.workflow.name, name, ended)
             metrics = {
-                **result.artifact.metrics,
-                "seconds": result.seconds,
-                "peak_memory_bytes": result.manifest["peak_memory_bytes"],
+                **ended.artifact.metrics,
+                "seconds": ended.seconds,
+                "peak_memory_bytes": ended.manifest["peak_memory_bytes"],
             }
-            self._record_closed(
+            self._recorder.closed(
                 name, state.attempt, "FINISHED", metrics, {"artifact": self.store.out(self._claims[name]).uri}
             )
-            self.watcher.step(name, Phase.COMMITTED, f"{result.seconds:.1f} s")
+            self.watcher.step(name, Phase.COMMITTED, f"{ended.seconds:.1f} s")
             self._take(Committed(name, self.clock()))
             return
-        failure = (
-            result
-            if isinstance(result, Failure)
-            else Failure(FailureKind.TRANSIENT, "it ended while it was being stopped")
-        )
-        self._record_closed(
-            name,
-            state.attempt,
-            "KILLED" if state.phase is Phase.STOPPING else "FAILED",
-            {},
-            {"error": failure.message[:500]},
-        )
-        self._take(Failed(name, self.clock(), failure))
+        status: records.Status = "KILLED" if state.phase is Phase.STOPPING else "FAILED"
+        self._recorder.closed(name, state.attempt, status, {}, {"error": ended.message[:500]})
+        self._take(Failed(name, self.clock(), ended))
 
     def _commit(self, name: str, done: Done) -> Commit | Failure:
         planned, claim = self.plan.steps[name], self._claims[name]
-        assert planned.identity is not None
-        stage = planned.step.stage
-        manifest = {
-            "schema": MANIFEST_SCHEMA,
-            "fingerprint": claim.fingerprint,
-            "generation": claim.generation,
-            "epoch": claim.epoch,
-            "kind": stage.KIND,
-            "stage": type(stage).__name__,
-            "step": name,
-            "workflow": self.plan.workflow.name,
-            "run": self.run,
-            "files": done.files,
-            "metrics": dict(done.metrics),
-            "fallbacks": list(done.fallbacks),
-            "identity": planned.identity.record,
-            "inputs": self._input_commits(planned.step),
-            "resources": self._schedule.steps[name].resources.model_dump(),
-            "provenance": {**done.environment, **code_evidence(type(stage))},
-            "seconds": done.seconds,
-            "peak_memory_bytes": done.peak_memory_bytes,
-            "created": time.time(),
-        }
+        manifest = build_manifest(
+            planned,
+            claim,
+            done,
+            workflow=self.plan.workflow.name,
+            run=self.run,
+            inputs=self._input_commits(planned.step),
+            resources=self._schedule.steps[name].resources,
+        )
         try:
             commit = self.store.commit(claim, manifest)
         except Fenced as error:
@@ -322,40 +300,9 @@ class Driver:
         for (name, _), (done, total, unit) in reports.progress.items():
             self.watcher.progress(name, done, total, unit)
         for (name, attempt), points in reports.curves.items():
-            self.record(records.CurvePoints(self.run, name, attempt, tuple(points)))
+            self._recorder.curves(name, attempt, points)
         for name, _, text in reports.notes:
             self.watcher.note(name, text)
-
-    # Recording ------------------------------------------------------------------------------------------------------
-
-    def _record_hit(self, name: str) -> None:
-        self._record_opened(name, 0, "hit")
-        commit = self._commits[name]
-        self._record_closed(name, 0, "FINISHED", commit.artifact.metrics, {"made_by_run": str(commit.manifest["run"])})
-
-    def _record_opened(self, name: str, attempt: int, cache: Literal["hit", "miss"]) -> None:
-        planned = self.plan.steps[name]
-        assert planned.fingerprint is not None
-        stage = type(planned.step.stage).__name__
-        self.record(records.StepOpened(self.run, name, attempt, _now_ms(), stage, planned.fingerprint, cache, {}))
-
-    def _record_closed(
-        self, name: str, attempt: int, status: records.Status, metrics: Mapping[str, float], tags: Mapping[str, str]
-    ) -> None:
-        stage = self.plan.steps[name].step.stage
-        self.record(
-            records.StepClosed(
-                self.run,
-                name,
-                attempt,
-                _now_ms(),
-                status,
-                metrics,
-                short_params(stage),
-                tags,
-                stage.model_dump_json(indent=1),
-            )
-        )
 
     def _result(self) -> RunResult:
         results = {}
@@ -378,38 +325,3 @@ _OUTCOMES: Mapping[Phase, Outcome] = {
     Phase.SKIPPED: "skipped",
     Phase.CANCELLED: "cancelled",
 }
-
-NUM_PARAMS = 12
-PARAM_CHARACTERS = 60
-
-
-def short_params(stage: Any) -> dict[str, str]:
-    """Return a stage's fields that fit a table's cell: numbers, words and flags, at most a dozen."""
-    plain = {
-        name: value for name, value in canonical_fields(stage).items() if isinstance(value, str | int | float | bool)
-    }
-    return {name: str(value)[:PARAM_CHARACTERS] for name, value in list(plain.items())[:NUM_PARAMS]}
-
-
-def canonical_fields(stage: Any) -> dict[str, Any]:
-    """Return a stage's own fields, without reading data from outside."""
-    return {name: getattr(stage, name) for name in type(stage).model_fields}
-
-
-def _now_ms() -> int:
-    return int(time.time() * 1000)
-
-
-def cost_seconds(store: ArtifactStore, fingerprint: Fingerprint, excluding: frozenset[str] = frozenset()) -> float:
-    """Return the wall-clock seconds of all the steps that an artifact was made by, but for those of `excluding`."""
-    seconds, seen, todo = 0.0, set(excluding), [fingerprint]
-    while todo:
-        current = todo.pop()
-        if current in seen:
-            continue
-        seen.add(current)
-        commit = store.newest(current)
-        if commit is not None:
-            seconds += commit.seconds
-            todo += [part["fingerprint"] for part in commit.manifest["inputs"].values()]
-    return seconds

@@ -12,11 +12,12 @@ from typing import Any
 from stages.errors import ConfigError
 from stages.storage import Folder
 from workflows.engine import records
-from workflows.engine.driver import Driver, RunResult, StepResult, Watcher, cost_seconds
+from workflows.engine.driver import Driver, RunResult, StepResult, Watcher
 from workflows.engine.failures import Failure
 from workflows.engine.graph import Workflow
 from workflows.engine.identity import Fingerprint
 from workflows.engine.ledger import Ledger, LedgerState, default_tracking_uri, replay
+from workflows.engine.manifest import cost_seconds
 from workflows.engine.plan import ClusterShape, Plan, make_plan
 from workflows.engine.provenance import git_commit
 from workflows.engine.store import ArtifactStore

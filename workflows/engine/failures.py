@@ -63,7 +63,11 @@ def decide(failure: Failure, *, attempt: int, retry: Retry, resources: Resources
         return GiveUp(f"it {failure.kind.value}, which trying again would repeat")
     if attempt >= retry.attempts:
         return GiveUp(f"it {failure.kind.value} at attempt {attempt} of {retry.attempts}")
-    wait = 0.0 if failure.kind is FailureKind.PREEMPTED else min(retry.backoff_seconds * 2 ** (attempt - 1), LONGEST_BACKOFF_SECONDS)
+    wait = (
+        0.0
+        if failure.kind is FailureKind.PREEMPTED
+        else min(retry.backoff_seconds * 2 ** (attempt - 1), LONGEST_BACKOFF_SECONDS)
+    )
     reason = f"it {failure.kind.value} at attempt {attempt} of {retry.attempts}"
     if failure.kind is not FailureKind.OUT_OF_MEMORY:
         return TryAgain(wait, resources, reason)

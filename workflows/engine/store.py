@@ -144,8 +144,8 @@ class ArtifactStore:
 
     # Claiming -------------------------------------------------------------------------------------------------------
 
-    def claim(self, fingerprint: Fingerprint, run: str) -> Claim | Commit | Holder:
-        """Take the right to write; or return the commit that appeared, or the live run that holds it."""
+    def claim(self, fingerprint: Fingerprint, run: str) -> Claim | Holder:
+        """Take the right to write, or return the live run that holds it."""
         folder = self.folder(fingerprint)
         while True:
             epochs = [int(entry.name.removesuffix(".json")) for entry in (folder / "claims").entries()]

@@ -55,7 +55,9 @@ def test_check_one_artifact_where_many_are_taken_is_refused() -> None:
 
 
 def test_check_unknown_step_names_nearest() -> None:
-    message = broken(lambda flow: (flow.step("data", Write()), flow.step("join", Join(), data=Handle("date", "dataset"))))
+    message = broken(
+        lambda flow: (flow.step("data", Write()), flow.step("join", Join(), data=Handle("date", "dataset")))
+    )
     assert "comes from step 'date', which is not in the workflow; did you mean 'data'?" in message
 
 

@@ -9,9 +9,10 @@ from stages.contract import Resources
 from tests.fakes import InlineTasks, SilentWatcher, drive
 from tests.stages_for_tests import Join, Pour, Stumble, Write
 from workflows.engine import records
-from workflows.engine.driver import Driver, cost_seconds
+from workflows.engine.driver import Driver
 from workflows.engine.failures import Failure, FailureKind
 from workflows.engine.graph import Retry, Workflow
+from workflows.engine.manifest import cost_seconds
 from workflows.engine.plan import make_plan
 from workflows.engine.store import ArtifactStore, Claim
 
@@ -60,19 +61,29 @@ def test_drive_lost_worker_is_tried_again_in_a_fresh_folder(store: ArtifactStore
     result, _ = drive(graph(), store, tasks)
     assert result.succeeded
     assert result.steps["first"].attempts == 3
-    assert [request.out.uri.rsplit("/", 1)[1] for request in tasks.requests if request.step == "first"] == ["000001", "000002", "000003"]
+    assert [request.out.uri.rsplit("/", 1)[1] for request in tasks.requests if request.step == "first"] == [
+        "000001",
+        "000002",
+        "000003",
+    ]
 
 
 def test_drive_attempts_spent_fails_the_step_and_skips_what_needs_it(store: ArtifactStore) -> None:
     result, _ = drive(graph(), store, InlineTasks({"first": [LOST] * 3}))
     assert not result.succeeded
-    assert {name: step.outcome for name, step in result.steps.items()} == {"data": "committed", "first": "failed", "second": "skipped"}
+    assert {name: step.outcome for name, step in result.steps.items()} == {
+        "data": "committed",
+        "first": "failed",
+        "second": "skipped",
+    }
     assert "the node died" in result.steps["first"].reason
     again, _ = drive(graph(), store, InlineTasks())
     assert again.executed == 2
 
 
-def test_drive_out_of_memory_shrinks_the_micro_batch_and_keeps_the_fingerprint(store: ArtifactStore, tmp_path: Path) -> None:
+def test_drive_out_of_memory_shrinks_the_micro_batch_and_keeps_the_fingerprint(
+    store: ArtifactStore, tmp_path: Path
+) -> None:
     flow = Workflow("flow")
     stage = Stumble(how="memory", times=2, counter=str(tmp_path / "tries"))
     flow.step("data", stage, resources=Resources(micro_batch=16), retry=AT_ONCE)
@@ -170,7 +181,12 @@ def test_drive_tells_the_ledger_of_every_attempt(store: ArtifactStore) -> None:
     opened = [(r.step, r.attempt) for r in told if isinstance(r, records.StepOpened)]
     closed = [(r.step, r.attempt, r.status) for r in told if isinstance(r, records.StepClosed)]
     assert opened == [("data", 1), ("first", 1), ("first", 2), ("second", 1)]
-    assert closed == [("data", 1, "FINISHED"), ("first", 1, "FAILED"), ("first", 2, "FINISHED"), ("second", 1, "FINISHED")]
+    assert closed == [
+        ("data", 1, "FINISHED"),
+        ("first", 1, "FAILED"),
+        ("first", 2, "FINISHED"),
+        ("second", 1, "FINISHED"),
+    ]
     _, told = drive(graph(), store, InlineTasks())
     assert {r.cache for r in told if isinstance(r, records.StepOpened)} == {"hit"}
 

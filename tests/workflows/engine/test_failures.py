@@ -26,7 +26,11 @@ def test_decide_permanent_gives_up_at_once(kind: FailureKind) -> None:
 
 
 def test_decide_backoff_doubles() -> None:
-    waits = [decision.wait_seconds for n in (1, 2) if isinstance(decision := after(FailureKind.WORKER_LOST, attempt=n), TryAgain)]
+    waits = [
+        decision.wait_seconds
+        for n in (1, 2)
+        if isinstance(decision := after(FailureKind.WORKER_LOST, attempt=n), TryAgain)
+    ]
     assert waits == [5.0, 10.0]
 
 

@@ -31,7 +31,9 @@ def graph(text: str = "x", mark: str = "", **options: Any) -> Workflow:
 
 
 def test_identity_resources_and_retries_change_nothing() -> None:
-    other = graph(resources=Resources(workers=7, gpus_per_worker=2, micro_batch=3), retry=Retry(attempts=9, timeout_seconds=1))
+    other = graph(
+        resources=Resources(workers=7, gpus_per_worker=2, micro_batch=3), retry=Retry(attempts=9, timeout_seconds=1)
+    )
     assert fingerprint(graph(), "join") == fingerprint(other, "join")
 
 
@@ -70,9 +72,7 @@ def test_identity_revision_counts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_identity_equal_in_other_processes_and_hash_seeds() -> None:
-    code = (
-        "from tests.workflows.engine.test_identity import fingerprint, graph; print(fingerprint(graph(), 'join'))"
-    )
+    code = "from tests.workflows.engine.test_identity import fingerprint, graph; print(fingerprint(graph(), 'join'))"
     found = {fingerprint(graph(), "join")}
     for seed in ("0", "1"):
         environment = {**os.environ, "PYTHONHASHSEED": seed}
@@ -83,7 +83,9 @@ def test_identity_equal_in_other_processes_and_hash_seeds() -> None:
 
 def test_identity_dict_order_changes_nothing() -> None:
     assert canonical({"a": 1, "b": 2}) == canonical({"b": 2, "a": 1})
-    assert json.dumps(canonical({"b": {"d": 1, "c": 2}, "a": 1})) == json.dumps(canonical({"a": 1, "b": {"c": 2, "d": 1}}))
+    assert json.dumps(canonical({"b": {"d": 1, "c": 2}, "a": 1})) == json.dumps(
+        canonical({"a": 1, "b": {"c": 2, "d": 1}})
+    )
 
 
 class Held(Config):
@@ -94,7 +96,9 @@ class Held(Config):
 
 
 @pytest.mark.parametrize(
-    "value", [lambda: 0, object(), Path("/data"), math.nan, math.inf, b"bytes", print], ids=["lambda", "object", "path", "nan", "inf", "bytes", "builtin"]
+    "value",
+    [lambda: 0, object(), Path("/data"), math.nan, math.inf, b"bytes", print],
+    ids=["lambda", "object", "path", "nan", "inf", "bytes", "builtin"],
 )
 def test_canonical_value_without_stable_form_is_refused(value: Any) -> None:
     with pytest.raises(ConfigError, match="no stable form"):
@@ -111,7 +115,9 @@ def test_identity_same_checkpoint_in_two_places_is_one(tmp_path: Path) -> None:
     for name in ("here", "there"):
         flow = Workflow("w")
         data = flow.step("data", Write())
-        flow.step("join", Join(), data=data, parts={"t": flow.given("teacher", Checkpoint(source=str(tmp_path / name)))})
+        flow.step(
+            "join", Join(), data=data, parts={"t": flow.given("teacher", Checkpoint(source=str(tmp_path / name)))}
+        )
         found.add(fingerprint(flow, "join"))
     assert len(found) == 1
 
@@ -119,7 +125,9 @@ def test_identity_same_checkpoint_in_two_places_is_one(tmp_path: Path) -> None:
 def test_identity_missing_checkpoint_leaves_it_and_what_follows_unknown(tmp_path: Path) -> None:
     flow = Workflow("w")
     data = flow.step("data", Write())
-    first = flow.step("join", Join(), data=data, parts={"t": flow.given("teacher", Checkpoint(source=str(tmp_path / "gone")))})
+    first = flow.step(
+        "join", Join(), data=data, parts={"t": flow.given("teacher", Checkpoint(source=str(tmp_path / "gone")))}
+    )
     flow.step("after", Join(), data=data, parts={"j": first})
     found = identities(flow)
     own, after = found["join"], found["after"]

@@ -104,7 +104,9 @@ def test_plan_deep_finds_same_size_rot_in_what_would_be_read(store: ArtifactStor
     assert found["data"] == ("MISS", "its commit was withdrawn: text.txt has another sha256 than its manifest names")
 
 
-def test_plan_changed_code_is_told_and_with_strict_code_a_miss(store: ArtifactStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plan_changed_code_is_told_and_with_strict_code_a_miss(
+    store: ArtifactStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
     drive(graph(), store, InlineTasks())
     monkeypatch.setattr("workflows.engine.plan.code_digest", lambda stage: "0" * 16)
     assert look(store, graph())["data"] == ("HIT", "committed, code changed since")

@@ -207,7 +207,9 @@ def graphs(draw: st.DrawFn) -> tuple[Step, ...]:
 
 @settings(max_examples=150, deadline=None)
 @given(graphs(), st.data())
-def test_advance_random_graph_with_crashes_commits_each_step_and_repeats_none(steps: tuple[Step, ...], data: st.DataObject) -> None:
+def test_advance_random_graph_with_crashes_commits_each_step_and_repeats_none(
+    steps: tuple[Step, ...], data: st.DataObject
+) -> None:
     world = World(steps)
     for _ in range(5):
         final = world.drive(data, may_die=True)
@@ -222,7 +224,9 @@ def test_advance_random_graph_with_crashes_commits_each_step_and_repeats_none(st
 
 @settings(max_examples=100, deadline=None)
 @given(graphs(), st.data())
-def test_advance_random_permanent_failures_skip_exactly_what_needs_them(steps: tuple[Step, ...], data: st.DataObject) -> None:
+def test_advance_random_permanent_failures_skip_exactly_what_needs_them(
+    steps: tuple[Step, ...], data: st.DataObject
+) -> None:
     doomed = data.draw(st.sets(st.sampled_from([s.name for s in steps])))
     state, decisions = advance(schedule(*steps), Tick(0))
     now, running = 0.0, launched(decisions)

@@ -92,7 +92,9 @@ def test_claim_of_a_dead_process_is_taken_over_at_once(store: ArtifactStore) -> 
     assert claimed(store, "alive").epoch == 2
 
 
-def test_claim_of_another_host_lives_as_long_as_its_heartbeat_moves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_claim_of_another_host_lives_as_long_as_its_heartbeat_moves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     runs = Folder.at(tmp_path / "runs")
     holder = replace(Holder.of_this_process("far"), host="another-host")
     liveness, now = Liveness(runs), [100.0]

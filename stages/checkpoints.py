@@ -1,0 +1,178 @@
+"""Loads and saves models and tokenizers as the hub lays them out: safetensors only, no code from outside, no network.
+
+Promises: what is loaded has every weight that its config asks for (transformers fills a missing one with noise and only
+warns); a tokenizer's digest depends on what it does to text, not on how its file is formatted.
+Does not: download (`stages.storage.fetch` does), or look into the weights (`stages.teach` finds NaN).
+"""
+
+import hashlib
+import json
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stages.errors import StageFailed
+from stages.storage import Folder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def _quiet() -> None:
+    """Keep transformers' progress bars and warnings off stderr: what matters is raised as an error."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+def load_model(folder: Path, *, dtype: str = "float32", device: str = "cpu") -> "PreTrainedModel":
+    """Load a causal language model for inference (`eval` mode).
+
+    Args:
+        folder: a checkpoint as the hub lays it out.
+        dtype: torch's name of the weights' type, e.g. `bfloat16`; `auto` is what the checkpoint names.
+        device: torch's name of the device.
+
+    Raises:
+        StageFailed: no safetensors, an architecture that transformers does not know as a causal language model, or
+            weights that are missing or of another shape than the config says.
+    """
+    import torch
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    _quiet()
+    model_config(folder)
+    if not list(folder.glob("*.safetensors")):
+        raise StageFailed(f"{folder} has no *.safetensors weights; save the model again with `save_pretrained`")
+    wanted = dtype if dtype == "auto" else getattr(torch, dtype, None)
+    if wanted != "auto" and not isinstance(wanted, torch.dtype):
+        raise StageFailed(f"dtype={dtype!r} is no type of torch; expected e.g. 'float32', 'bfloat16' or 'auto'")
+    try:
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=wanted,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        raise StageFailed(f"cannot load the model in {folder}: {type(error).__name__}: {error}") from error
+    problems = {name: sorted(map(str, loading[name])) for name in ("missing_keys", "mismatched_keys") if loading[name]}
+    if problems:
+        shown = "; ".join(f"{len(keys)} {name.replace('_', ' ')}, such as {keys[0]}" for name, keys in problems.items())
+        raise StageFailed(
+            f"the weights in {folder} are not those that its config.json describes: {shown}; save the model again"
+        )
+    loaded: PreTrainedModel = model.to(device).eval()
+    return loaded
+
+
+def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
+    """Load a tokenizer.
+
+    Raises:
+        StageFailed: the folder holds none, or one that needs code from outside.
+    """
+    from transformers import AutoTokenizer
+
+    _quiet()
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
+        raise StageFailed(f"cannot load the tokenizer in {folder}: {type(error).__name__}: {error}") from error
+    return tokenizer
+
+
+def save_checkpoint(
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase | None", out: Folder, name: str
+) -> None:
+    """Save a model and its tokenizer below `name/`: written in place on a local disk, else uploaded file by file."""
+    _quiet()
+    local = out.local_path()
+    if local is not None:
+        _save(model, tokenizer, local / name)
+        return
+    with tempfile.TemporaryDirectory(prefix="checkpoint-") as temporary:
+        _save(model, tokenizer, Path(temporary))
+        upload_folder(Path(temporary), out, name)
+
+
+def _save(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase | None", folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+def upload_folder(folder: Path, out: Folder, name: str) -> None:
+    """Copy a local folder's files below `name/`, in the order of their names."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            out.upload(path, f"{name}/{path.relative_to(folder).as_posix()}")
+
+
+def model_config(folder: Path) -> dict[str, Any]:
+    """Read a checkpoint's `config.json`, without transformers.
+
+    Raises:
+        StageFailed: it is missing, or not a JSON object.
+    """
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise StageFailed(
+            f"{folder} has no config.json; expected a checkpoint as `save_pretrained` writes it"
+        ) from error
+    except ValueError as error:
+        raise StageFailed(f"{path} is not JSON: {error}; save the model again") from error
+    if not isinstance(config, dict):
+        raise StageFailed(f"{path} holds a {type(config).__name__}, expected an object; save the model again")
+    return config
+
+
+def _tokenizer_json(folder: Path) -> dict[str, Any]:
+    """Read `tokenizer.json`, or what transformers makes of a tokenizer in another layout."""
+    path = folder / "tokenizer.json"
+    if path.exists():
+        parsed: dict[str, Any] = json.loads(path.read_text())
+        return parsed
+    backend = getattr(load_tokenizer(folder), "backend_tokenizer", None)
+    if backend is None:
+        raise StageFailed(
+            f"the tokenizer in {folder} has no tokenizer.json; save it again with `save_pretrained` of a fast tokenizer"
+        )
+    parsed = json.loads(backend.to_str())
+    return parsed
+
+
+def tokenizer_digest(folder: Path) -> str:
+    """Hash what decides a text's token ids: vocabulary, merges, added tokens, normalizer, pre-tokenizer.
+
+    Chat template, decoder, padding and truncation are left out: two tokenizers with one digest give the same ids.
+    """
+    parsed = _tokenizer_json(folder)
+    model = dict(parsed["model"])
+    # Written as "a b" by tokenizers < 0.20 and as ["a", "b"] since.
+    model["merges"] = [m.split(" ", 1) if isinstance(m, str) else m for m in model.get("merges") or []]
+    canonical = {
+        "model": model,
+        "added_tokens": sorted((token["id"], token["content"]) for token in parsed.get("added_tokens") or []),
+        "normalizer": parsed.get("normalizer"),
+        "pre_tokenizer": parsed.get("pre_tokenizer"),
+    }
+    return hashlib.sha256(json.dumps(canonical, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
+
+
+def vocabulary_size(folder: Path) -> int:
+    """Return the tokenizer's highest token id + 1: how many logits a model needs at least (many have more, padded)."""
+    parsed = _tokenizer_json(folder)
+    vocabulary = parsed["model"].get("vocab") or []
+    highest: int = max(vocabulary.values(), default=-1) if isinstance(vocabulary, dict) else len(vocabulary) - 1
+    added: list[int] = [token["id"] for token in parsed.get("added_tokens") or []]
+    return 1 + max([highest, *added])

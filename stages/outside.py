@@ -1,0 +1,430 @@
+"""Data from outside: what it is (digests, hub revisions) and where it lies; checkpoints, tokenizers and documents.
+
+Promises: equal data has an equal identity wherever it lies (a path, an object store) and whatever its folder is
+called; a hub id is pinned to the commit that it names at the moment. Pickled weights are never listed, so nothing
+downstream can open one.
+Does not: read documents (that is `stages.prepare`) or load models (that is `stages.checkpoints`).
+"""
+
+import json
+import platform
+import re
+from collections.abc import Callable, Iterable
+from difflib import get_close_matches
+from glob import glob, has_magic
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from stages.contract import Artifact, Outside
+from stages.digests import digest_files, digest_objects, list_objects, nearest_path
+from stages.errors import OutsideError
+from stages.storage import File, Folder, is_remote
+
+PYTHON_DOCS_REVISION = "2026-11-21 topics and docstrings by ast"
+"""Changed with each edit of `stages/prepare/python_docs.py` that changes what it extracts."""
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+TEXT_SUFFIXES = (".txt", ".text", ".md", ".markdown", ".rst")
+LINE_SUFFIXES = (".jsonl", ".ndjson", ".json")
+PARQUET_SUFFIXES = (".parquet",)
+DOCUMENT_SUFFIXES = TEXT_SUFFIXES + LINE_SUFFIXES + PARQUET_SUFFIXES
+VOCABULARY_FILES = frozenset(
+    {"tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"}
+)
+TOKENIZER_FILES = VOCABULARY_FILES | {
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+}
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+# ---------------------------------------------------------------- the hub
+
+
+def _hub_info(kind: Literal["model", "dataset"], repo_id: str, revision: str | None) -> Any:
+    """Ask the hub for a repository's commit and files.
+
+    Raises:
+        OutsideError: no such repository or revision, no permission, or the hub is out of reach.
+    """
+    import httpx
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+
+    what = f"hub {kind} {repo_id!r}" + (f" at revision {revision!r}" if revision else "")
+    try:
+        if kind == "model":
+            return HfApi().model_info(repo_id, revision=revision, files_metadata=True)
+        return HfApi().dataset_info(repo_id, revision=revision)
+    except GatedRepoError as error:
+        raise OutsideError(f"{what} is gated: accept its terms on its page, then set HF_TOKEN") from error
+    except RevisionNotFoundError as error:
+        raise OutsideError(
+            f"{what}: no such revision; expected a branch, a tag or a commit of that repository"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise OutsideError(f"{what} does not exist, or is private; check the id, or set HF_TOKEN") from error
+    except (HfHubHTTPError, httpx.HTTPError, OSError, ValueError) as error:
+        detail = next(iter(str(error).splitlines()), "no detail")
+        raise OutsideError(
+            f"{what} cannot be reached ({type(error).__name__}: {detail}); "
+            "give a local path instead, or check the network, HF_TOKEN and HF_HUB_OFFLINE"
+        ) from error
+
+
+class _Repository:
+    """A folder, a remote prefix or a hub repository as one listing: names, JSON reading and files."""
+
+    def __init__(self, source: str, revision: str | None) -> None:
+        self.source = source
+        self.commit: str | None = None
+        """The commit of a hub repository, else None."""
+        self._where: Path | Folder | None = None
+        """Where the files lie; None where they are on the hub."""
+        path = Path(source).expanduser()
+        if path.is_dir():
+            self._open_folder(path.absolute())
+        elif is_remote(source):
+            self._where = Folder.at(source)
+            self.names = {entry.name for entry in list_objects(self._where)}
+        elif path.exists():
+            raise OutsideError(f"{source!r} is a file, expected the folder of a checkpoint")
+        elif _looks_like_hub_id(source):
+            self._open_hub(revision)
+        else:
+            raise OutsideError(f"the checkpoint folder {source!r} does not exist; {nearest_path(path.absolute())}")
+        if revision is not None and self.commit is None:
+            raise OutsideError(f"revision={revision!r} is for hub ids, but {source!r} is a folder; leave revision out")
+
+    def _open_folder(self, path: Path) -> None:
+        self._where = path
+        self.names = {child.name for child in path.iterdir() if child.is_file()}
+
+    def _open_hub(self, revision: str | None) -> None:
+        try:
+            info = _hub_info("model", self.source, revision)
+        except OutsideError as error:
+            cached = _cached_snapshot(self.source, revision)
+            if cached is None:
+                hint = nearest_path(Path(self.source).absolute())
+                raise OutsideError(f"{error} (there is no folder of that name either: {hint})") from error
+            self.commit = revision
+            self._open_folder(cached)
+            return
+        self.commit = info.sha
+        self._siblings = {sibling.rfilename: sibling for sibling in info.siblings}
+        self.names = set(self._siblings)
+
+    def read_json(self, name: str) -> Any:
+        """Read one of its small JSON files."""
+        if isinstance(self._where, Folder):
+            return self._where.get_json(name)
+        if self._where is not None:
+            return json.loads((self._where / name).read_text())
+        from huggingface_hub import hf_hub_download
+
+        return json.loads(Path(hf_hub_download(self.source, name, revision=self.commit)).read_text())
+
+    def files(self, names: Iterable[str], prefix: str) -> tuple[File, ...]:
+        """Return files under logical names `prefix/name`; the hub knows a sha256 only of what lies in git-lfs."""
+        ordered = sorted(names)
+        if isinstance(self._where, Folder):
+            found = digest_objects(self._where, ordered)
+            return tuple(File(f"{prefix}/{f.name}", f.uri, f.size_bytes, f.sha256) for f in found)
+        if self._where is not None:
+            return digest_files({f"{prefix}/{name}": self._where / name for name in ordered})
+        base = f"hf://{self.source}@{self.commit}"
+        known = [(name, self._siblings[name]) for name in ordered]
+        return tuple(File(f"{prefix}/{n}", f"{base}/{n}", s.size or 0, s.lfs.sha256 if s.lfs else "") for n, s in known)
+
+    def identity(self, kind: str, names: Iterable[str]) -> dict[str, Any]:
+        """Return the identity: the hub's commit, or names and digests."""
+        if self.commit is not None:
+            return {
+                "kind": "hub" if kind == "checkpoint" else f"hub-{kind}",
+                "id": self.source,
+                "revision": self.commit,
+            }
+        return {"kind": kind, "files": [[f.name.partition("/")[2], f.sha256] for f in self.files(names, kind)]}
+
+
+def _looks_like_hub_id(source: str) -> bool:
+    return _HUB_ID.fullmatch(source) is not None and not source.startswith(".") and source.count("/") <= 1
+
+
+def _cached_snapshot(repo_id: str, revision: str | None) -> Path | None:
+    """Return the hub cache's folder of an exact commit, else None: a branch's cached state may be old."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    if revision is None or not _COMMIT.fullmatch(revision):
+        return None
+    try:
+        return Path(snapshot_download(repo_id, revision=revision, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
+
+
+def _checkpoint_names(names: set[str], read_json: Callable[[str], Any], source: str) -> set[str]:
+    """Choose a checkpoint's files: config, the safetensors that transformers would load, tokenizer, templates.
+
+    Raises:
+        OutsideError: it has no config, only pickled weights, or a shard is missing.
+    """
+    if "config.json" not in names:
+        close = get_close_matches("config.json", sorted(names), n=1, cutoff=0.6)
+        hint = f"; the nearest name is {close[0]!r}" if close else ""
+        raise OutsideError(f"{source!r} has no config.json{hint}; expected a model as `save_pretrained` writes it")
+    index = "model.safetensors.index.json"
+    if index in names:
+        weights = set(read_json(index)["weight_map"].values())
+        if weights - names:
+            raise OutsideError(
+                f"{source!r} lacks the weights {sorted(weights - names)} that {index} names; copy the checkpoint again"
+            )
+    elif "model.safetensors" in names:
+        weights = {"model.safetensors"}
+    else:
+        pickles = sorted(name for name in names if name.endswith(PICKLE_SUFFIXES))
+        found = f"only pickled weights ({', '.join(pickles[:3])})" if pickles else "no weights"
+        raise OutsideError(
+            f"{source!r} has {found}; expected model.safetensors: safetensors only, since a pickle can run code. "
+            "Where you trust it, convert it with `AutoModelForCausalLM.from_pretrained(old).save_pretrained(new)`"
+        )
+    plain = {n for n in names if "/" not in n and n.endswith((".json", ".jinja")) and not n.endswith(".index.json")}
+    return plain | weights | (names & TOKENIZER_FILES) | (names & {index})
+
+
+class Checkpoint(Outside):
+    """A model from outside: a folder, an `s3://`, `gs://` or `az://` prefix, or a hub id. Safetensors only."""
+
+    source: str
+    """A folder's path or URI, or a hub id such as `Qwen/Qwen3-0.6B`."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id; None is the default branch. Resolved to its commit in the identity."""
+
+    def identity(self) -> dict[str, Any]:
+        """Return names and digests of the files, or the hub's commit."""
+        found = _Repository(self.source, self.revision)
+        return found.identity("checkpoint", _checkpoint_names(found.names, found.read_json, self.source))
+
+    def artifact(self, fingerprint: str) -> Artifact:
+        """Return it as a model artifact whose files lie where they are."""
+        found = _Repository(self.source, self.revision)
+        names = _checkpoint_names(found.names, found.read_json, self.source)
+        return Artifact("model", fingerprint, found.files(names, "model"))
+
+
+class PretrainedTokenizer(Outside):
+    """A tokenizer from outside: a folder or prefix that holds one (a checkpoint's will do), or a hub id."""
+
+    source: str
+    """A folder's path or URI, or a hub id."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id; None is the default branch."""
+
+    def _open(self) -> tuple[_Repository, set[str]]:
+        found = _Repository(self.source, self.revision)
+        if not found.names & VOCABULARY_FILES:
+            expected = ", ".join(sorted(VOCABULARY_FILES))
+            raise OutsideError(f"{self.source!r} has no tokenizer: expected one of {expected}")
+        return found, found.names & (TOKENIZER_FILES | {"config.json"})
+
+    def identity(self) -> dict[str, Any]:
+        """Return names and digests of the tokenizer's files, or the hub's commit."""
+        found, names = self._open()
+        return found.identity("tokenizer", names)
+
+    def artifact(self, fingerprint: str) -> Artifact:
+        """Return it as an artifact with files `tokenizer/…` that lie where they are."""
+        found, names = self._open()
+        return Artifact("dataset", fingerprint, found.files(names, "tokenizer"))
+
+
+# ---------------------------------------------------------------- documents
+
+
+class PythonDocs(Outside):
+    """The documentation that Python brings along: about 2 MB of English in which nothing need be downloaded."""
+
+    kind: Literal["python-docs"] = "python-docs"
+
+    def identity(self) -> dict[str, Any]:
+        """Return Python's version and the extractor's revision: what the text follows from, without reading it."""
+        return {"kind": self.kind, "python": platform.python_version(), "revision": PYTHON_DOCS_REVISION}
+
+
+class Files(Outside):
+    """Files of text (.txt, .md, .rst), of JSON lines (.jsonl, .ndjson, .json) or Parquet."""
+
+    kind: Literal["files"] = "files"
+    paths: tuple[str, ...] = Field(min_length=1)
+    """Paths, folders (taken with all below), globs (`**` too), on local disk or `s3://`, `gs://`, `az://`."""
+
+    def files(self) -> tuple[File, ...]:
+        """Return the files under names relative to the folder or the glob's fixed part, sorted by name and digest.
+
+        Raises:
+            OutsideError: a path is missing, a glob matches nothing, or a file's format is not known.
+        """
+        found: dict[str, File] = {}
+        for path in self.paths:
+            for file in _remote_files(path) if is_remote(path) else _local_files(path):
+                found.setdefault(file.uri, file)
+        return tuple(sorted(found.values(), key=lambda file: (file.name, file.sha256)))
+
+    def identity(self) -> dict[str, Any]:
+        """Return names and digests."""
+        return {"kind": self.kind, "files": [[file.name, file.sha256] for file in self.files()]}
+
+
+def _fixed_part(pattern: str) -> tuple[str, str]:
+    """Divide a glob into the folder before its first wildcard and the rest."""
+    parts = pattern.split("/")
+    first = next(i for i, part in enumerate(parts) if has_magic(part))
+    return "/".join(parts[:first]), "/".join(parts[first:])
+
+
+def _local_files(text: str) -> tuple[File, ...]:
+    path = Path(text.removeprefix("file://")).expanduser()
+    if has_magic(str(path)) and not path.exists():
+        base, pattern = _fixed_part(str(path.absolute()))
+        root = Path(base or "/")
+        names = [name for name in glob(pattern, root_dir=root, recursive=True) if (root / name).is_file()]
+    elif path.is_dir():
+        root, names = (
+            path,
+            [str(p.relative_to(path)) for p in path.rglob("*") if p.is_file() and not _is_hidden(p, path)],
+        )
+    elif path.exists():
+        _check_suffix(text)
+        root, names = path.parent, [path.name]
+    else:
+        raise OutsideError(f"the source {text!r} does not exist; {nearest_path(path.absolute())}")
+    chosen = _readable(names, text, lambda: nearest_path(root / "*") if not root.exists() else "")
+    return digest_files({name: root / name for name in chosen})
+
+
+def _is_hidden(path: Path, root: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(root).parts)
+
+
+def _remote_files(uri: str) -> tuple[File, ...]:
+    if has_magic(uri):
+        base, pattern = _fixed_part(uri)
+        folder, matches = Folder.at(base), _glob_regex(pattern)
+        names = [entry.name for entry in list_objects(folder) if matches.fullmatch(entry.name)]
+    elif uri.endswith(DOCUMENT_SUFFIXES):
+        parent, _, name = uri.rpartition("/")
+        folder = Folder.at(parent)
+        siblings = [entry.name for entry in list_objects(folder)]
+        names = [n for n in siblings if n == name]
+        if not names:
+            close = get_close_matches(name, siblings, n=1, cutoff=0.5)
+            hint = f"; did you mean {folder.uri_of(close[0])!r}?" if close else ""
+            raise OutsideError(f"the source {uri!r} does not exist{hint}")
+    else:
+        folder = Folder.at(uri)
+        names = [entry.name for entry in list_objects(folder)]
+    return digest_objects(folder, _readable(names, uri, lambda: ""))
+
+
+def _glob_regex(pattern: str) -> re.Pattern[str]:
+    """Translate a glob as `glob.glob(recursive=True)` reads it: `*` stays within a folder, `**/` spans folders."""
+    out = ""
+    for token in re.findall(r"\*\*/|\*\*|\*|\?|\[[^\]]*\]|[^*?\[]+|\[", pattern):
+        known = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+        is_class = len(token) > 1 and token.startswith("[")
+        out += known.get(token) or (token.replace("[!", "[^") if is_class else re.escape(token))
+    return re.compile(out)
+
+
+def _check_suffix(text: str) -> None:
+    if not text.endswith(DOCUMENT_SUFFIXES):
+        raise OutsideError(f"cannot read documents from {text!r}; expected one of {', '.join(DOCUMENT_SUFFIXES)}")
+
+
+def _readable(names: list[str], text: str, hint: Callable[[], str]) -> list[str]:
+    """Keep the names whose format is known; refuse a source that has none."""
+    chosen = sorted(name for name in names if name.endswith(DOCUMENT_SUFFIXES))
+    if not chosen:
+        others = f" ({len(names)} other files, such as {sorted(names)[0]!r})" if names else ""
+        more = f"; {hint()}" if hint() else ""
+        raise OutsideError(
+            f"the source {text!r} matches no file to read{others}; expected {', '.join(DOCUMENT_SUFFIXES)}{more}"
+        )
+    return chosen
+
+
+class HubDataset(Outside):
+    """A dataset of the Hugging Face hub, one split of one configuration."""
+
+    kind: Literal["hub-dataset"] = "hub-dataset"
+    id: str
+    """The hub's id, e.g. `Salesforce/wikitext`."""
+    config: str | None = None
+    """The dataset's configuration, e.g. `wikitext-2-raw-v1`; None is its default."""
+    split: str = "train"
+    """The hub's split to read; stillhouse makes its own three splits of it."""
+    revision: str | None = None
+    """Branch, tag or commit; None is the default branch. Resolved to its commit in the identity."""
+
+    def resolved(self) -> "HubDataset":
+        """Return it pinned to the commit; a revision that is a commit already needs no network."""
+        if self.revision is not None and _COMMIT.fullmatch(self.revision):
+            return self
+        return self.model_copy(update={"revision": _hub_info("dataset", self.id, self.revision).sha})
+
+    def identity(self) -> dict[str, Any]:
+        """Return the id, configuration, split and commit."""
+        return self.resolved().model_dump()
+
+
+class LocalDataset(Outside):
+    """A folder that `datasets.Dataset.save_to_disk` wrote."""
+
+    kind: Literal["local-dataset"] = "local-dataset"
+    path: str
+    """The folder; of a `DatasetDict` with `split`."""
+    split: str | None = None
+    """The split to read of a `DatasetDict`; None for a plain `Dataset`."""
+
+    def folder(self) -> Path:
+        """Return the folder of the Arrow files.
+
+        Raises:
+            OutsideError: no such folder, no dataset in it, or a `DatasetDict` without a known split.
+        """
+        root = Path(self.path).expanduser().absolute()
+        if not root.is_dir():
+            raise OutsideError(f"the dataset folder {self.path!r} does not exist; {nearest_path(root)}")
+        if (root / "dataset_dict.json").exists():
+            splits = json.loads((root / "dataset_dict.json").read_text())["splits"]
+            if self.split not in splits:
+                raise OutsideError(
+                    f"{self.path!r} is a DatasetDict, but split={self.split!r} is none of {splits}; set split"
+                )
+            return root / str(self.split)
+        if self.split is not None:
+            raise OutsideError(f"{self.path!r} is a plain Dataset, but split={self.split!r} is set; leave split out")
+        if not (root / "state.json").exists():
+            raise OutsideError(
+                f"{self.path!r} is no dataset: expected what `Dataset.save_to_disk` wrote; for other files use `files`"
+            )
+        return root
+
+    def identity(self) -> dict[str, Any]:
+        """Return names and digests of the Arrow files: `state.json` holds a random fingerprint besides."""
+        folder = self.folder()
+        names = sorted(entry["filename"] for entry in json.loads((folder / "state.json").read_text())["_data_files"])
+        return {"kind": self.kind, "files": [[f.name, f.sha256] for f in digest_files({n: folder / n for n in names})]}
+
+
+Source = Annotated[PythonDocs | Files | HubDataset | LocalDataset, Field(discriminator="kind")]
+"""Where documents come from."""

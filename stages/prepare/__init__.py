@@ -1,0 +1,1 @@
+"""Turns documents, chats and labelled rows into shards of packed tokens."""

@@ -1,0 +1,196 @@
+"""Rows to documents: what each schema expects, what a document's digest is, and on which side of the split it falls.
+
+| schema | row | targets of the loss |
+| --- | --- | --- |
+| text | `{"text": "…"}` (the field is configurable), or a text file | every token |
+| chat | `{"messages": [{"role": "user", "content": "…"}, {"role": "assistant", …}]}` | what the assistant says |
+| prompt-completion | `{"prompt": "…", "completion": "…"}` | the completion |
+
+Promise: equal documents (up to white space and Unicode form) have equal digests and so fall on the same side; the
+split of a document depends on its content and the seed alone, never on its place or on the other documents.
+Does not: deduplicate, or find near duplicates.
+"""
+
+import hashlib
+import json
+import unicodedata
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from stages.contract import Split
+from stages.errors import StageFailed, nearest
+from stages.prepare.parts import Part
+from stages.prepare.reading import Row, first_row_number, read_piece
+
+Schema = Literal["text", "chat", "prompt-completion"]
+NUM_EXAMPLES = 10
+"""Rejected rows that are shown."""
+
+
+class RowRejected(Exception):
+    """A row is not what its schema says; the message says what is wrong with it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One document of any schema."""
+
+    schema: Schema
+    digest: bytes
+    """sha256 of the normalized content."""
+    text: str = ""
+    """text: the document; prompt-completion: the completion."""
+    prompt: str = ""
+    messages: tuple[dict[str, Any], ...] = ()
+
+    @property
+    def id(self) -> int:
+        """The first 8 bytes of the digest as a non-negative 63-bit integer."""
+        return int.from_bytes(self.digest[:8], "big") & (2**63 - 1)
+
+    @property
+    def words(self) -> str:
+        """All of its text, for training a tokenizer."""
+        return "\n".join([*(message["content"] for message in self.messages), self.prompt, self.text]).strip("\n")
+
+
+def normalize(text: str) -> str:
+    """Return the text in NFC with each run of white space as one space: what a digest is taken of."""
+    return " ".join(unicodedata.normalize("NFC", text).split())
+
+
+def _digest(*texts: str) -> bytes:
+    normalized = [normalize(text) for text in texts]
+    content = normalized[0] if len(normalized) == 1 else json.dumps(normalized, ensure_ascii=False)
+    return hashlib.sha256(content.encode("utf-8", "surrogatepass")).digest()
+
+
+def document_of(value: Any, schema: Schema, text_field: str) -> Document | None:
+    """Turn a row's value into a document; None where it holds nothing but white space.
+
+    Raises:
+        RowRejected: the row is not what the schema says.
+    """
+    if isinstance(value, str):
+        text = value.strip()
+        return Document("text", _digest(text), text) if text else None
+    if schema == "text":
+        text = _field(value, text_field)
+        return Document("text", _digest(text), text) if text.strip() else None
+    if schema == "prompt-completion":
+        prompt, completion = _field(value, "prompt"), _field(value, "completion")
+        if not completion.strip():
+            raise RowRejected("the completion is empty")
+        return Document(schema, _digest(prompt, completion), completion, prompt)
+    messages = tuple(_messages(value))
+    return Document(schema, _digest(*(part for m in messages for part in (m["role"], m["content"]))), messages=messages)
+
+
+def _field(value: Mapping[str, Any], name: str) -> str:
+    if name not in value:
+        raise RowRejected(f"no field {name!r}{nearest(name, list(value))}")
+    found = value[name]
+    if not isinstance(found, str):
+        raise RowRejected(f"{name!r} is {_shown(found)}, expected text")
+    try:
+        found.encode()
+    except UnicodeEncodeError as error:
+        raise RowRejected(
+            f"{name!r} holds half of a surrogate pair at character {error.start}, which is not text"
+        ) from error
+    return found
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return "null" if value is None else f"{type(value).__name__} {text if len(text) <= 40 else text[:37] + '…'}"
+
+
+def _messages(value: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    if "messages" not in value:
+        raise RowRejected(f"no field 'messages'{nearest('messages', list(value))}")
+    messages = value["messages"]
+    if not isinstance(messages, list) or not messages:
+        raise RowRejected(f"'messages' is {_shown(messages)}, expected a list of {{'role', 'content'}}")
+    for number, message in enumerate(messages):
+        if not isinstance(message, dict):
+            raise RowRejected(f"messages[{number}] is {_shown(message)}, expected {{'role', 'content'}}")
+        try:
+            kept = {key: item for key, item in message.items() if item is not None}
+            yield kept | {"role": _field(message, "role"), "content": _field(message, "content")}
+        except RowRejected as error:
+            raise RowRejected(f"messages[{number}]: {error}") from error
+    if not any(message["role"] == "assistant" and message["content"].strip() for message in messages):
+        raise RowRejected("no message of the role 'assistant', so there is nothing to learn")
+
+
+def detect_schema(parts: list[Part], text_field: str) -> Schema:
+    """Tell the schema from the fields of the first row that can be read; text files alone are text.
+
+    Raises:
+        StageFailed: the row has the fields of no schema.
+    """
+    for piece in (piece for part in parts for piece in part.pieces if piece.kind in ("lines", "parquet", "rows")):
+        for row in read_piece(piece):
+            if not isinstance(row.value, dict):
+                continue
+            if "messages" in row.value:
+                return "chat"
+            if "prompt" in row.value and "completion" in row.value:
+                return "prompt-completion"
+            if text_field in row.value:
+                return "text"
+            raise StageFailed(
+                f"cannot tell the schema of {piece.name}:{row.number}, whose fields are {sorted(row.value)}; expected "
+                f"{text_field!r}, or 'messages', or 'prompt' and 'completion'; set text_field, or rename the fields"
+            )
+    return "text"
+
+
+def split_of(digest: bytes, *, seed: int, validation_fraction: float, calibration_fraction: float) -> Split:
+    """Return the side of the split on which a document falls, by a hash of seed and content."""
+    hashed = hashlib.sha256(seed.to_bytes(8, "big", signed=True) + digest).digest()
+    where = int.from_bytes(hashed[:8], "big") / 2**64
+    if where < validation_fraction:
+        return "validation"
+    return "calibration" if where < validation_fraction + calibration_fraction else "train"
+
+
+class PartReader:
+    """Reads one part's documents in order, and keeps count of what it rejects."""
+
+    def __init__(self, part: Part, schema: Schema, text_field: str) -> None:
+        self._part, self._schema, self._text_field = part, schema, text_field
+        self.num_rows = 0
+        self.num_rejected = 0
+        self.examples: list[str] = []
+
+    def reject(self, place: tuple[int, int], reason: str) -> None:
+        """Count a rejected row; the first ten are kept with `file:row`."""
+        self.num_rejected += 1
+        if len(self.examples) < NUM_EXAMPLES:
+            piece = self._part.pieces[place[0]]
+            self.examples.append(f"{piece.name}:{first_row_number(piece) + place[1]}: {reason}")
+
+    def __iter__(self) -> Iterator[tuple[tuple[int, int], Document]]:
+        """Yield ((piece, row), document)."""
+        num_documents = 0
+        for index, piece in enumerate(self._part.pieces):
+            for row in read_piece(piece):
+                if self._part.max_documents is not None and num_documents >= self._part.max_documents:
+                    return
+                self.num_rows += 1
+                document = self._document(index, row)
+                if document is not None:
+                    num_documents += 1
+                    yield (index, row.number), document
+
+    def _document(self, index: int, row: Row) -> Document | None:
+        try:
+            if row.problem is not None:
+                raise RowRejected(row.problem)
+            return document_of(row.value, self._schema, self._text_field)
+        except RowRejected as error:
+            self.reject((index, row.number), str(error))
+            return None

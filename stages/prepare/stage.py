@@ -1,0 +1,240 @@
+"""The `prepare` stage: documents, chats and labelled rows → a dataset of packed tokens, with Ray Data."""
+
+import pickle
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from operator import itemgetter
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from stages.contract import Config, Context, Input, Kind, Outcome, Outside, Shards, Stage
+from stages.errors import ConfigError, StageFailed, StillhouseError
+from stages.outside import PretrainedTokenizer, Source
+
+
+class ByteLevelBPE(Config):
+    """A byte-level BPE tokenizer, trained on the training split."""
+
+    vocabulary_size: int = Field(ge=257)
+    """Tokens: 256 bytes, the end of text, and merges."""
+    training_characters: int = Field(64_000_000, gt=0)
+    """Characters to train on at most, an equal share of each part: more of them hardly change a vocabulary of usual
+    size, and cost 0.4 s of CPU a million (measured 2026-11-21, vocabulary of 4096)."""
+
+
+class Prepare(Stage):
+    """Turns documents into a dataset of packed tokens, split before it is packed."""
+
+    KIND: ClassVar[Kind] = "dataset"
+    REVISION: ClassVar[str] = "2026-11-21 first"
+    INPUTS: ClassVar[Mapping[str, Input]] = {"tokenizer": Input(("model", "dataset"), required=False)}
+
+    source: Source
+    """Where documents come from."""
+    tokenizer: ByteLevelBPE | PretrainedTokenizer | None = None
+    """Train one, or take one from outside; None where the input `tokenizer` is given."""
+    sequence_length: int = Field(ge=8)
+    """Tokens in one packed row; longer ones cost memory in all that follows."""
+    validation_fraction: float = Field(0.05, ge=0, le=1)
+    """Fraction of documents on which models are compared. 5 % suits up to some 10^5 documents; take less of more. With
+    1 the whole source is for comparison."""
+    calibration_fraction: float = Field(0.05, ge=0, le=1)
+    """Fraction of documents that pruning and quantization look at; never trained or evaluated on."""
+    row_schema: Literal["auto", "text", "chat", "prompt-completion"] = "auto"
+    """What rows hold (`stages/prepare/documents.py`); `auto` tells it from the fields of the first row."""
+    text_field: str = "text"
+    """The field of a `text` row that holds the text."""
+    max_rejected_fraction: float = Field(0.01, ge=0, le=1)
+    """Rows that may be other than their schema says; more fail the step."""
+    max_documents: int | None = Field(None, ge=1)
+    """Take only the first documents, in the order of file names; None takes all."""
+    part_bytes: int = Field(32 * 1024 * 1024, ge=1024)
+    """Bytes of source that one task prepares into one shard a split. Each part's last row is padded, so it counts in
+    identity. 32 MiB is about 8 million tokens, some 200 MB of memory."""
+    seed: int = 0
+    """Of the split."""
+
+    @model_validator(mode="after")
+    def _check_fractions(self) -> Self:
+        held_out = self.validation_fraction + self.calibration_fraction
+        if held_out > 1:
+            raise ValueError(f"validation_fraction + calibration_fraction are {held_out:g}, expected at most 1")
+        if held_out == 1 and isinstance(self.tokenizer, ByteLevelBPE):
+            raise ValueError(
+                "validation_fraction + calibration_fraction leave no text to train the tokenizer on; expected less than 1"
+            )
+        return self
+
+    def check(self, sources: Mapping[str, Stage | Outside | Mapping[str, Stage | Outside]]) -> None:
+        """Check that there is exactly one tokenizer.
+
+        Raises:
+            ConfigError: none, or two.
+        """
+        wired = "tokenizer" in sources
+        if wired and self.tokenizer is not None:
+            raise ConfigError(
+                f"two tokenizers: the input 'tokenizer' and tokenizer={self.tokenizer!r}; leave one of them out"
+            )
+        if not wired and self.tokenizer is None:
+            raise ConfigError(
+                "no tokenizer: set tokenizer=ByteLevelBPE(…) or PretrainedTokenizer(…), or give the input 'tokenizer'"
+            )
+
+    def run(self, context: Context) -> Outcome:
+        """Plan parts, make or copy the tokenizer, prepare the parts that are missing, check the whole.
+
+        Raises:
+            StageFailed: too many rejected rows, no usable text, too little of it, or a tokenizer that will not do.
+        """
+        from stages.checkpoints import upload_folder
+        from stages.prepare import work
+        from stages.prepare.documents import detect_schema
+        from stages.prepare.encoding import set_tokenizer_threads
+        from stages.prepare.parts import plan_parts
+        from stages.prepare.tokenizer import describe_tokenizer
+
+        set_tokenizer_threads(context.resources.total_cpus)
+        parts = plan_parts(self.source, self.part_bytes)
+        schema = detect_schema(parts, self.text_field) if self.row_schema == "auto" else self.row_schema
+        rows: dict[str, Any] = {"schema": schema, "text_field": self.text_field}
+        if self.max_documents is not None:
+            parts = work.limit_documents(parts, **rows, max_documents=self.max_documents)
+        division = work.Division(self.seed, self.validation_fraction, self.calibration_fraction)
+        with tempfile.TemporaryDirectory(prefix="tokenizer-") as temporary:
+            folder = Path(temporary)
+            tokenizer = self._make_tokenizer(context, parts, rows | {"division": division}, folder)
+            encoder, facts = describe_tokenizer(tokenizer, folder)
+            upload_folder(folder, context.out, "tokenizer")
+        pad = facts["eos_token_id"] if facts["pad_token_id"] is None else facts["pad_token_id"]
+        shards = Shards(context.out, context.resume)
+        job = work.Job(
+            **rows,
+            division=division,
+            sequence_length=self.sequence_length,
+            pad_token_id=pad,
+            encoder=encoder,
+            shards=shards,
+        )
+        totals = work.total_facts(list(_prepare_parts(parts, job, context)))
+        work.check_totals(totals, division=division, max_rejected_fraction=self.max_rejected_fraction)
+        description = {**facts, **totals, "sequence_length": self.sequence_length, "sources": [self.source.identity()]}
+        context.out.put_json("dataset.json", description)
+        return Outcome(_metrics(totals, facts["vocabulary_size"]))
+
+    def _make_tokenizer(self, context: Context, parts: list[Any], rows: dict[str, Any], folder: Path) -> Any:
+        """Train or copy the tokenizer into a local folder, and return it loaded."""
+        from stages.prepare.tokenizer import copy_tokenizer, train_byte_level_bpe
+
+        given = context.optional("tokenizer")
+        if isinstance(self.tokenizer, PretrainedTokenizer):
+            given = self.tokenizer.artifact("tokenizer")
+        if given is not None:
+            return copy_tokenizer(given.folder("model" if given.kind == "model" else "tokenizer"), folder)
+        assert isinstance(self.tokenizer, ByteLevelBPE), "check() lets no other through"
+        sampled = parts[:: max(1, len(parts) // MAX_SAMPLED_PARTS)]
+        share = -(-self.tokenizer.training_characters // max(1, len(sampled)))
+        results = _map_parts(_sample, [(part,) for part in sampled], {**rows, "max_characters": share}, context)
+        texts = [text for _, found in sorted(results, key=itemgetter(0)) for text in found]
+        if not texts:
+            raise StageFailed(
+                "a source with no usable text: no document for training holds any; check source and text_field"
+            )
+        tokenizer = train_byte_level_bpe(texts, vocabulary_size=self.tokenizer.vocabulary_size)
+        tokenizer.save_pretrained(folder)
+        return tokenizer
+
+
+MAX_SAMPLED_PARTS = 256
+"""Parts from which a tokenizer's training text is taken, evenly spaced: no need to open ten thousand files for it."""
+
+
+def _prepare_parts(parts: list[Any], job: Any, context: Context) -> Iterator[dict[str, Any]]:
+    """Yield the facts of all parts: those of earlier attempts, then those of this one as they come."""
+    from stages.prepare.work import SPLITS, finished_parts, shard_name
+
+    written = frozenset(job.shards.done())
+    finished = finished_parts(job.shards, written)
+    missing = [part for part in parts if part.index not in finished]
+    yield from (finished[part.index] for part in parts if part.index in finished)
+    items = [(part, written & {shard_name(split, part.index) for split in SPLITS}) for part in missing]
+    for num_done, facts in enumerate(_map_parts(_prepare, items, {"job": job}, context), len(parts) - len(missing) + 1):
+        context.report.progress(num_done, len(parts), "parts")
+        yield facts
+
+
+def _sample(part: Any, **fixed: Any) -> Any:
+    from stages.prepare.work import sample_texts
+
+    return part.index, sample_texts(part, **fixed)
+
+
+def _prepare(part: Any, written: frozenset[str], *, job: Any) -> Any:
+    from stages.prepare.work import prepare_part
+
+    return prepare_part(part, job, written)
+
+
+def _apply(row: dict[str, bytes], *, function: Any, num_cpus: float, fixed: dict[str, Any]) -> dict[str, bytes]:
+    """Apply a function to an item in a worker; an error of ours is a result, since Ray Data keeps only its text."""
+    from stages.prepare.encoding import set_tokenizer_threads
+
+    set_tokenizer_threads(num_cpus)
+    try:
+        return {"result": pickle.dumps(function(*pickle.loads(row["item"]), **fixed))}
+    except StillhouseError as error:
+        return {"result": pickle.dumps(error)}
+
+
+def _map_parts(function: Any, items: list[tuple[Any, ...]], fixed: dict[str, Any], context: Context) -> Iterator[Any]:
+    """Map items with Ray Data, one task an item, and yield the results in the order in which they finish.
+
+    No retries: they are the engine's, and a shard written twice under one name by one attempt would take the
+    receipt's file away (`Shards.write`).
+    """
+    import logging
+
+    import ray
+    from ray.data import DataContext, TaskPoolStrategy
+    from ray.util.annotations import RayDeprecationWarning
+
+    if not items:
+        return
+    quiet = DataContext.get_current()
+    quiet.enable_progress_bars = quiet.enable_operator_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it warns that there are no progress bars
+    resources = context.resources
+    rows = [{"item": pickle.dumps(item)} for item in items]
+    with warnings.catch_warnings():
+        # Ray 2.60 deprecates every way to pass `max_retries`, and names none in their place.
+        warnings.simplefilter("ignore", RayDeprecationWarning)
+        data = ray.data.from_items(rows, override_num_blocks=min(len(rows), MAX_BLOCKS)).map(
+            _apply,
+            fn_kwargs={"function": function, "num_cpus": resources.cpus_per_worker, "fixed": fixed},
+            compute=TaskPoolStrategy(size=resources.workers),
+            num_cpus=resources.cpus_per_worker,
+            memory=resources.memory_bytes_per_worker,
+            max_retries=0,
+        )
+    for row in data.iter_rows():
+        result = pickle.loads(row["result"])
+        if isinstance(result, StillhouseError):
+            raise result
+        yield result
+
+
+MAX_BLOCKS = 10_000
+"""Ray Data's blocks: one part each, until there are more parts than this; each block is a task to schedule."""
+
+
+def _metrics(totals: Mapping[str, Any], vocabulary_size: int) -> dict[str, float]:
+    metrics = {
+        f"{split}_{key}": float(of[key])
+        for split, of in totals["splits"].items()
+        for key in ("rows", "tokens", "documents")
+    }
+    return metrics | {"rejected_rows": float(totals["rejected"]["count"]), "vocabulary_size": float(vocabulary_size)}

@@ -1,0 +1,193 @@
+"""Tokens, masks and packing: what is decoded is what was written, and only targets are masked true."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from transformers import AutoTokenizer
+
+from stages.checkpoints import tokenizer_digest
+from stages.errors import StageFailed
+from stages.prepare.documents import document_of
+from stages.prepare.encoding import Encoded, Encoder
+from stages.prepare.packing import pack, to_parquet
+from stages.prepare.tokenizer import copy_tokenizer, describe_tokenizer, train_byte_level_bpe
+from tests.stages.prepare.tokenizers import CHATML, CHATML_MARKED, TEXT, gpt2_like, llama_like, qwen_like, saved
+
+CHAT = [
+    {"role": "system", "content": "Be kind."},
+    {"role": "user", "content": "Hello there"},
+    {"role": "assistant", "content": "I am fine"},
+    {"role": "user", "content": "and you? é"},
+    {"role": "assistant", "content": "Fine é too"},
+]
+FORGETFUL = (
+    "{% for m in messages %}{% if m.role == 'assistant' and not loop.last %}A: {{ m.content | length }}\n"
+    "{% elif m.role == 'assistant' %}A: {{ m.content }}\n{% else %}U: {{ m.content }}\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}A: {% endif %}"
+)
+
+
+def encoder_of(tokenizer: Any, folder: Path) -> Encoder:
+    return Encoder(describe_tokenizer(tokenizer, saved(tokenizer, folder))[0])
+
+
+def encode(tokenizer: Any, folder: Path, schema: Any, value: Any) -> Encoded | str:
+    document = document_of(value, schema, "text")
+    assert document is not None
+    return encoder_of(tokenizer, folder).encode([document])[0]
+
+
+def targets(tokenizer: Any, encoded: Encoded | str) -> str:
+    """Decode the targets only, each run of them in brackets."""
+    assert isinstance(encoded, Encoded)
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], encoded.mask, [False]]).astype(int)))
+    runs = [encoded.ids[start:stop] for start, stop in edges.reshape(-1, 2)]
+    return "".join(f"[{tokenizer.decode(run)}]" for run in runs)
+
+
+def test_text_is_a_target_wholly_and_ends_with_eos(tmp_path: Path) -> None:
+    tokenizer = gpt2_like()
+    encoded = encode(tokenizer, tmp_path, "text", {"text": "Hello  fox é\n"})
+    assert targets(tokenizer, encoded) == "[Hello  fox é\n<|endoftext|>]"
+
+
+def test_text_begins_with_the_token_that_its_tokenizer_begins_with(tmp_path: Path) -> None:
+    tokenizer = llama_like()
+    encoded = encode(tokenizer, tmp_path, "text", {"text": "Hello"})
+    assert isinstance(encoded, Encoded)
+    assert encoded.ids.tolist() == [*tokenizer("Hello")["input_ids"], tokenizer.eos_token_id]
+    assert targets(tokenizer, encoded) == "[Hello</s>]"
+
+
+def test_completion_alone_is_a_target(tmp_path: Path) -> None:
+    tokenizer = gpt2_like()
+    encoded = encode(tokenizer, tmp_path, "prompt-completion", {"prompt": "Hello there, ", "completion": "fox"})
+    assert isinstance(encoded, Encoded)
+    assert tokenizer.decode(encoded.ids) == "Hello there, fox<|endoftext|>"
+    assert targets(tokenizer, encoded) == "[fox<|endoftext|>]"
+
+
+@pytest.mark.parametrize("template", [CHATML, CHATML_MARKED], ids=["by-rendering", "by-generation-blocks"])
+def test_chat_targets_are_what_the_assistant_says(tmp_path: Path, template: str) -> None:
+    tokenizer = qwen_like(template)
+    encoded = encode(tokenizer, tmp_path, "chat", {"messages": CHAT})
+    assert isinstance(encoded, Encoded)
+    whole = tokenizer.apply_chat_template(CHAT, tokenize=False)
+    assert tokenizer.decode(encoded.ids) == whole + "<|im_end|>"
+    assert targets(tokenizer, encoded) == "[I am fine<|im_end|>][Fine é too<|im_end|>]"
+
+
+def test_chat_mask_by_generation_blocks_is_that_of_transformers(tmp_path: Path) -> None:
+    tokenizer = qwen_like(CHATML_MARKED)
+    encoded = encode(tokenizer, tmp_path, "chat", {"messages": CHAT})
+    assert isinstance(encoded, Encoded)
+    theirs = tokenizer.apply_chat_template(CHAT, return_dict=True, return_assistant_tokens_mask=True)
+    assert encoded.ids[:-1].tolist() == theirs["input_ids"]
+    assert encoded.mask[:-1].astype(int).tolist() == theirs["assistant_masks"]
+
+
+def test_chat_without_a_template_takes_the_default_one(tmp_path: Path) -> None:
+    tokenizer = gpt2_like()
+    encoded = encode(tokenizer, tmp_path, "chat", {"messages": CHAT[1:3]})
+    assert isinstance(encoded, Encoded)
+    assert tokenizer.decode(encoded.ids) == "User: Hello there\nAssistant: I am fine<|endoftext|>"
+    assert targets(tokenizer, encoded) == "[ I am fine<|endoftext|>]"
+    beginning = encode(llama_like(), tmp_path, "chat", {"messages": CHAT[1:3]})
+    assert isinstance(beginning, Encoded)
+    assert beginning.ids[0] == llama_like().bos_token_id
+    assert targets(llama_like(), beginning) == "[ I am fine</s>]"
+
+
+def test_chat_of_a_forgetful_template_has_its_last_answer_as_target(tmp_path: Path) -> None:
+    tokenizer = qwen_like(FORGETFUL)
+    assert targets(tokenizer, encode(tokenizer, tmp_path, "chat", {"messages": CHAT})) == "[Fine é too]"
+
+
+def test_chat_that_its_template_refuses_is_told_why(tmp_path: Path) -> None:
+    refusing = qwen_like("{{ raise_exception('no system message, please') }}")
+    assert "no system message, please" in str(encode(refusing, tmp_path, "chat", {"messages": CHAT}))
+    silent = qwen_like("{% for m in messages %}{% generation %}{% endgeneration %}{% endfor %}")
+    assert "nothing that the assistant says" in str(encode(silent, tmp_path, "chat", {"messages": CHAT}))
+
+
+def test_chat_template_with_the_date_gives_the_same_tokens_every_day(tmp_path: Path) -> None:
+    tokenizer = qwen_like("{{ strftime_now('%d %b %Y') }} " + CHATML)
+    encoded = encode(tokenizer, tmp_path, "chat", {"messages": CHAT})
+    assert isinstance(encoded, Encoded)
+    assert tokenizer.decode(encoded.ids).startswith("26 Jul 2024 <|im_start|>")
+
+
+def test_packing_of_texts_decodes_to_the_texts(tmp_path: Path) -> None:
+    tokenizer = gpt2_like()
+    texts = [f"Hello fox {i}, " * (i % 7 + 1) for i in range(40)]
+    documents = [document_of({"text": text}, "text", "text") for text in texts]
+    encoded = encoder_of(tokenizer, tmp_path).encode([d for d in documents if d])
+    packed = pack([e for e in encoded if isinstance(e, Encoded)], sequence_length=32, pad_token_id=0)
+    kept = packed.document_ids_NT >= 0
+    assert tokenizer.decode(packed.input_ids_NT[kept]) == "".join(f"{text}<|endoftext|>" for text in texts)
+    assert (packed.input_ids_NT[~kept] == 0).all()
+    assert kept[:-1].all()
+    assert (packed.loss_mask_NT[:, 1:] == kept[:, 1:]).all()
+    assert not packed.loss_mask_NT[:, 0].any()
+    owners = packed.document_ids_NT[kept]
+    assert owners[np.concatenate([[True], owners[1:] != owners[:-1]])].tolist() == [d.id for d in documents if d]
+
+
+def test_packing_drops_rows_without_a_target() -> None:
+    prompt = Encoded(np.arange(20, dtype=np.int32), np.array([False] * 19 + [True]), 7)
+    packed = pack([prompt], sequence_length=8, pad_token_id=0)
+    assert packed.input_ids_NT.tolist() == [[16, 17, 18, 19, 0, 0, 0, 0]]
+    assert len(pack([], sequence_length=8, pad_token_id=0).input_ids_NT) == 0
+
+
+def test_shard_has_the_agreed_columns_and_digests(tmp_path: Path) -> None:
+    import hashlib
+
+    packed = pack([Encoded(np.arange(12, dtype=np.int32), np.ones(12, np.bool_), 7)], sequence_length=8, pad_token_id=0)
+    (tmp_path / "a.parquet").write_bytes(to_parquet(packed))
+    table = pq.read_table(tmp_path / "a.parquet")
+    assert [str(field.type) for field in table.schema] == [
+        "fixed_size_binary[16]",
+        "fixed_size_list<element: int32>[8]",
+        "fixed_size_list<element: int64>[8]",
+        "fixed_size_list<element: bool>[8]",
+    ]
+    ids = np.array(table["input_ids"].to_pylist(), "<i4")
+    assert table["digest"].to_pylist() == [hashlib.sha256(row.tobytes()).digest()[:16] for row in ids]
+    assert table["document_ids"].to_pylist()[1] == [7, 7, 7, 7, -1, -1, -1, -1]
+
+
+def test_trained_tokenizer_is_deterministic_and_encodes_anything(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        train_byte_level_bpe(iter(TEXT), vocabulary_size=280).save_pretrained(tmp_path / name)
+    files = [[path.read_bytes() for path in sorted((tmp_path / name).iterdir())] for name in ("one", "two")]
+    assert files[0] == files[1]
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "one")
+    assert (tokenizer.eos_token, tokenizer.bos_token, tokenizer.pad_token) == ("<|endoftext|>", None, None)
+    assert tokenizer.decode(tokenizer("žluťoučký 🦊\t\x00")["input_ids"]) == "žluťoučký 🦊\t\x00"
+    assert len(tokenizer) == 280
+
+
+def test_trained_tokenizer_of_too_little_text_says_what_it_has_words_for() -> None:
+    with pytest.raises(StageFailed, match=r"too small for vocabulary_size=9000: it has words for \d+ tokens; lower"):
+        train_byte_level_bpe(iter(TEXT), vocabulary_size=9000)
+
+
+def test_copied_tokenizer_keeps_its_files_and_digest(tmp_path: Path) -> None:
+    source = saved(qwen_like(), tmp_path / "source")
+    (source / "model.safetensors").write_text("weights")
+    (tmp_path / "copy").mkdir()
+    assert copy_tokenizer(source, tmp_path / "copy").chat_template == CHATML
+    assert tokenizer_digest(tmp_path / "copy") == tokenizer_digest(source)
+    assert (tmp_path / "copy" / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
+    assert not (tmp_path / "copy" / "model.safetensors").exists()
+
+
+def test_tokenizer_without_eos_is_refused(tmp_path: Path) -> None:
+    tokenizer = gpt2_like()
+    tokenizer.eos_token = None
+    with pytest.raises(StageFailed, match="has no eos_token to end each document with"):
+        describe_tokenizer(tokenizer, saved(tokenizer, tmp_path))

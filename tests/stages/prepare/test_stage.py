@@ -1,0 +1,280 @@
+"""The stage as a whole: the dataset that it leaves, splits, resuming, sources, and how it fails."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from pydantic import ValidationError
+from transformers import AutoTokenizer
+
+from stages.contract import Context, Outcome, read_receipts
+from stages.errors import ConfigError, StageFailed
+from stages.outside import Files, PretrainedTokenizer, PythonDocs
+from stages.prepare.stage import ByteLevelBPE, Prepare
+from stages.storage import Folder
+from tests.fakes import RecordingReport, artifact_of, fake_context
+from tests.stages.prepare.tokenizers import gpt2_like, qwen_like, saved
+
+SPLITS = ("train", "validation", "calibration")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STILLHOUSE_CACHE", str(tmp_path / "cache"))
+
+
+def lines(path: Path, rows: list[Any]) -> Files:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return Files(paths=(str(path),))
+
+
+def texts(num: int) -> list[dict[str, str]]:
+    words = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "rain", "falls"]
+    rng = np.random.default_rng(0)
+    return [{"text": f"{i}: " + " ".join(rng.choice(words, 20))} for i in range(num)]
+
+
+def prepare(tmp_path: Path, source: Any, **fields: Any) -> Prepare:
+    fields = {"tokenizer": PretrainedTokenizer(source=str(saved(gpt2_like(), tmp_path / "tokenizer")))} | fields
+    fractions = {"validation_fraction": 0.2, "calibration_fraction": 0.2}
+    return Prepare(**({"source": source, "sequence_length": 32} | fractions | fields))
+
+
+def run(stage: Prepare, context: Context) -> Outcome:
+    """Run a stage as the engine does: in a Ray task without resources."""
+    import ray
+
+    task = ray.remote(num_cpus=0, max_retries=0)(lambda: stage.run(context))
+    try:
+        outcome: Outcome = ray.get(task.remote())
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from None
+    return outcome
+
+
+def description(context: Context) -> Any:
+    return context.out.get_json("dataset.json")
+
+
+def shards(context: Context) -> dict[str, bytes]:
+    return {
+        entry.name: context.out.get(entry.name) for entry in context.out.entries() if entry.name.startswith("tokens/")
+    }
+
+
+def decoded(context: Context, split: str) -> list[str]:
+    """Return the split's documents."""
+    folder = context.out.local_path()
+    assert folder is not None
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    found = []
+    for path in sorted(folder.glob(f"tokens/{split}-*.parquet")):
+        table = pq.read_table(path)
+        ids, owners = (np.array(table[name].to_pylist()).ravel() for name in ("input_ids", "document_ids"))
+        found += tokenizer.decode(ids[owners >= 0]).split("<|endoftext|>")[:-1]
+    return found
+
+
+# ---------------------------------------------------------------- without Ray
+
+
+def test_check_wants_exactly_one_tokenizer(tmp_path: Path) -> None:
+    source = Files(paths=("a.txt",))
+    with pytest.raises(ConfigError, match="no tokenizer: set tokenizer=ByteLevelBPE"):
+        prepare(tmp_path, source, tokenizer=None).check({})
+    with pytest.raises(ConfigError, match="two tokenizers"):
+        prepare(tmp_path, source).check({"tokenizer": source})
+    prepare(tmp_path, source).check({})
+    prepare(tmp_path, source, tokenizer=None).check({"tokenizer": source})
+
+
+def test_config_with_fractions_that_do_not_fit_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValidationError, match=r"are 1\.2, expected at most 1"):
+        prepare(tmp_path, PythonDocs(), validation_fraction=0.7, calibration_fraction=0.5)
+    with pytest.raises(ValidationError, match="no text to train the tokenizer on"):
+        tokenizer = ByteLevelBPE(vocabulary_size=300)
+        prepare(tmp_path, PythonDocs(), tokenizer=tokenizer, validation_fraction=0.5, calibration_fraction=0.5)
+
+
+# ---------------------------------------------------------------- with Ray
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
+def test_dataset_of_texts_holds_every_document_on_one_side(tmp_path: Path) -> None:
+    rows = texts(60)
+    rows += [{"text": row["text"].replace(" ", "  ")} for row in rows[:20]]  # duplicates but for white space
+    source = lines(tmp_path / "a.jsonl", rows)
+    context = fake_context(tmp_path / "one", workers=2)
+    outcome = run(prepare(tmp_path, source, part_bytes=1024), context)
+    sides = {split: decoded(context, split) for split in SPLITS}
+    assert sorted(text for side in sides.values() for text in side) == sorted(row["text"] for row in rows)
+    normalized = [{" ".join(text.split()) for text in side} for side in sides.values()]
+    assert sum(map(len, normalized)) == 60
+    assert all(normalized)
+    found = description(context)
+    assert found["sequence_length"] == 32
+    assert found["rejected"] == {"count": 0, "rows_read": 80, "examples": []}
+    for split, side in sides.items():
+        names = [name for name in shards(context) if name.startswith(f"tokens/{split}-")]
+        tables = [pq.read_table(f"{context.out.uri}/{name}") for name in names]
+        assert found["splits"][split] == {
+            "shards": len(names),
+            "rows": sum(table.num_rows for table in tables),
+            "tokens": sum(int(np.sum(table["loss_mask"].to_pylist())) for table in tables),
+            "documents": len(side),
+        }
+        assert outcome.metrics[f"{split}_documents"] == len(side)
+    assert {file.name for file in read_receipts(context.resume)} == set(shards(context))
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
+def test_dataset_does_not_depend_on_workers_or_on_where_the_source_lies(tmp_path: Path) -> None:
+    datasets = []
+    for name, workers in (("one", 1), ("other", 2)):
+        (tmp_path / name).mkdir()
+        source = lines(tmp_path / name / "a.jsonl", texts(60))
+        context = fake_context(tmp_path / f"{name}-out", workers=workers)
+        run(prepare(tmp_path, source, part_bytes=2048, tokenizer=ByteLevelBPE(vocabulary_size=270)), context)
+        datasets.append({entry.name: context.out.get(entry.name) for entry in context.out.entries()})
+    assert datasets[0] == datasets[1]
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
+def test_second_attempt_writes_only_what_is_missing_and_the_same_bytes(tmp_path: Path) -> None:
+    stage = prepare(tmp_path, lines(tmp_path / "a.jsonl", texts(60)), part_bytes=2048)
+    first = fake_context(tmp_path)
+    run(stage, first)
+    before = shards(first)
+    lost = sorted(name for name in before if name.startswith("tokens/train-"))[1]
+    first.out.delete([lost])
+    (first.resume / "receipts").delete([lost.replace("/", "~") + ".json"])
+    second = Context(
+        first.fingerprint, {}, Folder.at(tmp_path / "second"), first.resume, first.resources, RecordingReport()
+    )
+    run(stage, second)
+    assert shards(second) == {lost: before[lost]}
+    receipts = {file.name: file.uri for file in read_receipts(first.resume)}
+    assert set(receipts) == set(before)
+    assert [name for name, uri in receipts.items() if uri.startswith(second.out.uri)] == [lost]
+    assert description(second) == description(first)
+    assert isinstance(second.report, RecordingReport)
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
+def test_second_attempt_in_the_same_folder_keeps_what_is_there(tmp_path: Path) -> None:
+    stage = prepare(tmp_path, lines(tmp_path / "a.jsonl", texts(60)), part_bytes=2048)
+    context = fake_context(tmp_path)
+    run(stage, context)
+    before = shards(context)
+    lost = sorted(before)[0]
+    context.out.delete([lost])
+    (context.resume / "receipts").delete([lost.replace("/", "~") + ".json"])
+    run(stage, context)
+    assert shards(context) == before
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
+def test_rejected_rows_within_the_limit_are_shown_and_above_it_fail(tmp_path: Path) -> None:
+    rows: list[Any] = texts(60)
+    rows[7] = {"txt": "?"}
+    source = lines(tmp_path / "a.jsonl", rows)
+    context = fake_context(tmp_path / "one")
+    outcome = run(prepare(tmp_path, source, max_rejected_fraction=0.02), context)
+    assert outcome.metrics["rejected_rows"] == 1
+    assert description(context)["rejected"] == {
+        "count": 1,
+        "rows_read": 60,
+        "examples": ["a.jsonl:8: no field 'text'; did you mean 'txt'? (known: txt)"],
+    }
+    with pytest.raises(
+        StageFailed, match=r"1 of 60 rows are not.*max_rejected_fraction=0\.01[\s\S]*a\.jsonl:8: no field"
+    ):
+        run(prepare(tmp_path, source), fake_context(tmp_path / "two"))
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
+def test_chats_take_their_tokenizer_from_a_model(tmp_path: Path) -> None:
+    rows = [
+        {"messages": [{"role": "user", "content": row["text"]}, {"role": "assistant", "content": f"ok {i}"}]}
+        for i, row in enumerate(texts(40))
+    ]
+    model = artifact_of("model", saved(qwen_like(), tmp_path / "artifact" / "model").parent)
+    context = fake_context(tmp_path, {"tokenizer": model})
+    run(prepare(tmp_path, lines(tmp_path / "a.jsonl", rows), tokenizer=None), context)
+    found = description(context)
+    assert found["eos_token_id"] != found["pad_token_id"]
+    num_tokens = sum(of["tokens"] for of in found["splits"].values())
+    answers = sum(len(qwen_like()(f"ok {i}<|im_end|>")["input_ids"]) for i in range(40))
+    assert num_tokens == pytest.approx(answers, abs=10)  # a row's first token is no target
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
+def test_one_document_given_whole_to_validation_makes_a_dataset(tmp_path: Path) -> None:
+    context = fake_context(tmp_path)
+    run(prepare(tmp_path, lines(tmp_path / "a.jsonl", texts(1)), validation_fraction=1, calibration_fraction=0), context)
+    assert {split: of["documents"] for split, of in description(context)["splits"].items()} == {
+        "train": 0,
+        "validation": 1,
+        "calibration": 0,
+    }
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
+def test_max_documents_takes_the_first_ones_across_parts(tmp_path: Path) -> None:
+    source = lines(tmp_path / "a.jsonl", texts(200))
+    context = fake_context(tmp_path)
+    run(prepare(tmp_path, source, part_bytes=2048, max_documents=50), context)
+    found = sorted(int(text.split(":")[0]) for split in SPLITS for text in decoded(context, split))
+    assert found == list(range(50))
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"text": "  "}] * 5, "no usable text"),
+        (texts(3), r"too little text: 3 documents with \d+ tokens.*none falls into .*about 21 documents are needed"),
+    ],
+    ids=["blank", "few"],
+)
+def test_source_with_too_little_text_fails_with_numbers(tmp_path: Path, rows: list[Any], message: str) -> None:
+    with pytest.raises(StageFailed, match=message) as caught:
+        run(prepare(tmp_path, lines(tmp_path / "a.jsonl", rows)), fake_context(tmp_path))
+    assert type(caught.value) is StageFailed
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
+def test_failure_in_a_worker_keeps_its_type_and_message(tmp_path: Path) -> None:
+    (tmp_path / "a.parquet").write_bytes(b"nothing of the kind")
+    stage = prepare(tmp_path, Files(paths=(str(tmp_path / "a.parquet"),)), row_schema="text")
+    with pytest.raises(StageFailed, match=r"'a\.parquet' is not Parquet") as caught:
+        run(stage, fake_context(tmp_path))
+    assert "Traceback" not in str(caught.value)
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
+def test_python_docs_make_a_dataset_with_its_own_tokenizer(tmp_path: Path) -> None:
+    context = fake_context(tmp_path, workers=2)
+    outcome = run(
+        Prepare(
+            source=PythonDocs(), tokenizer=ByteLevelBPE(vocabulary_size=512), sequence_length=128, max_documents=90
+        ),
+        context,
+    )
+    assert outcome.metrics["vocabulary_size"] == 512
+    assert outcome.metrics["train_tokens"] > 100_000
+    assert sum(outcome.metrics[f"{split}_documents"] for split in SPLITS) == 90

@@ -1,0 +1,153 @@
+"""Loading and saving of tiny models and tokenizers, and what is refused."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from stages.checkpoints import (
+    load_model,
+    load_tokenizer,
+    model_config,
+    save_checkpoint,
+    tokenizer_digest,
+    vocabulary_size,
+)
+from stages.errors import StageFailed
+from stages.storage import Folder
+
+
+def tiny_model() -> Any:
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=32, tie_word_embeddings=True, **shape))
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    save_checkpoint(tiny_model(), tiny_tokenizer(), Folder.at(tmp_path), "model")
+    return tmp_path / "model"
+
+
+def test_checkpoint_saved_and_loaded_is_the_same_model(saved: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    model = load_model(saved)
+    ids = torch.tensor([[1, 2, 3]])
+    assert torch.equal(model(ids).logits, tiny_model().eval()(ids).logits)
+    assert not model.training
+    assert load_model(saved, dtype="bfloat16").dtype == torch.bfloat16
+    assert load_tokenizer(saved)("ab")["input_ids"] == [2]
+    assert model_config(saved)["vocab_size"] == 32
+    assert capfd.readouterr() == ("", "")
+    assert not list(saved.glob("*.bin"))
+
+
+def test_checkpoint_saved_to_a_remote_folder_is_uploaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Folder, "local_path", lambda self: None)
+    save_checkpoint(tiny_model(), None, Folder.at(tmp_path), "finalists/a")
+    assert {path.name for path in (tmp_path / "finalists/a").iterdir()} == {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+    }
+
+
+def drop_weight(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+def reshape_weight(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"] = torch.ones(8)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+def edit_config(**change: Any) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        (folder / "config.json").write_text(json.dumps(model_config(folder) | change))
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (drop_weight, r"1 missing keys, such as model\.norm\.weight"),
+        (reshape_weight, "cannot load|mismatched"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"no tensors"), "cannot load the model"),
+        (lambda folder: (folder / "model.safetensors").unlink(), r"has no \*\.safetensors weights"),
+        (lambda folder: (folder / "config.json").unlink(), r"has no config\.json"),
+        (lambda folder: (folder / "config.json").write_text("{"), "is not JSON"),
+        (lambda folder: (folder / "config.json").write_text("[]"), "holds a list, expected an object"),
+        (edit_config(model_type="unheard-of", architectures=["X"]), "cannot load the model"),
+    ],
+    ids=["missing", "shape", "corrupt", "absent", "no-config", "bad-config", "list-config", "architecture"],
+)
+def test_model_that_is_not_what_its_config_says_is_refused(
+    saved: Path, damage: Callable[[Path], None], message: str
+) -> None:
+    damage(saved)
+    with pytest.raises(StageFailed, match=message):
+        load_model(saved)
+
+
+def test_model_with_an_unknown_dtype_is_refused(saved: Path) -> None:
+    with pytest.raises(StageFailed, match="dtype='float12' is no type of torch"):
+        load_model(saved, dtype="float12")
+
+
+def test_model_pickled_only_is_never_opened(saved: Path) -> None:
+    (saved / "model.safetensors").rename(saved / "pytorch_model.bin")
+    with pytest.raises(StageFailed, match="has no"):
+        load_model(saved)
+
+
+def test_tokenizer_in_an_empty_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(StageFailed, match="cannot load the tokenizer"):
+        load_tokenizer(tmp_path)
+
+
+def test_tokenizer_digest_is_stable_under_formatting_and_loading(saved: Path, tmp_path: Path) -> None:
+    before = tokenizer_digest(saved)
+    parsed = json.loads((saved / "tokenizer.json").read_text())
+    parsed["model"]["merges"] = [" ".join(pair) for pair in parsed["model"]["merges"]]
+    parsed["truncation"] = {"max_length": 3, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}
+    (saved / "tokenizer.json").write_text(json.dumps(dict(reversed(parsed.items())), indent=8))
+    assert tokenizer_digest(saved) == before
+    load_tokenizer(saved).save_pretrained(tmp_path / "again")
+    assert tokenizer_digest(tmp_path / "again") == before
+
+
+@pytest.mark.parametrize("part", ["vocab", "merges", "normalizer"])
+def test_tokenizer_digest_changes_with_what_decides_ids(saved: Path, part: str) -> None:
+    before = tokenizer_digest(saved)
+    parsed = json.loads((saved / "tokenizer.json").read_text())
+    if part == "normalizer":
+        parsed["normalizer"] = {"type": "Lowercase"}
+    elif part == "merges":
+        parsed["model"]["merges"] = []
+    else:
+        parsed["model"]["vocab"] |= {"a": 1, "b": 0}
+    (saved / "tokenizer.json").write_text(json.dumps(parsed))
+    assert tokenizer_digest(saved) != before
+
+
+def test_vocabulary_size_counts_added_tokens_and_gaps(saved: Path) -> None:
+    assert vocabulary_size(saved) == 4
+    parsed = json.loads((saved / "tokenizer.json").read_text())
+    parsed["added_tokens"][0]["id"] = 9
+    (saved / "tokenizer.json").write_text(json.dumps(parsed))
+    assert vocabulary_size(saved) == 10

@@ -1,0 +1,196 @@
+"""A user's own checkpoint and texts → candidates: what most people run.
+
+The teacher is read where it lies; students are other checkpoints, or the teacher's own architecture made smaller and
+started from its weights. No teacher is trained and no tokenizer is made.
+"""
+
+from typing import Annotated
+
+from pydantic import Field
+from stages.promote.stage import Gate, Promote
+
+from stages.contract import Config, Resources
+from stages.errors import ConfigError
+from stages.evaluate.stage import Evaluate
+from stages.measure.device import describe_device
+from stages.measure.stage import Measure
+from stages.outside import Checkpoint, Files
+from stages.prepare.stage import Prepare
+from stages.quantize.schemes import DEFAULT_SCHEMES, Scheme
+from stages.quantize.stage import Quantize
+from stages.teach.stage import Teach, TopK
+from stages.train.objectives import CrossEntropy, Objective, SoftTarget
+from stages.train.stage import Continue, Smaller, Train
+from workflows.engine.graph import Handle, Source, Workflow
+
+
+class Student(Config):
+    """A model that shall learn from the teacher: another checkpoint, or the teacher's architecture made smaller."""
+
+    name: str = Field(pattern=r"[a-z0-9][a-z0-9-]*")
+    """Names the step `train.<name>` and the candidate."""
+    checkpoint: str | None = None
+    """Another checkpoint to start from: a folder or a hub id; it must have the teacher's tokenizer."""
+    revision: str | None = None
+    """The checkpoint's revision on the hub."""
+    layers: int | None = Field(None, ge=1)
+    """Layers to keep of the teacher's, evenly spaced."""
+    heads: int | None = Field(None, ge=1)
+    """Attention heads to keep."""
+    width: int | None = Field(None, ge=2)
+    """Channels to keep of the teacher's hidden size."""
+
+    def model_post_init(self, _: object) -> None:
+        """Refuse a student that is nothing, or two things."""
+        sizes = (self.layers, self.heads, self.width)
+        if (self.checkpoint is None) == (sizes == (None, None, None)):
+            raise ConfigError(
+                f"student {self.name!r} needs either a checkpoint or at least one of layers, heads and width; "
+                f"got checkpoint={self.checkpoint!r}, layers={self.layers}, heads={self.heads}, width={self.width}"
+            )
+
+
+def compress(
+    *,
+    teacher: str,
+    documents: tuple[str, ...],
+    students: tuple[Student, ...],
+    teacher_revision: str | None = None,
+    evaluation: tuple[str, ...] = (),
+    sequence_length: Annotated[int, Field(ge=16)] = 512,
+    validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05,
+    calibration_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05,
+    max_documents: Annotated[int, Field(ge=1)] | None = None,
+    optimizer_steps: Annotated[int, Field(ge=1)] = 1000,
+    batch_rows: Annotated[int, Field(ge=1)] = 32,
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-4,
+    w_ce: Annotated[float, Field(ge=0)] = 0.1,
+    w_kd: Annotated[float, Field(ge=0)] = 0.9,
+    temperature: Annotated[float, Field(gt=0)] = 1.0,
+    k: Annotated[int, Field(ge=1)] = 64,
+    schemes: tuple[Scheme, ...] = DEFAULT_SCHEMES,
+    gate: Gate = Gate(),  # noqa: B008  frozen
+    workers: Annotated[int, Field(ge=1)] = 1,
+    cpus_per_worker: Annotated[float, Field(gt=0)] = 2.0,
+    gpus_per_worker: Annotated[float, Field(ge=0)] = 0.0,
+    micro_batch: Annotated[int, Field(ge=1)] | None = None,
+    registered_name: str = "compress",
+    seed: int = 0,
+) -> Workflow:
+    """Distil and quantize a checkpoint of your own on texts of your own.
+
+    Args:
+        teacher: the checkpoint to compress: a folder with config.json and safetensors, or a hub id.
+        documents: files, folders, globs or S3 URIs of text, JSONL or Parquet; plain text, chats or prompt-completion rows.
+        students: e.g. '{"name": "half", "layers": 6}' or '{"name": "small", "checkpoint": "path"}'; may be repeated.
+        teacher_revision: the teacher's revision on the hub.
+        evaluation: texts to compare models on; a part of the documents if not given.
+        sequence_length: tokens in one packed row.
+        validation_fraction: share of the documents that models are compared on, unless evaluation is given.
+        calibration_fraction: share of the documents that quantization looks at.
+        max_documents: read at most so many documents.
+        optimizer_steps: of each student.
+        batch_rows: packed rows in one optimizer step, over all workers.
+        learning_rate: peak rate of each student.
+        w_ce: weight of the cross-entropy against the text.
+        w_kd: weight of T²·KL(teacher ‖ student) against the teacher's stored distribution.
+        temperature: softens both distributions in the KL term; one of 1, 2, 4.
+        k: teacher log-probabilities kept for each position; the rest is one bucket.
+        schemes: quantization schemes to try on each student.
+        gate: what a model must hold to be promoted.
+        workers: training ranks, teacher-inference actors, concurrent trials.
+        cpus_per_worker: CPU cores each of them takes.
+        gpus_per_worker: GPUs each of them takes.
+        micro_batch: rows in one forward pass; the stages choose if not given.
+        registered_name: the model's name in MLflow's registry.
+        seed: seed of everything random.
+    """
+    _check_request(documents, students, w_ce, w_kd)
+    flow = Workflow("compress", base_model=teacher.rstrip("/").rsplit("/", 1)[-1])
+    resources = Resources(
+        workers=workers, cpus_per_worker=cpus_per_worker, gpus_per_worker=gpus_per_worker, micro_batch=micro_batch
+    )
+    big = flow.given("teacher", Checkpoint(source=teacher, revision=teacher_revision))
+    corpus = flow.step(
+        "corpus",
+        Prepare(
+            source=Files(paths=documents),
+            sequence_length=sequence_length,
+            validation_fraction=validation_fraction,
+            calibration_fraction=calibration_fraction,
+            max_documents=max_documents,
+            seed=seed,
+        ),
+        tokenizer=big,
+        resources=Resources(workers=workers, cpus_per_worker=cpus_per_worker),
+    )
+    judged_on = corpus
+    if evaluation:
+        prepare = Prepare(
+            source=Files(paths=evaluation),
+            sequence_length=sequence_length,
+            validation_fraction=1.0,
+            calibration_fraction=0.0,
+            seed=seed,
+        )
+        judged_on = flow.step("evaluation", prepare, tokenizer=big)
+    signals = None
+    if w_kd:
+        teach = Teach(method=TopK(k=k, temperatures=(1.0, 2.0, 4.0)))
+        signals = flow.step("signals", teach, teacher=big, data=corpus, resources=resources)
+    trained: dict[str, Handle] = {}
+    for student in students:
+        start = None
+        if student.checkpoint:
+            start = flow.given(student.name, Checkpoint(source=student.checkpoint, revision=student.revision))
+        trained[student.name] = flow.step(
+            f"train.{student.name}",
+            Train(
+                model=Continue() if start else Smaller(layers=student.layers, heads=student.heads, width=student.width),
+                objectives=_objectives(w_ce, w_kd, temperature),
+                optimizer_steps=optimizer_steps,
+                batch_rows=batch_rows,
+                learning_rate=learning_rate,
+                seed=seed,
+            ),
+            data=corpus,
+            signals=signals,
+            teacher=None if start else big,
+            start=start,
+            resources=resources,
+        )
+    searches = {
+        f"{name}-quantized": flow.step(
+            f"quantize.{name}",
+            Quantize(schemes=schemes, max_kl=gate.max_kl_to_base, seed=seed),
+            model=model,
+            data=corpus,
+            resources=resources,
+        )
+        for name, model in trained.items()
+    }
+    models: dict[str, Source] = {"teacher": big, **trained, **searches}
+    scores = flow.step("scores", Evaluate(seed=seed), data=judged_on, reference=big, models=models, resources=resources)
+    measure = Measure(device=describe_device(), threads=int(max(1, cpus_per_worker)), seed=seed)
+    alone = resources.model_copy(update={"workers": 1})
+    speed = flow.step("speed", measure, models=models, resources=alone)
+    flow.step("verdict", Promote(gate=gate, registered_name=registered_name, seed=seed), scores=scores, speed=speed)
+    return flow
+
+
+def _objectives(w_ce: float, w_kd: float, temperature: float) -> tuple[Objective, ...]:
+    ce = (CrossEntropy(weight=w_ce),) if w_ce else ()
+    kd = (SoftTarget(weight=w_kd, temperature=temperature),) if w_kd else ()
+    return (*ce, *kd)
+
+
+def _check_request(documents: tuple[str, ...], students: tuple[Student, ...], w_ce: float, w_kd: float) -> None:
+    if not students:
+        raise ConfigError("""no students: give at least one, e.g. --students '{"name": "half", "layers": 6}'""")
+    if not documents:
+        raise ConfigError("no documents: give files, folders or globs with --documents")
+    names = [student.name for student in students]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ConfigError(f"two students are named {twice[0]!r}; each needs a name of its own")
+    if not w_ce and not w_kd:
+        raise ConfigError("w_ce and w_kd are both 0, so that students would learn nothing; set at least one")
