@@ -8,6 +8,7 @@ import functools
 import inspect
 import json
 import logging
+import re
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +17,7 @@ from typing import Annotated, Any, get_type_hints
 
 from cyclopts import App, CycloptsError, Parameter
 from cyclopts.config import Yaml
+from pydantic import BaseModel, Field, ValidationError, create_model
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -43,11 +45,14 @@ artifacts = App(
 app.command(artifacts)
 
 Tokens = Annotated[str, Parameter(show=False, allow_leading_hyphen=True)]
+Name = Annotated[str, Parameter(allow_leading_hyphen=True, show_default=False)]
 Store = Annotated[str, Parameter(help="The store: a path, s3://, gs:// or az:// URI.")]
 TrackingUri = Annotated[
     str | None, Parameter(help="MLflow's tracking URI; a sqlite file inside the store if not given.")
 ]
 AsJson = Annotated[bool, Parameter(name="--json", negative=(), help="Print one JSON document and nothing else.")]
+
+HELP = ("--help", "-h")
 
 COMMON: dict[str, tuple[Any, Any]] = {
     "params": (
@@ -83,8 +88,10 @@ def run_command(argv: Sequence[str]) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     try:
         result = app(list(argv), exit_on_error=False, print_error=False)
+    except ValidationError as error:
+        return _fail("ConfigError", "; ".join(_sentence(problem) for problem in error.errors()), WRONG, as_json)
     except CycloptsError as error:
-        return _fail("ConfigError", str(error).strip(), WRONG, as_json)
+        return _fail("ConfigError", _plain(str(error)), WRONG, as_json)
     except ConfigError as error:
         return _fail(type(error).__name__, str(error), WRONG, as_json)
     except StillhouseError as error:
@@ -92,6 +99,21 @@ def run_command(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         return _fail("Interrupted", "interrupted; run the same command again to go on", INTERRUPTED, as_json)
     return result if isinstance(result, int) else OK
+
+
+def _sentence(problem: Mapping[str, Any]) -> str:
+    """Return one of pydantic's problems as a sentence."""
+    where = ".".join(map(str, problem["loc"]))
+    text = f"{where}: " if where else ""
+    text += problem["msg"].removeprefix("Value error, ")
+    return text + ("" if problem["type"] in ("missing", "value_error") else f"; got {problem['input']!r}")
+
+
+def _plain(message: str) -> str:
+    """Return a parser's message without pydantic's header, its links and its type names."""
+    lines = [line for line in message.strip().splitlines() if "For further information" not in line]
+    text = re.sub(r"\d+ validation errors? for [\w\[\], -]+\s*", "", "\n".join(lines))
+    return re.sub(r"\s*\[type=\w+, input_value=(.*), input_type=\w+\]", r"; got \1", text)
 
 
 def _fail(kind: str, message: str, code: int, as_json: bool) -> int:
@@ -109,26 +131,34 @@ def _print_json(value: Any) -> None:
 # run and plan -------------------------------------------------------------------------------------------------------
 
 
-@app.command
-def run(workflow: str, *tokens: Tokens) -> int:
+@app.command(help_flags=())
+def run(workflow: Name = "--help", *tokens: Tokens) -> int:
     """Run a workflow; `stillhouse run WORKFLOW --help` lists its parameters.
 
     Args:
         workflow: a name (`stillhouse workflows` lists them) or a file: path/to/file.py[:function].
     """
-    return _with_parameters(
-        "run", find_workflow(workflow), tokens, {**COMMON, **RUN_ONLY}, functools.partial(_run, workflow)
-    )
+    if workflow in HELP:
+        return _help("run")
+    act = functools.partial(_run, workflow)
+    return _with_parameters("run", find_workflow(workflow), tokens, {**COMMON, **RUN_ONLY}, act)
 
 
-@app.command
-def plan(workflow: str, *tokens: Tokens) -> int:
+@app.command(help_flags=())
+def plan(workflow: Name = "--help", *tokens: Tokens) -> int:
     """Show what a run would do: each step HIT, MISS or BLOCKED, and why. Starts nothing.
 
     Args:
         workflow: a name (`stillhouse workflows` lists them) or a file: path/to/file.py[:function].
     """
+    if workflow in HELP:
+        return _help("plan")
     return _with_parameters("plan", find_workflow(workflow), tokens, COMMON, _plan)
+
+
+def _help(verb: str) -> int:
+    app.help_print([verb])
+    return OK
 
 
 def _run(
@@ -190,7 +220,7 @@ def _with_parameters(
     signature = inspect.signature(found.build)
     hints = get_type_hints(found.build, include_extras=True)
     hints.pop("return", None)
-    own = [parameter.replace(annotation=hints[name]) for name, parameter in signature.parameters.items()]
+    own = [_with_defaults_inside(parameter, hints[name]) for name, parameter in signature.parameters.items()]
     if taken := sorted(set(signature.parameters) & set(options)):
         raise ConfigError(
             f"workflow {found.name!r} has a parameter {taken[0]!r}, which is an option of every workflow; rename it"
@@ -202,10 +232,11 @@ def _with_parameters(
 
     def command(**values: Any) -> int:
         chosen = {name: values.get(name, default) for name, (_, default) in options.items()}
-        return act(found, {name: value for name, value in values.items() if name not in options}, chosen, tokens)
+        given = {name: _as_declared(value, signature.parameters[name]) for name, value in values.items() if name not in options}
+        return act(found, given, chosen, tokens)
 
     command.__signature__ = inspect.Signature([*own, *common])  # type: ignore[attr-defined]
-    command.__annotations__ = {**hints, **{name: hint for name, (hint, _) in options.items()}}
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in (*own, *common)}
     command.__doc__ = found.build.__doc__
     sub = App(
         name=f"stillhouse {verb} {found.name}",
@@ -216,6 +247,23 @@ def _with_parameters(
     sub.default(command)
     result = sub(list(tokens), exit_on_error=False, print_error=False)
     return result if isinstance(result, int) else OK
+
+
+def _with_defaults_inside(parameter: inspect.Parameter, hint: Any) -> inspect.Parameter:
+    """Return a parameter whose default's fields are its model's defaults, so that `--teacher.layers 6` keeps the rest."""
+    default = parameter.default
+    if not isinstance(default, BaseModel) or hint is not type(default):
+        return parameter.replace(annotation=hint)
+    fields: dict[str, Any] = {
+        name: (field.annotation, Field(getattr(default, name), description=field.description)) for name, field in hint.model_fields.items()
+    }
+    model = create_model(hint.__name__, __base__=hint, **fields)
+    return parameter.replace(annotation=model, default=model(**dict(default)))
+
+
+def _as_declared(value: Any, parameter: inspect.Parameter) -> Any:
+    """Return a value as the class that the workflow declares, not the one that carried its defaults."""
+    return type(parameter.default)(**dict(value)) if isinstance(parameter.default, BaseModel) else value
 
 
 def _params_file(tokens: Sequence[str]) -> list[Yaml]:

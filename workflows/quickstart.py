@@ -142,7 +142,7 @@ def quickstart(
         models=models,
         resources=Resources(cpus_per_worker=2),
     )
-    baseline = first if first != last else None
-    promote = Promote(gate=gate, baseline=baseline, contender=last, registered_name="quickstart", seed=seed)
+    baseline, contender = (first, last) if first != last else (None, None)
+    promote = Promote(gate=gate, baseline=baseline, contender=contender, registered_name="quickstart", seed=seed)
     flow.step("verdict", promote, scores=scores, speed=speed)
     return flow

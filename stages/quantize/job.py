@@ -1,0 +1,48 @@
+"""What every process of a search is handed, and what a survey finds: plain values, without torch.
+
+Shape letters: R rows, T tokens of a row.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from stages.contract import Artifact
+from stages.storage import Folder
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What every process of a search is handed."""
+
+    model: Artifact
+    resume: Folder
+    calibration_RT: np.ndarray
+    """Token ids that schemes are calibrated on."""
+    micro_batch: int | None
+    device: str
+    num_threads: int
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Layers:
+    """The linear layers of a model."""
+
+    in_features: dict[str, int]
+    """Input width of each layer that is quantized, by module name."""
+    num_weights: int
+    """Weights in those layers."""
+    ignored: tuple[str, ...]
+    """Linear layers that stay as they are."""
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """What is known of the unquantized model."""
+
+    layers: Layers
+    num_parameters: int
+    """Distinct parameters: a tied embedding counts once."""
+    micro_batch: int
+    """Rows of one forward pass: those given, or as many as fit."""

@@ -1,0 +1,95 @@
+"""Which trials become finalists and which finalist is chosen: pure, over (KL, bytes) points.
+
+Promises: no point on the front is beaten in both numbers by any trial; the chosen one is the smallest whose measured
+KL is within the limit; equal inputs give equal answers in any order.
+
+The rule. The front is sorted by size. The *favorite* is its smallest point with `kl <= max_kl`, or the point with the
+lowest KL where none is within the limit. Finalists are the favorite, then its neighbors on the front outwards, the
+larger (safer) one before the smaller (bolder) one: a reader sees what a little more or less size would have given, and
+where the favorite does not survive its reload, the next safer one stands ready.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One measured scheme."""
+
+    name: str
+    kl: float
+    """Nats per token to the unquantized model."""
+    size_bytes: int
+    """Weights on disk."""
+
+
+def pareto_front(points: Iterable[Point]) -> tuple[Point, ...]:
+    """Return the points that no other beats, smallest first; of points equal in both numbers, the first by name."""
+    front: list[Point] = []
+    for point in sorted(points, key=lambda p: (p.size_bytes, p.kl, p.name)):
+        if math.isfinite(point.kl) and (not front or point.kl < front[-1].kl):
+            front.append(point)
+    return tuple(front)
+
+
+def preference(front: tuple[Point, ...], max_kl: float) -> tuple[Point, ...]:
+    """Return the front in the order in which its points become finalists (see the module's rule)."""
+    if not front:
+        return ()
+    favorite = next((i for i, point in enumerate(front) if point.kl <= max_kl), len(front) - 1)
+    order = [favorite]
+    for distance in range(1, len(front)):
+        order += [i for i in (favorite + distance, favorite - distance) if 0 <= i < len(front)]
+    return tuple(front[i] for i in order)
+
+
+def choose(points: Iterable[Point], max_kl: float) -> Point | None:
+    """Return the smallest point whose KL is within the limit, or None."""
+    within = [point for point in points if point.kl <= max_kl]
+    return min(within, key=lambda p: (p.size_bytes, p.kl, p.name), default=None)
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What became of the points that were measured again from their files."""
+
+    accepted: dict[str, float] = field(default_factory=dict)
+    """KL after the reload, by name, in order of preference."""
+    rejected: dict[str, str] = field(default_factory=dict)
+    """Why it does not count, by name."""
+
+
+def verify(
+    order: Sequence[Point],
+    *,
+    wanted: int,
+    tolerance: float,
+    reload: Callable[[Sequence[str]], Mapping[str, float | str]],
+) -> Verdict:
+    """Measure points again in order of preference until enough of them hold.
+
+    Args:
+        order: from `preference`.
+        wanted: how many are to be accepted.
+        tolerance: largest difference of the two KLs, in nats per token.
+        reload: measures points from their files; gives a KL, or why there is none.
+    """
+    verdict, rest = Verdict(), list(order)
+    while rest and len(verdict.accepted) < wanted:
+        num = wanted - len(verdict.accepted)
+        batch, rest = rest[:num], rest[num:]
+        found = reload([point.name for point in batch])
+        for point in batch:
+            again = found[point.name]
+            if isinstance(again, str):
+                verdict.rejected[point.name] = again
+            elif not abs(again - point.kl) <= tolerance:  # also where it is not a number
+                verdict.rejected[point.name] = (
+                    f"its KL was {point.kl:.6f} nats/token in its trial and is {again:.6f} after the reload; "
+                    f"expected a difference of {tolerance:g} at most"
+                )
+            else:
+                verdict.accepted[point.name] = again
+    return verdict

@@ -1,0 +1,138 @@
+"""What the three kinds of processes of a search do: survey the model, try one scheme, measure finalists again.
+
+Promises: a trial's checkpoint is in the store before its receipt, and the receipt is created once, whole; what would
+fail again (a scheme that does not work) is a receipt with its error, and what may not (memory, storage, a device) is
+raised, without a receipt, so that the scheme is tried again.
+Does not: know Ray. Each of the three is called once in a process of its own.
+"""
+
+import tempfile
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from uuid import uuid4
+
+import torch
+
+from stages.checkpoints import load_model, load_tokenizer, save_checkpoint
+from stages.contract import Artifact
+from stages.errors import OutOfMemory, Transient
+from stages.quantize.compress import find_layers, linear_bytes, naming_out_of_memory, quantize_model, quiet
+from stages.quantize.fidelity import Reference, compute_reference, fitting_micro_batch, measure_fidelity
+from stages.quantize.job import Job, Survey
+from stages.quantize.records import Record, failed_record, new_record, receipt_name
+from stages.quantize.rows import Rows
+from stages.quantize.schemes import Scheme
+from stages.storage import AlreadyExists, Folder
+
+
+def survey_model(job: Job, rows: Rows) -> tuple[Survey, Reference]:
+    """Load the unquantized model once: its layers, and its predictions on the rows that are measured."""
+    torch.set_num_threads(job.num_threads)
+    folder = job.model.folder("model")
+    with quiet():
+        model = load_model(folder, dtype="auto", device=job.device)
+        micro_batch = fitting_micro_batch(
+            job.micro_batch, sequence_length=rows.ids_RT.shape[1], vocabulary_size=model.config.vocab_size
+        )
+        with naming_out_of_memory("the unquantized model", micro_batch):
+            reference = compute_reference(model, rows, micro_batch=micro_batch, device=job.device)
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    return Survey(find_layers(model), num_parameters, micro_batch), reference
+
+
+def run_trial(scheme: Scheme, job: Job, survey: Survey, reference: Reference) -> Record:
+    """Quantize, measure and save one scheme, and leave its receipt.
+
+    Returns:
+        The receipt, of this trial or of the one that was first.
+
+    Raises:
+        OutOfMemory: a smaller micro-batch may do; there is no receipt.
+    """
+    started = time.monotonic()
+    folder = job.model.folder("model")
+    with tempfile.TemporaryDirectory(prefix="stillhouse-trial-") as scratch:
+        try:
+            with quiet(), naming_out_of_memory(f"scheme {scheme.name}", survey.micro_batch):
+                measured = _quantize_and_save(scheme, job, survey, reference, folder, Path(scratch))
+        except Exception as error:  # a trial is a border: what its scheme does wrong is its result
+            if _may_pass(error, survey.micro_batch):
+                raise
+            record = failed_record(scheme, f"{type(error).__name__}: {error}", round(time.monotonic() - started, 3))
+        else:
+            uploaded = _upload(Path(scratch), scheme.name, job.resume)
+            seconds = round(time.monotonic() - started, 3)
+            record = new_record(scheme) | {"status": "done", "error": None, "seconds": seconds} | measured | uploaded
+    try:
+        job.resume.put_json(receipt_name(scheme.name), record, create=True)
+    except AlreadyExists:
+        record = job.resume.get_json(receipt_name(scheme.name))
+    return record
+
+
+def _may_pass(error: Exception, micro_batch: int) -> bool:
+    """Tell whether the same trial may succeed another time."""
+    if isinstance(error, OutOfMemory):
+        return micro_batch > 1
+    return isinstance(error, Transient | OSError | torch.AcceleratorError)
+
+
+def _quantize_and_save(
+    scheme: Scheme, job: Job, survey: Survey, reference: Reference, folder: Path, scratch: Path
+) -> Record:
+    torch.set_num_threads(job.num_threads)
+    torch.manual_seed(job.seed)
+    model = load_model(folder, dtype="auto", device=job.device)
+    tokenizer = load_tokenizer(folder)
+    quantize_model(
+        model,
+        scheme,
+        layers=survey.layers,
+        tokenizer=tokenizer,
+        calibration_RT=job.calibration_RT,
+        micro_batch=survey.micro_batch,
+    )
+    # Before saving: `save_pretrained` packs the weights in place.
+    fidelity = measure_fidelity(model, reference, micro_batch=survey.micro_batch, device=job.device)
+    save_checkpoint(model, tokenizer, Folder.at(scratch), "model")
+    size_bytes = sum(path.stat().st_size for path in (scratch / "model").glob("*.safetensors"))
+    return {
+        **asdict(fidelity),
+        "size_bytes": size_bytes,
+        "bits_per_weight": 8 * size_bytes / survey.num_parameters,
+        "linear_bits_per_weight": 8 * linear_bytes(model, survey.layers) / survey.layers.num_weights,
+    }
+
+
+def _upload(scratch: Path, scheme: str, resume: Folder) -> Record:
+    """Copy a saved checkpoint into `resume`, below a name that no other try of this scheme uses."""
+    name = f"trials/{scheme}/{uuid4().hex[:8]}"
+    root = scratch / "model"
+    paths = sorted(path for path in root.rglob("*") if path.is_file())
+    files = [(resume / name).upload(path, path.relative_to(root).as_posix()) for path in paths]
+    return {"folder": name, "files": [{"name": f.name, "sha256": f.sha256, "size_bytes": f.size_bytes} for f in files]}
+
+
+def remeasure(
+    schemes: Iterable[str], finalists: Artifact, job: Job, survey: Survey, reference: Reference
+) -> Mapping[str, float | str]:
+    """Load finalists from their files by plain transformers and measure each again.
+
+    Returns:
+        For each scheme its KL, or what went wrong while it was loaded or run.
+    """
+    torch.set_num_threads(job.num_threads)
+    found: dict[str, float | str] = {}
+    for scheme in schemes:
+        folder = finalists.folder(f"finalists/{scheme}")
+        try:
+            with quiet(), naming_out_of_memory(f"finalist {scheme}", survey.micro_batch):
+                model = load_model(folder, dtype="auto", device=job.device)
+                found[scheme] = measure_fidelity(model, reference, micro_batch=survey.micro_batch, device=job.device).kl
+        except Exception as error:  # as in `run_trial`
+            if _may_pass(error, survey.micro_batch) and not isinstance(error, OSError):
+                raise
+            found[scheme] = f"{type(error).__name__}: {error}"
+    return found

@@ -1,0 +1,81 @@
+"""A tiny model and a tiny dataset, as artifacts in the common formats."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from stages.contract import Artifact
+from tests.fakes import artifact_of
+
+VOCABULARY = 256
+WIDTH = 64
+SEQUENCE = 32
+
+
+def write_shard(path: Path, ids: np.ndarray, masks: np.ndarray) -> None:
+    length = ids.shape[1]
+    table = pa.table(
+        {
+            "digest": pa.array(
+                [hashlib.sha256(row.astype("<i4").tobytes()).digest()[:16] for row in ids], pa.binary(16)
+            ),
+            "input_ids": pa.FixedSizeListArray.from_arrays(pa.array(ids.ravel(), pa.int32()), length),
+            "document_ids": pa.FixedSizeListArray.from_arrays(pa.array(np.zeros(ids.size), pa.int64()), length),
+            "loss_mask": pa.FixedSizeListArray.from_arrays(pa.array(masks.ravel(), pa.bool_()), length),
+        }
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table, path)
+
+
+def calibration_rows(num: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    ids = np.random.default_rng(seed).integers(0, VOCABULARY, (num, SEQUENCE), dtype=np.int32)
+    masks = np.ones_like(ids, dtype=bool)
+    masks[:, 0] = False
+    return ids, masks
+
+
+@pytest.fixture(scope="package")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    folder = tmp_path_factory.mktemp("data")
+    ids, masks = calibration_rows(40)
+    write_shard(folder / "tokens/calibration-00000.parquet", ids[:24], masks[:24])
+    write_shard(folder / "tokens/calibration-00001.parquet", ids[24:], masks[24:])
+    (folder / "dataset.json").write_text(json.dumps({"vocabulary_size": VOCABULARY, "sequence_length": SEQUENCE}))
+    return artifact_of("dataset", folder)
+
+
+def save_tiny_model(folder: Path, **changes: object) -> None:
+    """A Llama of width 64 whose logits are not flat, so that quantizing it changes what it says."""
+    import torch
+    from tokenizers import Tokenizer, models
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    torch.manual_seed(0)
+    config = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": WIDTH,
+        "intermediate_size": 2 * WIDTH,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": SEQUENCE,
+        "tie_word_embeddings": True,
+        "initializer_range": 0.15,
+    }
+    LlamaForCausalLM(LlamaConfig(**config | changes)).save_pretrained(folder)
+    words = {"<eos>": 0} | {f"w{i}": i for i in range(1, VOCABULARY)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<eos>"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(folder)
+
+
+@pytest.fixture(scope="package")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    folder = tmp_path_factory.mktemp("model")
+    save_tiny_model(folder / "model")
+    return artifact_of("model", folder)

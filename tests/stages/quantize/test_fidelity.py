@@ -1,0 +1,90 @@
+"""Distances to a reference, against float64, for models with and without a plain output head."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.special import log_softmax
+
+from stages.contract import Artifact
+from stages.errors import StageFailed
+from stages.quantize.fidelity import compute_reference, fitting_micro_batch, measure_fidelity
+from stages.quantize.rows import Rows, read_rows
+
+
+class Toy(torch.nn.Module):
+    """The least that a causal language model is: embedding, head, logits; optionally soft-capped."""
+
+    def __init__(self, seed: int, cap: float | None = None, bias: bool = False) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.embed = torch.nn.Embedding(256, 16)
+        self.head = torch.nn.Linear(16, 256, bias=bias)
+        for parameter in self.parameters():
+            parameter.data = torch.randn(parameter.shape, generator=generator)
+        self.cap = cap
+
+    def get_output_embeddings(self) -> torch.nn.Module:
+        return self.head
+
+    def forward(self, input_ids: torch.Tensor, use_cache: bool) -> object:
+        logits = self.head(self.embed(input_ids))
+        logits = logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
+        return type("Output", (), {"logits": logits})
+
+
+@pytest.fixture(scope="module")
+def rows(data: Artifact) -> Rows:
+    rows = read_rows(data.paths("tokens/calibration-*.parquet")).take(np.arange(7))
+    rows.predicts_RT[2, 5:20] = False
+    return rows
+
+
+def log_probs(model: Toy, rows: Rows) -> np.ndarray:
+    with torch.no_grad():
+        logits = model(torch.tensor(rows.ids_RT, dtype=torch.long), use_cache=False).logits
+    return log_softmax(logits.double().numpy()[rows.predicts_RT], axis=-1)
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+@pytest.mark.parametrize("cap", [None, 3.0], ids=["linear", "soft-capped"])
+def test_fidelity_is_the_mean_kl_of_float64_for_any_micro_batch(rows: Rows, cap: float | None, bias: bool) -> None:
+    base, other = Toy(0, cap, bias), Toy(1, cap, bias)
+    p, q = log_probs(base, rows), log_probs(other, rows)
+    kls = (np.exp(p) * (p - q)).sum(-1)
+    reference = compute_reference(base, rows, micro_batch=3, device="cpu")
+    assert (reference.hidden_ND is None) == (cap is not None)
+    for micro_batch in (1, 4, 7):
+        found = measure_fidelity(other, reference, micro_batch=micro_batch, device="cpu")
+        assert found.kl == pytest.approx(kls.mean(), rel=1e-5)
+        assert found.kl_p99 == pytest.approx(np.percentile(kls, 99), rel=1e-4)
+        assert found.agreement == (p.argmax(-1) == q.argmax(-1)).mean()
+        assert found.num_tokens == rows.predicts_RT.sum()
+
+
+def test_fidelity_of_the_model_itself_is_zero(rows: Rows) -> None:
+    base = Toy(0)
+    found = measure_fidelity(
+        base, compute_reference(base, rows, micro_batch=2, device="cpu"), micro_batch=7, device="cpu"
+    )
+    assert found.kl == pytest.approx(0, abs=1e-6)
+    assert found.agreement == 1
+
+
+def test_fidelity_of_a_model_that_says_nan_is_an_error(rows: Rows) -> None:
+    reference = compute_reference(Toy(0), rows, micro_batch=4, device="cpu")
+    broken = Toy(1)
+    broken.head.weight.data[0, 0] = float("nan")
+    with pytest.raises(StageFailed, match="KL to the unquantized model is nan"):
+        measure_fidelity(broken, reference, micro_batch=4, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("given", "vocabulary", "expected"),
+    [(5, 10**6, 5), (None, 4096, 16), (None, 128_256, 1)],
+    ids=["given", "small", "large"],
+)
+def test_micro_batch_that_is_not_given_keeps_logits_within_the_budget(
+    given: int | None, vocabulary: int, expected: int
+) -> None:
+    sequence_length = 2048 if vocabulary == 128_256 else 512
+    assert fitting_micro_batch(given, sequence_length=sequence_length, vocabulary_size=vocabulary) == expected

@@ -1,0 +1,176 @@
+"""The whole stage on a real local Ray: a search, and another attempt behind its receipts with the reload's gate."""
+
+import json
+import os
+import signal
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stages.contract import Artifact, Context, Outcome
+from stages.errors import OutOfMemory, StageFailed, Transient
+from stages.quantize import stage as quantize_stage
+from stages.quantize.job import Layers, Survey
+from stages.quantize.schemes import Scheme
+from stages.quantize.stage import Quantize
+from tests.fakes import RecordingReport, fake_context
+
+INT8 = Scheme(weight_bits=8)
+W8A8 = Scheme(weight_bits=8, activation_bits=8)
+GPTQ4 = Scheme(weight_bits=4, group_size=32, algorithm="gptq")
+TOO_WIDE = Scheme(weight_bits=4, group_size=96)
+STAGE = Quantize(
+    schemes=(INT8, W8A8, GPTQ4, TOO_WIDE), calibration_rows=16, evaluation_rows=8, finalists=3, max_kl=0.5, seed=3
+)
+
+pytestmark = pytest.mark.ray
+
+
+class Search:
+    """One run of the stage: its context, its outcome and its `search.json`."""
+
+    def __init__(self, stage: Quantize, context: Context) -> None:
+        self.context = context
+        self.outcome: Outcome = stage.run(context)
+        self.json: dict[str, Any] = context.out.get_json("search.json")
+        self.trials = {trial["scheme"]: trial for trial in self.json["trials"]}
+        self.finalists = {finalist["scheme"]: finalist for finalist in self.json["finalists"]}
+
+
+@pytest.fixture(scope="module")
+def search(local_ray: None, model: Artifact, data: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Search:
+    handler = signal.getsignal(signal.SIGINT)
+    found = Search(STAGE, fake_context(tmp_path_factory.mktemp("search"), {"model": model, "data": data}, workers=2))
+    assert signal.getsignal(signal.SIGINT) is handler
+    return found
+
+
+def test_search_records_every_scheme_in_order(search: Search, model: Artifact) -> None:
+    assert list(search.trials) == [scheme.name for scheme in STAGE.schemes]
+    assert [trial["status"] for trial in search.json["trials"]] == ["done", "done", "done", "failed"]
+    assert "group_size=96 does not divide" in search.trials[TOO_WIDE.name]["error"]
+    assert search.json["base"] == model.fingerprint
+    assert search.json["base_bytes"] == sum(f.size_bytes for f in model.below("model/*.safetensors"))
+    assert search.trials[GPTQ4.name]["config"] == GPTQ4.model_dump(mode="json")
+    assert 0 < search.trials[INT8.name]["kl"] < search.trials[W8A8.name]["kl"] < search.trials[GPTQ4.name]["kl"]
+    assert search.trials[INT8.name]["agreement"] > search.trials[GPTQ4.name]["agreement"] > 0
+    assert search.outcome.metrics["trials_done"] == 3
+    assert search.outcome.metrics["trials_failed"] == 1
+
+
+def test_search_sizes_are_real_and_smaller_for_fewer_bits(search: Search) -> None:
+    small, large = search.trials[GPTQ4.name], search.trials[INT8.name]
+    assert small["size_bytes"] < large["size_bytes"] < search.json["base_bytes"]
+    # Float32 scales: 4 + 32/32 bits for groups of 32, and 8 + 32/64 or 8 + 32/128 for channels; shapes on top.
+    assert 5 <= small["linear_bits_per_weight"] < 5.2
+    assert 8.25 <= large["linear_bits_per_weight"] < 8.7
+    for name, finalist in search.finalists.items():
+        weights = [e for e in search.context.out.entries(f"finalists/{name}") if e.name.endswith(".safetensors")]
+        assert sum(entry.size_bytes for entry in weights) == finalist["size_bytes"]
+
+
+def test_search_chooses_the_smallest_within_the_limit_by_its_reloaded_kl(search: Search) -> None:
+    within = [f for f in search.json["finalists"] if f["reloaded_kl"] <= STAGE.max_kl]
+    assert search.json["chosen"] == min(within, key=lambda f: f["size_bytes"])["scheme"]
+    assert search.outcome.metrics["chosen_size_bytes"] == search.finalists[search.json["chosen"]]["size_bytes"]
+    assert search.outcome.metrics["compression_x"] > 1
+    for finalist in search.json["finalists"]:
+        assert finalist["reloaded_kl"] == pytest.approx(finalist["kl"], abs=1e-5)
+
+
+def test_search_finalists_are_complete_checkpoints(search: Search) -> None:
+    from stages.checkpoints import load_model, load_tokenizer
+
+    assert set(search.finalists) == {INT8.name, W8A8.name, GPTQ4.name}
+    for finalist in search.json["finalists"]:
+        folder = Path(search.context.out.uri) / finalist["folder"]
+        config = json.loads((folder / "config.json").read_text())
+        assert config["quantization_config"]["quant_method"] == "compressed-tensors"
+        assert len(load_tokenizer(folder)) == load_model(folder).config.vocab_size
+
+
+def test_search_tells_how_far_it_is(search: Search) -> None:
+    report = search.context.report
+    assert isinstance(report, RecordingReport)
+    assert report.progressed == [(done, 4, "trials") for done in (1, 2, 3, 4)]
+    assert {point["trial/size_bytes"] for _, point in report.points} == {
+        trial["size_bytes"] for trial in search.trials.values() if trial["status"] == "done"
+    }
+    assert any(TOO_WIDE.name in note for note in report.notes)
+
+
+def going_on(search: Search, context: Context, receipts: Mapping[str, Mapping[str, object]]) -> Context:
+    """Put that search's receipts and checkpoints, with some receipts edited, below another context's `resume`."""
+    for entry in search.context.resume.entries():
+        data = search.context.resume.get(entry.name)
+        if entry.name in receipts:
+            data = json.dumps(json.loads(data) | receipts[entry.name]).encode()
+        context.resume.put(entry.name, data)
+    return context
+
+
+def test_search_behind_receipts_runs_no_trial_again_and_rejects_what_its_files_do_not_hold(
+    search: Search, model: Artifact, data: Artifact, tmp_path: Path
+) -> None:
+    """One receipt is marked, one claims another KL than its files have, and one's files have changed since."""
+    claimed = search.trials[GPTQ4.name]["kl"] - 0.01
+    receipts = {f"trials/{INT8.name}.json": {"seconds": 12345.0}, f"trials/{GPTQ4.name}.json": {"kl": claimed}}
+    context = going_on(search, fake_context(tmp_path, {"model": model, "data": data}, workers=2), receipts)
+    (weights,) = [e.name for e in context.resume.entries(f"trials/{W8A8.name}") if e.name.endswith(".safetensors")]
+    context.resume.put(weights, context.resume.get(weights)[:-4] + b"\0\1\2\3")
+
+    again = Search(STAGE, context)
+
+    assert again.trials[INT8.name]["seconds"] == 12345.0
+    assert again.trials[GPTQ4.name]["kl"] == claimed
+    assert f"was {claimed:.6f}" in again.trials[GPTQ4.name]["reload_error"]
+    assert "has changed since its trial" in again.trials[W8A8.name]["reload_error"]
+    assert again.trials[INT8.name]["reload_error"] is None
+    assert list(again.finalists) == [again.json["chosen"]] == [INT8.name]
+    assert {entry.name.split("/")[1] for entry in context.out.entries("finalists")} == {INT8.name}
+
+
+def survey_little(job: object, evaluation: object) -> tuple[Survey, None]:
+    return Survey(Layers({"layer": 64}, 64 * 64, ()), 64 * 64, 8), None
+
+
+def try_in_vain(config: Mapping[str, Any], **_: object) -> dict[str, str]:
+    if config["scheme"] == INT8.name:
+        return {"out_of_memory": f"{INT8.name} ran out of memory"}
+    os._exit(1)
+
+
+@pytest.mark.parametrize(
+    ("schemes", "error", "message"),
+    [
+        ((W8A8,), Transient, rf"1 trials ended without a receipt \({W8A8.name}\): .*died"),
+        ((INT8, W8A8), OutOfMemory, "int8-channel-sym-rtn ran out of memory"),
+    ],
+    ids=["worker-died", "out-of-memory"],
+)
+def test_search_whose_trials_leave_no_receipt_can_go_on(
+    schemes: tuple[Scheme, ...],
+    error: type[StageFailed],
+    message: str,
+    local_ray: None,
+    model: Artifact,
+    data: Artifact,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(quantize_stage, "_survey", survey_little)
+    monkeypatch.setattr(quantize_stage, "_trial", try_in_vain)
+    context = fake_context(tmp_path, {"model": model, "data": data}, workers=2)
+    with pytest.raises(error, match=message) as caught:
+        STAGE.model_copy(update={"schemes": schemes}).run(context)
+    assert type(caught.value) is error
+    assert not context.resume.entries()
+
+
+def test_search_with_too_few_rows_says_how_many_it_needs(
+    local_ray: None, model: Artifact, data: Artifact, tmp_path: Path
+) -> None:
+    with pytest.raises(StageFailed, match=r"40 distinct rows.*need 48"):
+        STAGE.model_copy(update={"calibration_rows": 40}).run(fake_context(tmp_path, {"model": model, "data": data}))
