@@ -6,6 +6,7 @@ the engine's, so Ray's are off. What a stage reports goes to one actor without C
 
 import importlib
 import logging
+import math
 import os
 import secrets
 import socket
@@ -163,15 +164,16 @@ class RayTasks:
             namespace=f"stillhouse-{secrets.token_hex(4)}",
             **where,
         )
+        if not verbose:
+            _hush()
         if by_value is not None:
             ray.cloudpickle.register_pickle_by_value(by_value)
         remote = importlib.import_module("workflows.engine.worker")
         self._address = address
         self._box = ray.remote(num_cpus=0, max_concurrency=1)(remote.ReportBox).remote()
-        self._run = {
-            fresh: ray.remote(num_cpus=0, num_gpus=0, max_retries=0, max_calls=1 if fresh else 0)(remote.run_attempt)
-            for fresh in (True, False)
-        }
+        self._run = ray.remote(num_cpus=0, num_gpus=0, max_retries=0)(remote.run_attempt)
+        self._fresh = ray.remote(num_cpus=0, num_gpus=0, max_restarts=0)(remote.FreshWorker)
+        self._actors: dict[Any, Any] = {}
         self._running: dict[Any, str] = {}
         self._cancelled: dict[Any, float] = {}
 
@@ -213,7 +215,12 @@ class RayTasks:
 
     def submit(self, request: Request) -> None:
         """Start an attempt."""
-        ref = self._run[request.stage.FRESH_PROCESS].remote(request, self._box)
+        if request.stage.FRESH_PROCESS:
+            actor = self._fresh.remote()
+            ref = actor.run.remote(request, self._box)
+            self._actors[ref] = actor
+        else:
+            ref = self._run.remote(request, self._box)
         self._running[ref] = request.step
 
     def poll(self, timeout_seconds: float) -> list[tuple[str, Done | Failure]]:
@@ -224,7 +231,7 @@ class RayTasks:
         for ref, since in list(self._cancelled.items()):
             if time.monotonic() - since > CANCEL_GRACE_SECONDS:
                 self._ray.cancel(ref, force=True)
-                self._cancelled[ref] = float("inf")
+                self._cancelled[ref] = math.inf
         refs = list(self._running)
         ready, _ = self._ray.wait(refs, num_returns=1, timeout=timeout_seconds)
         if ready:  # take all that are ready, not only the first
@@ -233,6 +240,8 @@ class RayTasks:
 
     def _result(self, ref: Any) -> Done | Failure:
         self._cancelled.pop(ref, None)
+        if actor := self._actors.pop(ref, None):
+            self._ray.kill(actor)
         try:
             result: Done | Failure = self._ray.get(ref)
         except self._ray.exceptions.TaskCancelledError:
@@ -264,9 +273,13 @@ class RayTasks:
     def cancel(self, step: str) -> None:
         """End a running attempt: its library first, its worker if that does not end in time."""
         for ref, name in self._running.items():
-            if name == step and ref not in self._cancelled:
+            if name != step or ref in self._cancelled:
+                continue
+            if actor := self._actors.get(ref):  # what it owns (Train's controller, Tune's trials) ends with it
+                self._ray.kill(actor)
+            else:
                 self._ray.cancel(ref, force=False)
-                self._cancelled[ref] = time.monotonic()
+            self._cancelled[ref] = math.inf if actor else time.monotonic()
 
     def close(self) -> None:
         """Let go of the cluster; what still runs there for us ends."""
@@ -290,6 +303,13 @@ def _set_environment(*, local: bool) -> None:
     if local and "RAY_AUTH_MODE" not in os.environ:
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+
+
+def _hush() -> None:
+    """Send what raylets tell this driver to its log: with `log_to_driver=False` Ray 2.60 still prints these lines."""
+    from ray._private import worker
+
+    worker.print_to_stdstream = lambda data, ignore_prefix: logger.info("%s", "\n".join(map(str, data["lines"])))
 
 
 def _package(name: str) -> str:

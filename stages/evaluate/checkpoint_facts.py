@@ -1,0 +1,67 @@
+"""What a checkpoint's config says of it: its parameters, the axes that people plot it by, whether its words fit.
+
+A model's number of parameters is that of the architecture that its config describes, with tied tensors counted once:
+the same for a model and for its quantized versions, whose files also hold scales and packed integers.
+"""
+
+from pathlib import Path
+
+from stages.checkpoints import model_config, tokenizer_digest
+from stages.errors import StageFailed
+
+__all__ = ["check_vocabulary", "count_parameters", "read_axes"]
+
+
+def count_parameters(folder: Path) -> int:
+    """Return the number of parameters of a checkpoint's architecture, without reading its weights."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    values = {key: value for key, value in model_config(folder).items() if key != "quantization_config"}
+    config = AutoConfig.for_model(**values)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def read_axes(folder: Path) -> dict[str, str]:
+    """Return a checkpoint's shape and number format as short strings, from its `config.json`; absent where unknown.
+
+    Where layers differ in format, all values are named: `4/8`.
+    """
+    config = model_config(folder)
+    text = config.get("text_config") or config
+    axes = {"layers": text.get("num_hidden_layers"), "width": text.get("hidden_size")}
+    groups = (config.get("quantization_config") or {}).get("config_groups") or {}
+    weights = [group["weights"] for group in groups.values() if group.get("weights")]
+    for axis, key in (("bits", "num_bits"), ("group_size", "group_size")):
+        values = sorted({w[key] for w in weights if w.get(key) is not None})
+        axes[axis] = "/".join(map(str, values)) or None
+    return {axis: str(value) for axis, value in axes.items() if value is not None}
+
+
+def check_vocabulary(name: str, folder: Path, tokenizer: Path, vocabulary_size: int) -> None:
+    """Check that a checkpoint reads and predicts the dataset's tokens.
+
+    Args:
+        name: the model's name, for errors.
+        folder: its checkpoint.
+        tokenizer: folder of the dataset's tokenizer.
+        vocabulary_size: words of the dataset.
+
+    Raises:
+        StageFailed: it has fewer words, or its tokenizer gives the same text other ids.
+    """
+    config = model_config(folder)
+    size = (config.get("text_config") or config)["vocab_size"]
+    if size < vocabulary_size:
+        raise StageFailed(
+            f"{name!r} predicts {size} words, the dataset has {vocabulary_size}; expected as many or more: score it on "
+            "a dataset that was prepared with its tokenizer"
+        )
+    expected, found = tokenizer_digest(tokenizer), tokenizer_digest(folder)
+    if expected != found:
+        raise StageFailed(
+            f"{name!r} has another tokenizer (digest {found[:12]}) than the dataset ({expected[:12]}); expected the "
+            "same: figures over different tokens cannot be compared. Prepare the dataset with this model's tokenizer"
+        )

@@ -1,0 +1,153 @@
+"""Time the generation of a fixed number of tokens after a fixed prompt, and count its memory.
+
+Prefill is one forward pass over the prompt, which gives the first token; each decode step reads the key-value cache
+and gives one more. The end-of-text token is not heeded, so every run does the same work. Models take turns (A B C
+A B C), so that a machine that slows down meanwhile slows all of them.
+
+Memory is the bytes of weights and buffers plus the most that one whole generation has allocated at once beyond them:
+on CUDA by its allocator's counter, on a CPU by the record of torch's allocator that its profiler keeps. It is exact and
+repeatable (resident set sizes are neither), and leaves out the libraries themselves and the scratch space of BLAS.
+
+Shapes: B batch, P prompt tokens.
+"""
+
+import gc
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from stages.errors import OutOfMemory
+
+__all__ = ["Load", "Timings", "measure_memory", "summarize", "time_in_turns"]
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """The fixed work of one run."""
+
+    batch_size: int
+    prompt_tokens: int
+    new_tokens: int
+
+    def prompt(self, vocab_size: int, *, seed: int, device: Any) -> torch.Tensor:
+        """Return random token ids `[B, P]`: what they say does not change the work."""
+        generator = torch.Generator().manual_seed(seed)
+        ids_BP = torch.randint(0, vocab_size, (self.batch_size, self.prompt_tokens), generator=generator)
+        return ids_BP.to(device)
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """What one run took."""
+
+    prefill_seconds: float
+    step_seconds: tuple[float, ...]
+    """Each decode step; one fewer than the new tokens."""
+
+
+def generate(model: Any, prompt_BP: torch.Tensor, new_tokens: int) -> Timings:
+    """Generate greedily and time each forward pass.
+
+    Raises:
+        OutOfMemory: the device's memory did not suffice.
+    """
+    sync: Callable[[], None] = torch.cuda.synchronize if prompt_BP.is_cuda else lambda: None
+    seconds = []
+    inputs, cache = prompt_BP, None
+    try:
+        with torch.inference_mode():
+            for _ in range(new_tokens):
+                sync()
+                start = time.perf_counter()
+                output = model(input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                inputs, cache = output.logits[:, -1:].argmax(-1), output.past_key_values
+                sync()
+                seconds.append(time.perf_counter() - start)
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemory(
+            f"{tuple(prompt_BP.shape)} prompt tokens and {new_tokens} new ones do not fit the device: {error}; all "
+            "models are resident while they take turns: measure fewer at once, or lower `batch_size`"
+        ) from error
+    return Timings(seconds[0], tuple(seconds[1:]))
+
+
+def time_in_turns(
+    models: Mapping[str, Any],
+    load: Load,
+    *,
+    warmup: int,
+    repeats: int,
+    seed: int,
+    progress: Callable[[int, int], None],
+) -> dict[str, list[Timings]]:
+    """Run every model in turn, `warmup` times unrecorded and `repeats` times recorded."""
+    vocab_size = min((model.config.get_text_config().vocab_size for model in models.values()), default=0)
+    found: dict[str, list[Timings]] = {name: [] for name in models}
+    gc.collect()
+    gc.disable()  # a collection in the middle of a step shows as a false p95
+    try:
+        for turn in range(warmup + repeats if models else 0):
+            for name, model in models.items():
+                prompt_BP = load.prompt(vocab_size, seed=seed + turn, device=model.device)
+                timings = generate(model, prompt_BP, load.new_tokens)
+                if turn >= warmup:
+                    found[name].append(timings)
+            progress(turn + 1, warmup + repeats)
+    finally:
+        gc.enable()
+    return found
+
+
+def summarize(runs: list[Timings], load: Load) -> dict[str, float]:
+    """Return percentiles over the runs' prefills and over all their decode steps, and generated tokens per second.
+
+    Tokens per second counts the generated tokens of the whole batch over prefill and decoding, in the median run.
+    """
+    prefill_ms = np.array([run.prefill_seconds for run in runs]) * 1000
+    steps_ms = np.array([seconds for run in runs for seconds in run.step_seconds]) * 1000
+    whole_seconds = np.median([run.prefill_seconds + sum(run.step_seconds) for run in runs])
+    return {
+        "prefill_p50_ms": float(np.percentile(prefill_ms, 50)),
+        "prefill_p95_ms": float(np.percentile(prefill_ms, 95)),
+        "latency_p50_ms": float(np.percentile(steps_ms, 50)),
+        "latency_p95_ms": float(np.percentile(steps_ms, 95)),
+        "tokens_per_second": float(load.batch_size * load.new_tokens / whole_seconds),
+    }
+
+
+def measure_memory(model: Any, load: Load, *, seed: int) -> int:
+    """Return the peak bytes of weights, buffers, cache and activations in one generation (see above)."""
+    tensors: dict[int, int] = {tensor.data_ptr(): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
+    prompt_BP = load.prompt(model.config.get_text_config().vocab_size, seed=seed, device=model.device)
+
+    def run() -> None:
+        generate(model, prompt_BP, load.new_tokens)
+
+    return sum(tensors.values()) + (_cuda_peak(run) if prompt_BP.is_cuda else _cpu_peak(run))
+
+
+def _cuda_peak(run: Callable[[], None]) -> int:
+    run()  # libraries allocate their workspaces in the first run
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    return int(torch.cuda.max_memory_allocated()) - int(before)
+
+
+def _cpu_peak(run: Callable[[], None]) -> int:
+    """Return the most bytes that torch's CPU allocator had given out at once during a run.
+
+    The profiler's public tables attribute memory to operators; only its raw events keep allocations in order.
+    """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # keeps its start and stop lines off stderr; read at the first use
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    assert profiler.profiler is not None
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return max(0, int(np.cumsum(changes).max(initial=0)))

@@ -1,0 +1,36 @@
+"""The limits that a candidate must keep; `checks.py` applies them. Light: config only.
+
+Limits against the base hold for quantized candidates, whose base is the model that was quantized; those against the
+teacher, of size and of speed hold for every candidate.
+"""
+
+from pydantic import Field
+
+from stages.contract import Config
+
+__all__ = ["Gate"]
+
+
+class Gate(Config):
+    """Limits; None checks nothing. The defaults catch what is broken, and are to be set tighter for a known model."""
+
+    max_kl_to_base: float | None = Field(0.1, gt=0)
+    """Mean KL(base ‖ quantized), nats per token: how far quantization moved the distribution."""
+    min_agreement_with_base: float | None = Field(0.9, ge=0, le=1)
+    """Fraction of tokens for which the quantized model and its base find the same word likeliest."""
+    max_perplexity_increase_fraction: float | None = Field(0.05, ge=0)
+    """Perplexity of the quantized model over its base's, minus 1."""
+    max_kl_to_teacher: float | None = Field(None, gt=0)
+    """Mean KL(teacher ‖ candidate), nats per token."""
+    min_agreement_with_teacher: float | None = Field(None, ge=0, le=1)
+    """Fraction of tokens for which candidate and teacher find the same word likeliest."""
+    max_perplexity_ratio_to_teacher: float | None = Field(2.0, gt=0)
+    """Perplexity of the candidate over the teacher's."""
+    min_compression_x: float | None = Field(2.0, gt=0)
+    """The teacher's bytes on disk over the candidate's."""
+    max_size_bytes: int | None = Field(None, gt=0)
+    """Bytes of the weights on disk."""
+    max_latency_p50_ms: float | None = Field(None, gt=0)
+    """Median milliseconds of one decode step; a candidate whose speed is not measured does not keep it."""
+    max_peak_memory_bytes: int | None = Field(None, gt=0)
+    """Peak bytes of a generation; a candidate whose memory is not measured does not keep it."""

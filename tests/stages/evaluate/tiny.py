@@ -1,0 +1,107 @@
+"""Tiny artifacts on disk: a dataset of packed rows, models with a padded head, a search with finalists."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from stages.checkpoints import tokenizer_digest
+from stages.contract import Artifact
+from tests.fakes import artifact_of
+
+VOCABULARY = 50
+"""Words of the tokenizer; the models' heads have 64."""
+LENGTH = 16
+"""Tokens of a row."""
+
+
+def save_tokenizer(folder: Path, num_words: int = VOCABULARY) -> None:
+    words = {f"w{i}": i for i in range(num_words)}
+    backend = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="w0", eos_token="w1").save_pretrained(folder)
+
+
+def make_dataset(folder: Path, *, rows: tuple[int, ...] = (5, 4), seed: int = 0) -> Artifact:
+    """A validation split in `rows` shards; documents of about 20 tokens that cross rows, the last row half padding."""
+    rng = np.random.default_rng(seed)
+    save_tokenizer(folder / "tokenizer")
+    total = sum(rows)
+    document_ids = np.cumsum(rng.random(total * LENGTH) < 0.05).reshape(total, LENGTH) * 1_000_003
+    input_ids = rng.integers(2, VOCABULARY, (total, LENGTH), dtype=np.int32)
+    loss_mask = rng.random((total, LENGTH)) < 0.9
+    loss_mask[:, 0] = False
+    loss_mask[-1, LENGTH // 2 :] = False
+    document_ids[-1, LENGTH // 2 :] = -1
+    (folder / "tokens").mkdir()
+    start = 0
+    for part, count in enumerate(rows):
+        cut = slice(start, start + count)
+        digests = [hashlib.sha256(row.astype("<i4").tobytes()).digest()[:16] for row in input_ids[cut]]
+        table = pa.table(
+            {
+                "digest": pa.array(digests, pa.binary(16)),
+                "input_ids": pa.FixedSizeListArray.from_arrays(input_ids[cut].ravel(), LENGTH),
+                "document_ids": pa.FixedSizeListArray.from_arrays(document_ids[cut].ravel(), LENGTH),
+                "loss_mask": pa.FixedSizeListArray.from_arrays(loss_mask[cut].ravel(), LENGTH),
+            }
+        )
+        pq.write_table(table, folder / "tokens" / f"validation-{part:05d}.parquet")
+        start += count
+    facts = {
+        "vocabulary_size": VOCABULARY,
+        "sequence_length": LENGTH,
+        "tokenizer_digest": tokenizer_digest(folder / "tokenizer"),
+    }
+    (folder / "dataset.json").write_text(json.dumps(facts))
+    return artifact_of("dataset", folder)
+
+
+def save_model(folder: Path, *, seed: int, layers: int = 2, width: int = 32, vocab_size: int = 64) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        max_position_embeddings=128,
+        initializer_range=0.5,
+        tie_word_embeddings=True,
+    )
+    model = LlamaForCausalLM(config).eval()
+    model.save_pretrained(folder)
+    save_tokenizer(folder)
+    return model
+
+
+def make_model(folder: Path, *, seed: int, **shape: int) -> Artifact:
+    save_model(folder / "model", seed=seed, **shape)
+    (folder / "training.json").write_text(json.dumps({"steps": 0, "seed": seed}))
+    return artifact_of("model", folder)
+
+
+def make_search(folder: Path, base: Artifact, schemes: tuple[str, ...]) -> Artifact:
+    """A search of `base` whose finalists lie in `finalists/<scheme>`, saved there before."""
+    finalists = [{"scheme": scheme, "folder": f"finalists/{scheme}"} for scheme in schemes]
+    (folder / "search.json").write_text(json.dumps({"base": base.fingerprint, "trials": [], "finalists": finalists}))
+    return artifact_of("search", folder)
+
+
+def quantize(model: Path, folder: Path) -> None:
+    """Save a compressed-tensors checkpoint of a model: 8-bit integers, a scale for each channel, rounded to nearest."""
+    from llmcompressor import oneshot
+    from llmcompressor.modifiers.quantization import QuantizationModifier
+
+    loaded = LlamaForCausalLM.from_pretrained(model, dtype=torch.float32)
+    weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
+    groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
+    oneshot(model=loaded, recipe=QuantizationModifier(config_groups=groups, ignore=["lm_head"]))
+    loaded.save_pretrained(folder, save_compressed=True)
+    save_tokenizer(folder)

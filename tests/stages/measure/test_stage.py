@@ -1,0 +1,104 @@
+"""Measure on real tiny models through Ray."""
+
+import json
+
+import pytest
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from stages.contract import Artifact
+from stages.errors import StageFailed
+from stages.measure.device import describe_cpu
+from stages.measure.stage import NO_KERNEL, Measure
+from tests.fakes import artifact_of, fake_context
+from tests.stages.evaluate.tiny import make_model, make_search, save_model
+
+pytestmark = pytest.mark.ray
+
+SMALL = {"device": describe_cpu(), "threads": 1, "prompt_tokens": 8, "new_tokens": 4, "warmup": 1, "repeats": 3}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> dict[str, Artifact]:
+    """Two models, and a search whose finalist says in its config that it is quantized."""
+    root = tmp_path_factory.mktemp("models")
+    wide = make_model(root / "wide", seed=0, width=128, layers=3)
+    narrow = make_model(root / "narrow", seed=1)
+    finalist = root / "search" / "finalists" / "w8"
+    save_model(finalist, seed=0)
+    config = json.loads((finalist / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "compressed-tensors", "config_groups": {}}
+    (finalist / "config.json").write_text(json.dumps(config))
+    return {"wide": wide, "narrow": narrow, "search": make_search(root / "search", narrow, ("w8",))}
+
+
+def test_speed_of_models_is_measured_and_that_of_quantized_ones_is_not(models, tmp_path, local_ray):
+    context = fake_context(tmp_path, {"models": models})
+    outcome = Measure(**SMALL).run(context)
+    speed = context.out.get_json("speed.json")
+
+    assert {key: value for key, value in speed.items() if key != "models"} == {
+        "dtype": "float32",
+        "device": describe_cpu(),
+        "threads": 1,
+        "batch_size": 1,
+        "prompt_tokens": 8,
+        "new_tokens": 4,
+        "repeats": 3,
+    }
+    assert list(speed["models"]) == ["narrow", "narrow.w8", "wide"]
+    for name in ("wide", "narrow"):
+        entry = speed["models"][name]
+        assert 0 < entry["prefill_p50_ms"] <= entry["prefill_p95_ms"]
+        assert 0 < entry["latency_p50_ms"] <= entry["latency_p95_ms"]
+        whole_ms = entry["prefill_p95_ms"] + 3 * entry["latency_p95_ms"]
+        assert entry["tokens_per_second"] >= 4 / whole_ms * 1000 * 0.5
+        assert entry["reason"] is None
+        assert outcome.metrics[f"latency_p50_ms/{name}"] == entry["latency_p50_ms"]
+    quantized = speed["models"]["narrow.w8"]
+    assert quantized.pop("reason") == NO_KERNEL
+    assert set(quantized.values()) == {None}
+
+
+def test_memory_counts_the_weights_and_what_a_run_allocates(models, tmp_path, local_ray):
+    context = fake_context(tmp_path, {"models": {"wide": models["wide"]}})
+    Measure(**{**SMALL, "repeats": 2}).run(context)
+    peak = context.out.get_json("speed.json")["models"]["wide"]["peak_memory_bytes"]
+    weights = sum(file.size_bytes for file in models["wide"].below("model/*.safetensors"))
+    assert weights < peak < 3 * weights
+
+
+def test_more_threads_than_cpus_are_refused(models, tmp_path):
+    with pytest.raises(StageFailed, match="threads=4, but the step takes cpus_per_worker=1"):
+        Measure(**{**SMALL, "threads": 4}).run(fake_context(tmp_path, {"models": models}))
+
+
+def test_worker_on_another_device_is_refused(models, tmp_path, local_ray):
+    config = Measure(**{**SMALL, "device": "NVIDIA H100 80GB HBM3"})
+    with pytest.raises(StageFailed, match="NVIDIA H100 80GB HBM3") as caught:
+        config.run(fake_context(tmp_path, {"models": {"wide": models["wide"]}}))
+    assert describe_cpu() in str(caught.value)
+
+
+def test_prompt_longer_than_a_table_of_positions_is_refused(tmp_path, local_ray):
+    GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=10, n_embd=16, n_layer=1, n_head=2)).save_pretrained(
+        tmp_path / "model"
+    )
+    inputs = {"models": {"old": artifact_of("model", tmp_path)}}
+    with pytest.raises(StageFailed, match="'old' reads 10 tokens at most, prompt_tokens \\+ new_tokens = 12"):
+        Measure(**SMALL).run(fake_context(tmp_path / "run", inputs))
+
+
+def test_prompt_longer_than_the_context_of_rotary_positions_is_measured(models, tmp_path, local_ray):
+    config = Measure(**{**SMALL, "prompt_tokens": 126, "repeats": 2})
+    outcome = config.run(fake_context(tmp_path, {"models": {"narrow": models["narrow"]}}))
+    assert outcome.metrics["prefill_p50_ms/narrow"] > 0
+
+
+def test_model_given_from_outside_that_is_quantized_is_not_measured(tmp_path, local_ray):
+    save_model(tmp_path / "given" / "model", seed=0)
+    path = tmp_path / "given" / "model" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": {"quant_method": "gptq"}}))
+    context = fake_context(tmp_path / "run", {"models": {"given": artifact_of("model", tmp_path / "given")}})
+    outcome = Measure(**SMALL).run(context)
+    assert context.out.get_json("speed.json")["models"]["given"]["reason"] == NO_KERNEL
+    assert outcome.metrics == {}

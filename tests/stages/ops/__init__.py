@@ -1,0 +1,1 @@
+"""Tests of the tensor maths that stages share."""
