@@ -51,14 +51,14 @@ TWO = Resources(workers=2, cpus_per_worker=1)
 def quickstart(
     *,
     students: tuple[Setting, ...] = (PLAIN, DISTILLED),
-    teacher: Llama = Llama(layers=4, width=256, heads=4, kv_heads=2, ffn_width=704),  # noqa: B008  frozen
+    teacher: Llama = Llama(layers=3, width=192, heads=4, kv_heads=2, ffn_width=512),  # noqa: B008  frozen
     student: Llama = Llama(layers=2, width=128, heads=4, kv_heads=2, ffn_width=384),  # noqa: B008  frozen
-    vocabulary_size: Annotated[int, Field(ge=300, le=65536)] = 4096,
+    vocabulary_size: Annotated[int, Field(ge=300, le=65536)] = 2048,
     sequence_length: Annotated[int, Field(ge=16)] = 128,
     max_documents: Annotated[int, Field(ge=20)] | None = None,
     teacher_steps: Annotated[int, Field(ge=1)] = 400,
     student_steps: Annotated[int, Field(ge=1)] = 400,
-    batch_rows: Annotated[int, Field(ge=2)] = 32,
+    batch_rows: Annotated[int, Field(ge=2)] = 16,
     temperature: Annotated[float, Field(gt=0)] = 2.0,
     k: Annotated[int, Field(ge=1)] = 32,
     gate: Gate = Gate(),  # noqa: B008  frozen
@@ -91,6 +91,7 @@ def quickstart(
             tokenizer=ByteLevelBPE(vocabulary_size=vocabulary_size),
             sequence_length=sequence_length,
             max_documents=max_documents,
+            validation_fraction=0.1,
             seed=seed,
         ),
         resources=TWO,

@@ -1,0 +1,184 @@
+"""The loop: one result for any micro-batch, one more time for any snapshot; what it tells and refuses."""
+
+import math
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from stages.contract import Artifact
+from stages.errors import StageFailed
+from stages.ops.divergences import cross_entropy
+from stages.storage import Folder
+from stages.train import snapshots
+from stages.train.loop import Progress, Recipe, Training
+from stages.train.objectives import CrossEntropy, SoftTarget
+from stages.train.reader import Reader, ShardPair, SignalsLayout
+from tests.fakes import RecordingReport
+from tests.stages.tiny import tiny_llama, write_dataset
+from tests.stages.train.signals import write_signals
+
+RECIPE = Recipe(
+    optimizer_steps=12,
+    learning_rate=3e-3,
+    warmup_fraction=0.2,
+    final_fraction=0.1,
+    weight_decay=0.1,
+    gradient_clip=1.0,
+    dtype="float32",
+    seed=5,
+)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Artifact, Artifact]:
+    data = write_dataset(tmp_path_factory.mktemp("data"))
+    return data, write_signals(tmp_path_factory.mktemp("signals"), data, tiny_llama(seed=1))
+
+
+class _Memory:
+    """Keeps every snapshot, in memory."""
+
+    def __init__(self, at: int = -1) -> None:
+        self.at, self.calls, self.kept = at, 0, {}
+
+    def due(self) -> bool:
+        self.calls += 1
+        return self.calls == self.at
+
+    def keep(self, step: int, tensors: Any, facts: Any) -> None:
+        self.kept[step] = ({name: tensor.detach().clone() for name, tensor in tensors.items()}, dict(facts))
+
+
+def _training(
+    inputs: tuple[Artifact, Artifact], *, micro_batch: int = 4, recipe: Recipe = RECIPE, **options: Any
+) -> Training:
+    data, signals = inputs
+    pairs = zip(data.paths("tokens/*.parquet"), signals.paths("signals/*.parquet"), strict=True)
+    reader = Reader(
+        tuple(ShardPair(*pair) for pair in pairs),
+        SignalsLayout(8, (1.0, 2.0)),
+        batch_rows=4,
+        micro_batch=micro_batch,
+        seed=recipe.seed,
+    )
+    settings = {
+        "model": tiny_llama(vocabulary=100, attention_dropout=0.1),  # dropout, and a head wider than the vocabulary
+        "objectives": (CrossEntropy(weight=0.5), SoftTarget(weight=0.5, temperature=2.0)),
+        "vocabulary": 96,
+        "report": RecordingReport(),
+    }
+    return Training(reader=reader, recipe=recipe, **{**settings, **options})
+
+
+def _weights(training: Training) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in training.model.state_dict().items()}
+
+
+def test_training_in_smaller_micro_batches_gives_the_same_weights(inputs: tuple[Artifact, Artifact]) -> None:
+    models = []
+    for micro_batch in (4, 3, 1):
+        training = _training(inputs, micro_batch=micro_batch, model=tiny_llama())
+        training.run(Progress())
+        models.append(_weights(training))
+    for other in models[1:]:
+        for name, expected in models[0].items():
+            torch.testing.assert_close(other[name], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_training_from_a_snapshot_ends_with_the_very_weights(inputs: tuple[Artifact, Artifact], tmp_path: Path) -> None:
+    whole = _training(inputs)
+    done = whole.run(Progress())
+
+    memory = _Memory(at=5)
+    _training(inputs, keeper=memory).run(Progress())
+    tensors, facts = memory.kept[5]
+    snapshots.write(Folder.at(tmp_path), 5, tensors, facts)
+    found = snapshots.newest(Folder.at(tmp_path))
+    assert found is not None
+    again = _training(inputs, model=tiny_llama(vocabulary=100, seed=9, attention_dropout=0.1))
+    resumed = again.run(Progress(step=found.step, **found.facts), snapshots.read(Folder.at(tmp_path), found))
+
+    assert (resumed.step, resumed.tokens, resumed.targets) == (done.step, done.tokens, done.targets)
+    assert resumed.last == done.last
+    expected = _weights(whole)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in _weights(again).items())
+
+
+def test_training_at_its_end_leaves_a_snapshot_from_which_nothing_is_left_to_do(
+    inputs: tuple[Artifact, Artifact],
+) -> None:
+    memory = _Memory()
+    first = _training(inputs, keeper=memory)
+    first.run(Progress())
+    assert list(memory.kept) == [12]
+    again = _training(inputs, model=tiny_llama(vocabulary=100, seed=9))
+    done = again.run(Progress(step=12, **memory.kept[12][1]), memory.kept[12][0])
+    assert done.step == 12
+    assert all(torch.equal(tensor, _weights(first)[name]) for name, tensor in _weights(again).items())
+
+
+def test_training_minimizes_the_weighted_objective_over_the_global_batch(inputs: tuple[Artifact, Artifact]) -> None:
+    """The first gradient equals that of the formula, written out over the rows of the batch at once."""
+    training = _training(inputs, micro_batch=1, model=tiny_llama(), objectives=(CrossEntropy(weight=0.5),))
+    seen: list[torch.Tensor] = []
+    recipe = RECIPE.learning_rate_at
+    assert recipe(0) > 0
+    (step,) = training.reader.steps(0, 1)
+    network = training._replicated()
+    for batch in step.micro_batches:
+        loss, _ = training._loss(network, batch)
+        torch.autograd.backward(loss / step.num_targets)
+    seen = [parameter.grad.clone() for parameter in training.model.parameters()]
+
+    reference = tiny_llama()
+    logits = torch.cat(
+        [reference(input_ids=b.input_ids_BT).logits.flatten(0, 1)[b.positions_M] for b in step.micro_batches]
+    )
+    targets = torch.cat([b.targets_M for b in step.micro_batches])
+    (0.5 * cross_entropy(logits, targets).mean()).backward()
+    for found, parameter in zip(seen, reference.parameters(), strict=True):
+        torch.testing.assert_close(found, parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_training_tells_a_curve_and_its_progress(inputs: tuple[Artifact, Artifact]) -> None:
+    training = _training(inputs)
+    done = training.run(Progress())
+    report = training.report
+    assert [step for step, _ in report.points] == list(range(1, 13))
+    first, last = report.points[0][1], report.points[-1][1]
+    assert set(first) == {f"train/{n}" for n in ("loss", "cross_entropy", "kl", "learning_rate", "tokens_per_second")}
+    assert first["train/loss"] == pytest.approx(
+        0.5 * first["train/cross_entropy"] + 0.5 * 4 * first["train/kl"], rel=1e-5
+    )
+    assert last["train/loss"] < first["train/loss"]
+    assert report.progressed[-1] == (12, 12, "steps")
+    assert done.tokens == 12 * 4 * 16
+
+
+def test_training_towards_its_own_signals_has_no_divergence(inputs: tuple[Artifact, Artifact]) -> None:
+    recipe = Recipe(**{**{name: getattr(RECIPE, name) for name in RECIPE.__slots__}, "optimizer_steps": 1})
+    training = _training(inputs, model=tiny_llama(seed=1), objectives=(SoftTarget(),), recipe=recipe)
+    assert training.run(Progress()).last["train/kl"] == pytest.approx(0, abs=1e-4)
+
+
+def test_training_with_a_broken_model_fails_naming_the_step(inputs: tuple[Artifact, Artifact]) -> None:
+    model = tiny_llama()
+    with torch.no_grad():
+        model.model.norm.weight[0] = float("nan")
+    memory = _Memory(at=1)
+    with pytest.raises(StageFailed, match=r"the loss is nan at optimizer step 0, .* lower learning_rate"):
+        _training(inputs, model=model, keeper=memory).run(Progress())
+    assert memory.kept == {}
+
+
+def test_learning_rate_rises_then_falls_along_a_cosine() -> None:
+    rates = [RECIPE.learning_rate_at(step) for step in range(12)]
+    assert rates[:3] == pytest.approx([1e-3, 2e-3, 3e-3])
+    assert rates[3] == pytest.approx(3e-3)
+    assert all(a > b for a, b in pairwise(rates[3:]))
+    assert rates[-1] == pytest.approx(3e-4)
+    middle = 3e-3 * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * 4 / 8)))
+    assert rates[7] == pytest.approx(middle)

@@ -1,0 +1,122 @@
+"""`Train` on a real Ray: files, equal results on one and two workers, going on, and errors of ours."""
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from stages.checkpoints import load_model, load_tokenizer
+from stages.contract import Artifact
+from stages.errors import ConfigError, StageFailed
+from stages.teach.stage import Teach, TopK
+from stages.train import snapshots
+from stages.train.stage import Continue, CrossEntropy, Llama, Smaller, SoftTarget, Train
+from tests.fakes import artifact_of, fake_context
+from tests.stages.tiny import tiny_llama, write_dataset, write_model
+from tests.stages.train.signals import write_signals
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
+    folder = tmp_path_factory.mktemp("inputs")
+    data = write_dataset(folder / "data")
+    teacher = tiny_llama(layers=3, max_position_embeddings=32)
+    return {
+        "data": data,
+        "teacher": write_model(folder / "teacher", teacher, folder / "data" / "tokenizer"),
+        "signals": write_signals(folder / "signals", data, teacher),
+    }
+
+
+def _train(**changes: Any) -> Train:
+    settings = {
+        "model": Smaller(layers=2), "objectives": (CrossEntropy(weight=0.3), SoftTarget(weight=0.7, temperature=2.0)),
+        "optimizer_steps": 6, "batch_rows": 5, "seed": 1,
+    }  # fmt: skip
+    return Train(**{**settings, **changes})
+
+
+@pytest.mark.ray
+def test_train_on_two_workers_gives_the_weights_of_one_and_goes_on_from_its_end(
+    local_ray: None, tmp_path: Path, inputs: dict[str, Artifact]
+) -> None:
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    contexts = [fake_context(tmp_path / f"{workers}", inputs, workers=workers, cpus_per_worker=1) for workers in (1, 2)]
+    outcomes = [_train().run(context) for context in contexts]
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+
+    made = [artifact_of("model", Path(context.out.uri)) for context in contexts]
+    one, two = (load_model(artifact.folder("model")).state_dict() for artifact in made)
+    start = load_model(inputs["teacher"].folder("model")).state_dict()
+    for name, expected in one.items():
+        torch.testing.assert_close(two[name], expected, rtol=1e-4, atol=1e-5)
+    assert not torch.equal(one["lm_head.weight"], start["lm_head.weight"])
+    assert len(load_tokenizer(made[0].folder("model"))) == 96
+    facts = made[1].read_json("training.json")
+    assert (facts["optimizer_steps"], facts["tokens"]) == (6, 6 * 5 * 16)
+    assert outcomes[0].metrics["train/final_loss"] == pytest.approx(outcomes[1].metrics["train/final_loss"], rel=1e-4)
+
+    # The attempt died after its last step: the next one finds the final snapshot and only saves.
+    again = fake_context(tmp_path / "2", inputs, workers=2)
+    found = snapshots.newest(again.resume)
+    assert found is not None
+    assert found.step == 6
+    _train().run(again)
+    rerun = load_model(artifact_of("model", Path(again.out.uri)).folder("model")).state_dict()
+    assert all(torch.equal(rerun[name], value) for name, value in two.items())
+
+
+@pytest.mark.ray
+def test_train_of_a_broken_checkpoint_fails_with_an_error_of_ours(
+    local_ray: None, tmp_path: Path, inputs: dict[str, Artifact]
+) -> None:
+    model = tiny_llama()
+    with torch.no_grad():
+        model.model.norm.weight[0] = float("nan")
+    broken = {"data": inputs["data"], "start": write_model(tmp_path / "broken", model)}
+    stage = _train(model=Continue(), objectives=(CrossEntropy(),))
+    with pytest.raises(StageFailed, match="the loss is nan at optimizer step 0") as caught:
+        stage.run(fake_context(tmp_path / "step", broken))
+    assert type(caught.value) is StageFailed
+
+
+SOURCES = {"data": Continue(), "signals": Teach(method=TopK(temperatures=(1.0, 2.0))), "teacher": Continue()}
+
+
+def test_check_of_a_train_that_fits_passes() -> None:
+    _train().check(SOURCES)  # type: ignore[arg-type]
+    _train(model=Llama(layers=1, width=8, heads=2), objectives=(CrossEntropy(),)).check({})
+
+
+@pytest.mark.parametrize(
+    ("changes", "absent", "message"),
+    [
+        ({"objectives": ()}, "", "objectives is empty"),
+        ({}, "signals", "SoftTarget learns from the input 'signals'"),
+        ({}, "teacher", "cut from the input 'teacher'"),
+        ({"model": Continue()}, "teacher", "'start' or 'teacher', and neither is wired"),
+        ({"objectives": (SoftTarget(temperature=3.0),)}, "", "temperature is 3, expected one .*: 1, 2;"),
+    ],
+)
+def test_check_of_a_train_that_does_not_fit_is_refused(changes: dict[str, Any], absent: str, message: str) -> None:
+    sources = {name: source for name, source in SOURCES.items() if name != absent}
+    with pytest.raises(ConfigError, match=message):
+        _train(**changes).check(sources)  # type: ignore[arg-type]
+
+
+def test_train_with_signals_of_another_dataset_is_refused(tmp_path: Path, inputs: dict[str, Artifact]) -> None:
+    other = write_dataset(tmp_path / "other", vocabulary=95)
+    with pytest.raises(StageFailed, match=r"of the signals is .*, expected the dataset's"):
+        _train().run(fake_context(tmp_path / "step", {**inputs, "data": other}))
+
+
+def test_train_with_a_temperature_that_was_not_stored_is_refused(tmp_path: Path, inputs: dict[str, Artifact]) -> None:
+    with pytest.raises(StageFailed, match="temperature is 4"):
+        _train(objectives=(SoftTarget(temperature=4.0),)).run(fake_context(tmp_path / "step", inputs))
+
+
+def test_train_with_fewer_rows_than_workers_is_refused(tmp_path: Path, inputs: dict[str, Artifact]) -> None:
+    with pytest.raises(StageFailed, match="at least one row for each of 3 workers"):
+        _train(batch_rows=2).run(fake_context(tmp_path / "step", inputs, workers=3))
