@@ -232,7 +232,11 @@ def _with_parameters(
 
     def command(**values: Any) -> int:
         chosen = {name: values.get(name, default) for name, (_, default) in options.items()}
-        given = {name: _as_declared(value, signature.parameters[name]) for name, value in values.items() if name not in options}
+        given = {
+            name: _as_declared(value, signature.parameters[name])
+            for name, value in values.items()
+            if name not in options
+        }
         return act(found, given, chosen, tokens)
 
     command.__signature__ = inspect.Signature([*own, *common])  # type: ignore[attr-defined]
@@ -250,12 +254,13 @@ def _with_parameters(
 
 
 def _with_defaults_inside(parameter: inspect.Parameter, hint: Any) -> inspect.Parameter:
-    """Return a parameter whose default's fields are its model's defaults, so that `--teacher.layers 6` keeps the rest."""
+    """Return a parameter whose model has the default's fields as its own, so that `--teacher.layers 6` keeps the rest."""
     default = parameter.default
     if not isinstance(default, BaseModel) or hint is not type(default):
         return parameter.replace(annotation=hint)
     fields: dict[str, Any] = {
-        name: (field.annotation, Field(getattr(default, name), description=field.description)) for name, field in hint.model_fields.items()
+        name: (field.annotation, Field(getattr(default, name), description=field.description))
+        for name, field in hint.model_fields.items()
     }
     model = create_model(hint.__name__, __base__=hint, **fields)
     return parameter.replace(annotation=model, default=model(**dict(default)))
@@ -274,7 +279,8 @@ def _params_file(tokens: Sequence[str]) -> list[Yaml]:
             path = Path(value or (tokens[index + 1] if index + 1 < len(tokens) else ""))
             if not path.is_file():
                 raise ConfigError(
-                    f"--params names {str(path)!r}, which is not a file; expected a YAML file of the workflow's parameters"
+                    f"--params names {str(path)!r}, which is not a file; expected a YAML file of the workflow's "
+                    "parameters"
                 )
             return [Yaml(path, must_exist=True, use_commands_as_keys=False)]
     return []
@@ -496,7 +502,9 @@ def show(artifact: str, *, store: Store = "./.stillhouse", json: AsJson = False)
 
 @artifacts.command
 def verify(*which: str, store: Store = "./.stillhouse", json: AsJson = False) -> int:
-    """Hash files again and compare them with their manifests; what does not verify is withdrawn and made again by the next run.
+    """Hash files again and compare them with their manifests.
+
+    What does not verify is withdrawn, and made again by the next run.
 
     Args:
         which: fingerprints or WORKFLOW/STEP; all if none is given.

@@ -7,7 +7,6 @@ started from its weights. No teacher is trained and no tokenizer is made.
 from typing import Annotated
 
 from pydantic import Field
-from stages.promote.stage import Gate, Promote
 
 from stages.contract import Config, Resources
 from stages.errors import ConfigError
@@ -16,6 +15,7 @@ from stages.measure.device import describe_device
 from stages.measure.stage import Measure
 from stages.outside import Checkpoint, Files
 from stages.prepare.stage import Prepare
+from stages.promote.stage import Gate, Promote
 from stages.quantize.schemes import DEFAULT_SCHEMES, Scheme
 from stages.quantize.stage import Quantize
 from stages.teach.stage import Teach, TopK
@@ -81,7 +81,7 @@ def compress(
 
     Args:
         teacher: the checkpoint to compress: a folder with config.json and safetensors, or a hub id.
-        documents: files, folders, globs or S3 URIs of text, JSONL or Parquet; plain text, chats or prompt-completion rows.
+        documents: files, folders, globs or S3 URIs of text, JSONL or Parquet: texts, chats, prompt-completion rows.
         students: e.g. '{"name": "half", "layers": 6}' or '{"name": "small", "checkpoint": "path"}'; may be repeated.
         teacher_revision: the teacher's revision on the hub.
         evaluation: texts to compare models on; a part of the documents if not given.

@@ -41,7 +41,8 @@ def find_workflow(text: str) -> FoundWorkflow:
     if not path.endswith(".py"):
         if text not in workflow_names():
             raise ConfigError(
-                f"there is no workflow {text!r}{nearest(text, workflow_names())}; or give a file: path/to/file.py[:function]"
+                f"there is no workflow {text!r}{nearest(text, workflow_names())}; or give a file: "
+                "path/to/file.py[:function]"
             )
         return FoundWorkflow(text, _function(importlib.import_module(f"workflows.{text}"), text), None)
     file = Path(path).resolve()
@@ -56,7 +57,8 @@ def _load(file: Path) -> ModuleType:
     """Import a user's file under a name that shadows nothing."""
     name = f"stillhouse_user_{file.stem}"
     spec = importlib.util.spec_from_file_location(name, file)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     sys.path.insert(0, str(file.parent))
@@ -98,7 +100,8 @@ def _function(module: ModuleType, name: str) -> Callable[..., Workflow]:
     known = _functions(module)
     if name not in known:
         raise ConfigError(
-            f"{module.__file__} has no workflow function {name!r}{nearest(name, known)}; it must be declared `-> Workflow`"
+            f"{module.__file__} has no workflow function {name!r}{nearest(name, known)}; it must be declared `-> "
+            "Workflow`"
         )
     build: Callable[..., Workflow] = getattr(module, name)
     return build

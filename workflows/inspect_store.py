@@ -218,7 +218,7 @@ def collect(settings: Settings, *, keep_runs: int, delete: bool) -> dict[str, An
         step = f"{commit.manifest['workflow']}/{commit.manifest['step']}" if commit else "(unfinished)"
         rows.append({"fingerprint": fingerprint, "step": step, "size_bytes": num_bytes})
         if delete:
-            # Commits go first: a collection that is cut short leaves files that nobody reads, never a manifest without files.
+            # Commits go first: cut short, this leaves files that nobody reads, never a manifest without files.
             names = sorted((entry.name for entry in entries), key=lambda name: not name.startswith("commits/"))
             store.folder(fingerprint).delete(names)
     return {"collected": rows, "size_bytes": freed, "kept": len(kept), "kept_runs": kept_runs, "deleted": delete}
@@ -279,7 +279,8 @@ def serve_ui(settings: Settings, port: int, console: Console) -> int:
         raise ConfigError(f"there is no ledger at {tracking} yet; run a workflow first, or name its store with --store")
     address = f"http://127.0.0.1:{port}"
     console.print(
-        f"MLflow UI at {address} · candidates side by side: the experiment's runs with the filter tags.kind = 'candidate' · Ctrl-C ends it",
+        f"MLflow UI at {address} · candidates side by side: the experiment's runs with the filter tags.kind = "
+        "'candidate' · Ctrl-C ends it",
         highlight=False,
     )
     command = [

@@ -7,7 +7,6 @@ cross-entropy alone and one distilled → a search of quantization schemes on th
 from typing import Annotated
 
 from pydantic import Field
-from stages.promote.stage import Gate, Promote
 
 from stages.contract import Config, Resources
 from stages.errors import ConfigError
@@ -16,6 +15,7 @@ from stages.measure.device import describe_device
 from stages.measure.stage import Measure
 from stages.outside import PythonDocs
 from stages.prepare.stage import ByteLevelBPE, Prepare
+from stages.promote.stage import Gate, Promote
 from stages.quantize.schemes import DEFAULT_SCHEMES
 from stages.quantize.stage import Quantize
 from stages.teach.stage import Teach, TopK
@@ -25,7 +25,10 @@ from workflows.engine.graph import Workflow
 
 
 class Setting(Config):
-    """What a student learns from: `L = w_ce·CE + w_kd·T²·KL(teacher ‖ student)`. The weights are explicit, since texts define α in opposite ways."""
+    """What a student learns from: `L = w_ce·CE + w_kd·T²·KL(teacher ‖ student)`.
+
+    The weights are explicit, since texts define α in opposite ways.
+    """
 
     name: str
     """Names the step `train.<name>` and the candidate."""
@@ -42,7 +45,7 @@ class Setting(Config):
 
 
 PLAIN = Setting(name="plain", w_ce=1.0)
-DISTILLED = Setting(name="distilled", w_ce=0.1, w_kd=0.9)
+DISTILLED = Setting(name="distilled", w_ce=0.5, w_kd=0.5)
 
 TWO = Resources(workers=2, cpus_per_worker=1)
 """Two ranks, actors or trials on two cores."""
@@ -57,9 +60,9 @@ def quickstart(
     sequence_length: Annotated[int, Field(ge=16)] = 128,
     max_documents: Annotated[int, Field(ge=20)] | None = None,
     teacher_steps: Annotated[int, Field(ge=1)] = 400,
-    student_steps: Annotated[int, Field(ge=1)] = 400,
+    student_steps: Annotated[int, Field(ge=1)] = 250,
     batch_rows: Annotated[int, Field(ge=2)] = 16,
-    temperature: Annotated[float, Field(gt=0)] = 2.0,
+    temperature: Annotated[float, Field(gt=0)] = 1.0,
     k: Annotated[int, Field(ge=1)] = 32,
     gate: Gate = Gate(),  # noqa: B008  frozen
     seed: int = 0,
@@ -118,7 +121,7 @@ def quickstart(
                 objectives=setting.objectives(temperature),
                 optimizer_steps=student_steps,
                 batch_rows=batch_rows,
-                learning_rate=3e-3,
+                learning_rate=6e-3,
                 seed=seed,
             ),
             data=corpus,

@@ -46,7 +46,13 @@ def my_workflow(
     two = Resources(workers=2, cpus_per_worker=1)
     corpus = flow.step(
         "corpus",
-        Prepare(source=PythonDocs(), tokenizer=ByteLevelBPE(vocabulary_size=2048), sequence_length=64, max_documents=150, seed=seed),
+        Prepare(
+            source=PythonDocs(),
+            tokenizer=ByteLevelBPE(vocabulary_size=2048),
+            sequence_length=64,
+            max_documents=150,
+            seed=seed,
+        ),
         resources=two,
     )
     teacher = flow.step(

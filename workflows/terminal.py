@@ -10,8 +10,8 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
-from stages.promote.leaderboard import leaderboard
 
+from stages.promote.leaderboard import leaderboard
 from workflows.engine.driver import StepResult, Watcher
 from workflows.engine.execute import Execution
 from workflows.engine.plan import Plan, StepPlan
@@ -183,15 +183,22 @@ def watching(console: Console, plan: Plan) -> Iterator[Watcher]:
         yield watcher
 
 
-def leaderboard_table(report: Mapping[str, Any]) -> Table:
-    """Return a report's candidates as a table."""
+NARROW_COLUMNS = 110
+"""Below this width the terminal's leaderboard leaves out what Markdown and MLflow have."""
+LEFT_OUT = frozenset({"bits/weight", "KL to student", "ms/token p95", "tokens/s", "memory MB"})
+
+
+def leaderboard_table(report: Mapping[str, Any], width: int) -> Table:
+    """Return a report's candidates as a table that fits a terminal's width."""
     headers, rows = leaderboard(report)
+    shown = [index for index, header in enumerate(headers) if width >= NARROW_COLUMNS or header not in LEFT_OUT]
     table = Table(title="candidates", title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for index, header in enumerate(headers):
-        table.add_column(header, justify="left" if index == 0 else "right")
+    for index in shown:
+        table.add_column(headers[index], justify="left" if index == 0 else "right", overflow="fold")
     champion = report["verdict"]["champion"]
     for row in rows:
-        table.add_row(*row, style="bold green" if champion and row[0].split()[0] == champion else "")
+        style = "bold green" if champion and row[0].split()[0] == champion else ""
+        table.add_row(*(row[index] for index in shown), style=style)
     return table
 
 
@@ -203,7 +210,7 @@ def print_outcome(console: Console, execution: Execution, *, store: str) -> None
             _print_failure(console, step)
     for report in execution.reports.values():
         console.print()
-        console.print(leaderboard_table(report))
+        console.print(leaderboard_table(report, console.width))
         console.print()
         verdict = report["verdict"]
         console.print(Text(verdict["outcome"], style="bold green" if verdict["champion"] else "bold yellow"))
@@ -218,10 +225,12 @@ def print_outcome(console: Console, execution: Execution, *, store: str) -> None
     )
     if execution.ledger is not None and execution.ledger.waiting:
         console.print(
-            f"[yellow]{execution.ledger.waiting} records wait for MLflow at {execution.tracking_uri}: {execution.ledger.error}; the next run sends them[/]"
+            f"[yellow]{execution.ledger.waiting} records wait for MLflow at {execution.tracking_uri}: "
+            f"{execution.ledger.error}; the next run sends them[/]"
         )
     console.print(
-        f"look: stillhouse ui{_flag(store)} · stillhouse compare{_flag(store)} · stillhouse artifacts list{_flag(store)}",
+        f"look: stillhouse ui{_flag(store)} · stillhouse compare{_flag(store)} · stillhouse artifacts "
+        f"list{_flag(store)}",
         highlight=False,
     )
     if not result.succeeded:

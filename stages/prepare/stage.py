@@ -64,7 +64,8 @@ class Prepare(Stage):
             raise ValueError(f"validation_fraction + calibration_fraction are {held_out:g}, expected at most 1")
         if held_out == 1 and isinstance(self.tokenizer, ByteLevelBPE):
             raise ValueError(
-                "validation_fraction + calibration_fraction leave no text to train the tokenizer on; expected less than 1"
+                "validation_fraction + calibration_fraction leave no text to train the tokenizer on; expected less "
+                "than 1"
             )
         return self
 

@@ -7,6 +7,7 @@ with their record's time, so that MLflow keeps them once. Does not: batch, retry
 MLflow is addressed by explicit run ids only: a "current run" would leak between tasks of one process.
 """
 
+import json
 import logging
 import re
 import tempfile
@@ -14,6 +15,7 @@ import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import urlsplit
 
 from stages.storage import Folder
 from workflows.engine.entries import (
@@ -32,12 +34,31 @@ from workflows.engine.entries import (
 )
 from workflows.engine.records import CandidateFound, Record, RunOpened, VerdictReached
 
-__all__ = ["Books", "Connection"]
+__all__ = ["CANDIDATES_PATH", "Books", "Connection"]
 
 logger = logging.getLogger(__name__)
 
 PRIMARY_METRIC = "final/kl_to_teacher"
 CHAMPION = "champion"
+REACHABLE = ("", "file", "s3", "gs", "az")
+"""Schemes of artifact URIs that are written without MLflow; a server that keeps them has `mlflow-artifacts:/…`."""
+CANDIDATES_PATH = "#/experiments/{experiment_id}/runs?viewStateShareKey=candidates"
+"""Where MLflow's UI shows an experiment's candidates side by side; with `&compareRunsMode=CHART` as charts."""
+VIEW = "mlflow.sharedViewState.candidates"
+"""Experiment tag in which MLflow's UI looks for the columns, filter and order of that page."""
+COLUMNS = (
+    "final/kl_to_teacher",
+    "final/agreement",
+    "final/perplexity",
+    "final/size_bytes",
+    "final/compression_x",
+    "final/bits_per_weight",
+    "final/latency_p50_ms",
+    "final/tokens_per_second",
+    "final/peak_memory_bytes",
+    "final/cost_seconds",
+)
+"""The candidates' figures that a reader sees without choosing columns."""
 
 
 class Connection(Protocol):
@@ -160,6 +181,8 @@ class Books:
             return None
         if found.lifecycle_stage == "deleted":
             self._client.restore_experiment(found.experiment_id)
+        if found.tags.get(VIEW) != _view():
+            self._client.set_experiment_tag(found.experiment_id, VIEW, _view())
         return str(found.experiment_id)
 
     def _make_experiment(self, name: str) -> str:
@@ -167,6 +190,7 @@ class Books:
             "mlflow.experimentKind": "custom_model_development",
             "mlflow.experiment.primaryMetric.name": PRIMARY_METRIC,
             "mlflow.experiment.primaryMetric.greaterIsBetter": "false",
+            VIEW: _view(),
         }
         root = self._mlflow.artifact_location
         location = root and f"{root}/{re.sub(r'[^A-Za-z0-9._-]+', '-', name)}"
@@ -180,7 +204,7 @@ class Books:
 
     def _put(self, run_id: str, artifacts: str, name: str, data: bytes) -> None:
         """Write a small artifact: where it lies if that can be reached (0.2 ms, not 4), else by the client."""
-        if "://" not in artifacts or artifacts.startswith(("file:///", "s3://", "gs://", "az://")):
+        if urlsplit(artifacts).scheme in REACHABLE:
             Folder.at(artifacts).put(name, data)
             return
         with tempfile.TemporaryDirectory() as folder:
@@ -302,6 +326,25 @@ class Books:
     def _versions(self, name: str, key: str) -> list[int]:
         found = self._client.search_model_versions(f"name = '{name}'", max_results=1000)
         return sorted(int(version.version) for version in found if version.tags.get(KEY) == key)
+
+
+def _view() -> str:
+    """Return the state of MLflow's run table in which the candidates stand side by side, best first."""
+    columns = [f"metrics.`{name}`" for name in COLUMNS]
+    return json.dumps(
+        {
+            "searchFilter": "tags.kind = 'candidate'",
+            "orderByKey": f"metrics.`{PRIMARY_METRIC}`",
+            "orderByAsc": True,
+            "startTime": "ALL",
+            "lifecycleFilter": "Active",
+            "modelVersionFilter": "All Runs",
+            "datasetsFilter": [],
+            "selectedColumns": ["attributes.`Models`", *columns],
+            "columnOrder": columns,
+            "columnWidths": dict.fromkeys(columns, 150),
+        }
+    )
 
 
 def _candidate_tags(record: CandidateFound, opened: RunOpened) -> dict[str, str]:

@@ -156,7 +156,7 @@ def _opened(record: RunOpened) -> Row:
     return Row(
         key=record.run,
         run=record.run,
-        name=f"{record.workflow} {record.run}",
+        name=record.run,
         opened_ms=record.at_ms,
         tags=legal_tags(tags),
         params=legal_params(record.params),

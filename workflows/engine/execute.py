@@ -1,4 +1,4 @@
-"""One run from plan to ledger: opens the store, plans, starts what is needed, drives, and tells MLflow what came out."""
+"""One run from plan to ledger: opens the store, plans, starts what is needed, drives, tells MLflow what came out."""
 
 import secrets
 import time

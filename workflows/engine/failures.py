@@ -54,7 +54,7 @@ LONGEST_BACKOFF_SECONDS = 300.0
 """Backoff stops doubling here: an outage of an hour costs a dozen tries, not a night."""
 SMALLEST_MICRO_BATCH = 1
 FIRST_MICRO_BATCH = 8
-"""Where shrinking starts when the stage had chosen its own micro-batch: an eighth of it is tried at the third attempt."""
+"""Where shrinking starts when the stage had chosen its own micro-batch."""
 
 
 def decide(failure: Failure, *, attempt: int, retry: Retry, resources: Resources) -> TryAgain | GiveUp:

@@ -125,7 +125,8 @@ class Workflow:
             ]
             if not ready:
                 raise ConfigError(
-                    f"the steps {', '.join(sorted(waiting))} need each other in a cycle; a workflow is a graph without cycles"
+                    f"the steps {', '.join(sorted(waiting))} need each other in a cycle; a workflow is a graph "
+                    "without cycles"
                 )
             for step in ready:
                 done[step.name] = waiting.pop(step.name)

@@ -16,7 +16,7 @@ from stages.storage import Folder
 
 BEAT_SECONDS = 5.0
 STALE_SECONDS = 60.0
-"""A holder whose heartbeat has not moved for this long, by the watcher's own clock, is dead: hosts' clocks may differ."""
+"""A holder whose heartbeat has not moved for so long, by the watcher's own clock, is dead: hosts' clocks may differ."""
 LONG_DEAD_SECONDS = 900.0
 """One whose heartbeat is this old by the store's clock is dead at first sight."""
 

@@ -11,24 +11,19 @@ Does not: know MLflow. Batches may hold NaN and infinities as Python's `json` wr
 """
 
 import json
-import socket
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from numbers import Real
 from typing import Any
 
-import psutil
-
 from stages.storage import AlreadyExists, Folder
-from workflows.engine.heartbeat import Holder, Liveness, boot_id
 from workflows.engine.masking import masked_tree
 from workflows.engine.records import Record, from_json, to_json
+from workflows.engine.turns import Terms, numbered
 
-__all__ = ["Journal", "holder_of", "unfinished"]
+__all__ = ["Journal", "unfinished"]
 
-TAKEN_SECONDS = 120.0
-"""A sender on another host, whose process cannot be seen from here, is taken to live for this long at least."""
 LOOKS_AT_ONCE = 16
 """Requests at once when old runs are looked through: an object store takes some 30 ms for each."""
 
@@ -39,6 +34,8 @@ class Journal:
     def __init__(self, folder: Folder) -> None:
         """Open the journal in a folder `<store>/runs/<run>/ledger`; nothing is written yet."""
         self._folder = folder
+        self.sender = Terms(folder)
+        """Who may send this journal."""
         self._last = 0
 
     def append(self, records: Sequence[Record]) -> int:
@@ -62,7 +59,7 @@ class Journal:
 
     def numbers(self) -> list[int]:
         """Return the numbers of all batches, in order."""
-        return _numbered(self._names(), "")
+        return numbered(self._names(), "")
 
     def read(self, number: int) -> list[Record]:
         """Return a batch's records."""
@@ -70,7 +67,7 @@ class Journal:
 
     def sent(self) -> int:
         """Return the number up to which MLflow has every batch."""
-        return max(_numbered(self._names(), "sent-"), default=0)
+        return max(numbered(self._names(), "sent-"), default=0)
 
     def mark_sent(self, number: int, facts: Mapping[str, Any] | None = None) -> None:
         """Note that MLflow has every batch up to `number`."""
@@ -84,30 +81,6 @@ class Journal:
         """Tell whether nothing is left to do for this run."""
         return self._folder.has("finished.json")
 
-    def take(self, holder: Holder, liveness: Liveness) -> int | None:
-        """Become the one who sends from here on; return the term's number, or None where another one is at it."""
-        names = self._names()
-        term = max(_numbered(names, "taken-"), default=0)
-        if term and f"free-{term:06d}.json" not in names and self._lives(term, liveness):
-            return None
-        try:
-            self._folder.put_json(f"taken-{term + 1:06d}.json", holder.to_json(), create=True)
-        except AlreadyExists:
-            return None
-        return term + 1
-
-    def let_go(self, term: int) -> None:
-        """End a term, so that the next sender need not wait for this process to die."""
-        self._create(f"free-{term:06d}.json", {})
-
-    def _lives(self, term: int, liveness: Liveness) -> bool:
-        name = f"taken-{term:06d}.json"
-        holder = Holder.from_json(self._folder.get_json(name))
-        if holder.process_lives() is None:
-            age = time.time() - next(entry.modified for entry in self._folder.entries() if entry.name == name)
-            return age < TAKEN_SECONDS or liveness.alive(holder)
-        return liveness.alive(holder)
-
     def _names(self) -> frozenset[str]:
         return frozenset(entry.name for entry in self._folder.entries())
 
@@ -118,22 +91,12 @@ class Journal:
             return
 
 
-def holder_of(run: str, pid: int) -> Holder:
-    """Return a process of this host as the one who sends a run's journal."""
-    return Holder(run, socket.gethostname(), boot_id(), pid, psutil.Process(pid).create_time())
-
-
 def unfinished(runs: Folder) -> list[tuple[str, Journal]]:
     """Return the runs, oldest first, for which something may be left to do."""
     found = [(run, Journal(runs / run / "ledger")) for run in sorted(runs.children())]
     with ThreadPoolExecutor(LOOKS_AT_ONCE) as pool:
         finished = pool.map(lambda item: item[1].finished(), found)
         return [item for item, over in zip(found, finished, strict=True) if not over]
-
-
-def _numbered(names: Iterable[str], prefix: str) -> list[int]:
-    stems = [name.removeprefix(prefix).removesuffix(".json") for name in names if name.startswith(prefix)]
-    return sorted(int(stem) for stem in stems if stem.isdigit())
 
 
 def _plain(value: object) -> float | str:

@@ -19,7 +19,7 @@ import tempfile
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -27,10 +27,10 @@ from typing import Any
 
 from stages.errors import ConfigError
 from stages.storage import Folder, cache_root
-from workflows.engine.books import Books, Connection
+from workflows.engine.books import CANDIDATES_PATH, Books, Connection
 from workflows.engine.entries import RUN, Point
 from workflows.engine.heartbeat import Liveness
-from workflows.engine.journal import Journal, holder_of, unfinished
+from workflows.engine.journal import Journal, unfinished
 from workflows.engine.masking import masked
 from workflows.engine.records import Record
 from workflows.engine.sender import Sender, follow
@@ -42,8 +42,10 @@ from workflows.engine.tracking import (
     prepare_tracking,
     sqlite_path,
 )
+from workflows.engine.turns import Terms, holder_of
 
 __all__ = [
+    "CANDIDATES_PATH",
     "Ledger",
     "LedgerState",
     "LedgerUnavailable",
@@ -222,13 +224,14 @@ class Ledger:
         self._inbox: deque[Record] = deque()
         self._journaled = self._sent = self._refused = 0
         self._error: str | None = None
+        self._given_up = False
         try:
             check_tracking_uri(tracking_uri)
         except LedgerUnavailable as error:
             self._degrade(str(error))
         self._journal = Journal(runs / run / "ledger")
         self._child = _start_child(tracking_uri, artifact_root, runs, run)
-        self._term = self._journal.take(holder_of(run, self._child.pid), Liveness(runs))
+        self._term = self._journal.sender.take(holder_of(run, self._child.pid), Liveness(runs))
         self._journaling = threading.Lock()
         self._closing = threading.Event()
         self._listener = threading.Thread(target=self._listen, name="ledger-answers", daemon=True)
@@ -255,8 +258,8 @@ class Ledger:
         try:
             self._child.wait(timeout_seconds)
         except subprocess.TimeoutExpired:
+            self._given_up = True
             self._child.kill()
-            self._child.wait()
         self._listener.join()
         state = self.state
         if state.waiting:
@@ -265,7 +268,7 @@ class Ledger:
             logger.warning("%d records wait in the journal (%s); the next run sends them", state.waiting, reason)
             if self._term is not None:
                 with suppress(Exception):  # `replay` finds out by itself
-                    self._journal.let_go(self._term)
+                    self._journal.sender.let_go(self._term)
         return state
 
     def _loop(self) -> None:
@@ -309,8 +312,9 @@ class Ledger:
             elif self._error is not None:
                 self._error = None
                 logger.info("the ledger at %s is written again", masked(self._uri))
-        if self._child.wait() > 0:
-            self._degrade(f"the ledger's process ended: {words}")
+        code = self._child.wait()
+        if code and not self._given_up:
+            self._degrade(f"the ledger's process ended with {code}: {words}")
 
     def _degrade(self, reason: str) -> None:
         if self._error is None:
@@ -359,10 +363,10 @@ def replay(runs: Folder, *, tracking_uri: str, artifact_root: str, connect: Conn
 
     for run, journal in unfinished(runs):
         numbers = journal.numbers()
-        term = journal.take(holder_of(run, os.getpid()), Liveness(runs)) if numbers else None
+        term = journal.sender.take(holder_of(run, os.getpid()), Liveness(runs)) if numbers else None
         if term is None:
             continue
-        sender, sent = Sender(run, journal, books), journal.sent()
+        sender, sent = Sender(run, journal, books, _turn_of(runs, run)), journal.sent()
         try:
             sender.add(number for number in numbers if number > sent)
             sender.send()
@@ -375,7 +379,7 @@ def replay(runs: Folder, *, tracking_uri: str, artifact_root: str, connect: Conn
             break
         finally:
             num_sent += sender.num_sent
-            journal.let_go(term)
+            journal.sender.let_go(term)
     return num_sent
 
 
@@ -479,11 +483,17 @@ def _answer(value: Mapping[str, Any]) -> None:
         sys.stdout.flush()
 
 
+def _turn_of(runs: Folder, run: str) -> Callable[[], AbstractContextManager[None]]:
+    """Return what makes a process wait for its turn to tell MLflow of what the runs of one store share."""
+    terms = Terms(Folder(runs.uri.rpartition("/")[0]) / "mlflow" / "turns")
+    return lambda: terms.held(run, Liveness(runs))
+
+
 def main(tracking_uri: str, artifact_root: str, runs: str, run: str) -> None:
     """Be the process that sends one run's journal as it grows."""
     logging.basicConfig(level=logging.WARNING, handlers=[_Passed()])
-    journal = Journal(Folder(runs) / run / "ledger")
-    follow(Sender(run, journal, lambda: Books(connect(tracking_uri, artifact_root))), sys.stdin, _answer)
+    journal, turn = Journal(Folder(runs) / run / "ledger"), _turn_of(Folder(runs), run)
+    follow(Sender(run, journal, lambda: Books(connect(tracking_uri, artifact_root)), turn), sys.stdin, _answer)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ PACKAGES = (
 
 @cache
 def code_digest(stage: type) -> str:
-    """Return a digest of the code that a stage's results come from: its folder and `stages/ops`, or a user's own file."""
+    """Return a digest of the code that a stage's results come from: its folder and `stages/ops`, or a user's file."""
     source = Path(inspect.getfile(stage))
     files = [source]
     if source.name == "stage.py":

@@ -282,7 +282,8 @@ def _stop_overdue(draft: _Draft, at: float) -> None:
             )
             failure = Failure(
                 FailureKind.PENDING,
-                f"after {waited:.0f} s its stage had not begun; it asks for {need}. Free these on the cluster, ask for less, "
+                f"after {waited:.0f} s its stage had not begun; it asks for {need}. Free these on the cluster, ask "
+                "for less, "
                 "or raise the step's pending_timeout_seconds",
             )
         elif state.began_at is not None and retry.timeout_seconds is not None and ran > retry.timeout_seconds:

@@ -11,13 +11,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from workflows.engine.books import Books
 from workflows.engine.entries import Entry, Row, coalesce
 from workflows.engine.journal import Journal
 from workflows.engine.masking import masked
-from workflows.engine.records import Record, RunClosed
+from workflows.engine.records import CandidateFound, Record, RunClosed, VerdictReached
 
 __all__ = ["Sender", "follow"]
 
@@ -39,15 +40,18 @@ REFUSALS = frozenset(
 class Sender:
     """Sends one run's journal. Not for several threads at once."""
 
-    def __init__(self, run: str, journal: Journal, books: Callable[[], Books]) -> None:
+    def __init__(
+        self, run: str, journal: Journal, books: Callable[[], Books], turn: Callable[[], AbstractContextManager[None]]
+    ) -> None:
         """Stand ready to send.
 
         Args:
             run: the journal's run.
             journal: held by this process.
             books: opens MLflow; asked when there is something to send, and again after it failed.
+            turn: held while what several runs share, candidates and the registry, is told.
         """
-        self._run, self._journal, self._open = run, journal, books
+        self._run, self._journal, self._open, self._turn = run, journal, books, turn
         self._books: Books | None = None
         self._waiting: deque[int] = deque()
         self._last_ms = 0
@@ -119,14 +123,10 @@ class Sender:
         books, refused = self._opened(), 0
         books.meet(records)
         self._note(records)
-        for entry in coalesce(records):
-            try:
-                books.tell(entry)
-            except Exception as error:
-                if not _is_refusal(error):
-                    raise
-                logger.warning("MLflow does not take %s: %s", _described(entry), masked(str(error)))
-                refused += entry.num_records if isinstance(entry, Row) else 1
+        shared = any(isinstance(record, CandidateFound | VerdictReached) for record in records)
+        with self._turn() if shared else nullcontext():
+            for entry in coalesce(records):
+                refused += _tell_or_refuse(books, entry)
         return refused
 
     def _note(self, records: list[Record]) -> None:
@@ -193,6 +193,20 @@ def _try(sender: Sender, *, finish: bool) -> str | None:
     except Exception as error:  # noqa: BLE001  the border of the sender's process: the journal keeps everything
         return masked(str(error)) or type(error).__name__
     return None
+
+
+def _tell_or_refuse(books: Books, entry: Entry) -> int:
+    """Tell MLflow an entry; return how many records it refused."""
+    for last in (False, True):  # a run of another store may have changed what we share under our hands: look again
+        try:
+            books.tell(entry)
+            return 0
+        except Exception as error:
+            if not _is_refusal(error):
+                raise
+            if last:
+                logger.warning("MLflow does not take %s: %s", _described(entry), masked(str(error)))
+    return entry.num_records if isinstance(entry, Row) else 1
 
 
 def _at_ms(record: Record) -> int:

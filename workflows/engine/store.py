@@ -130,7 +130,8 @@ class ArtifactStore:
             pointer = self.pointed(*text.split("/", 1))
             if pointer is None:
                 raise ConfigError(
-                    f"the store {self.uri} has no artifact by the name {text!r}; `stillhouse artifacts list` shows what it has"
+                    f"the store {self.uri} has no artifact by the name {text!r}; `stillhouse artifacts list` shows "
+                    "what it has"
                 )
             return Fingerprint(pointer["fingerprint"])
         known = self.fingerprints()
@@ -138,7 +139,8 @@ class ArtifactStore:
         if len(found) != 1:
             what = "no artifact" if not found else f"{len(found)} artifacts"
             raise ConfigError(
-                f"{what} in {self.uri} begin with {text!r}{nearest(text, [k[:12] for k in known]) if not found else '; give more digits'}"
+                f"{what} in {self.uri} begin with "
+                f"{text!r}{nearest(text, [k[:12] for k in known]) if not found else '; give more digits'}"
             )
         return Fingerprint(found[0])
 
@@ -183,7 +185,8 @@ class ArtifactStore:
         highest = int((folder / "claims").entries()[-1].name.removesuffix(".json"))
         if highest != claim.epoch:
             raise Fenced(
-                f"epoch {claim.epoch} of {claim.fingerprint[:12]} was overtaken by epoch {highest}; its output is not committed"
+                f"epoch {claim.epoch} of {claim.fingerprint[:12]} was overtaken by epoch {highest}; its output is "
+                "not committed"
             )
         try:
             folder.put_json(f"commits/{claim.generation:06d}.json", manifest, create=True)
@@ -281,7 +284,8 @@ def seal(out: Folder, resume: Folder, root: Folder) -> list[dict[str, Any]]:
         entry = here.get(uri) or next((e for e in Folder(parent).entries() if e.name == name), None)
         if entry is None or entry.size_bytes != file.size_bytes:
             raise StillhouseError(
-                f"the shard {uri} is missing or cut short, though its receipt is there; delete {resume.uri} and run again"
+                f"the shard {uri} is missing or cut short, though its receipt is there; delete {resume.uri} and "
+                "run again"
             )
         files.append(file)
     return [

@@ -117,7 +117,8 @@ def probe(address: str) -> None:
         socket.create_connection((host, int(port)), timeout=PROBE_SECONDS).close()
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"no Ray cluster answers at {address!r} ({error}); expected HOST:PORT of a running head, e.g. 10.0.0.5:6379; "
+            f"no Ray cluster answers at {address!r} ({error}); expected HOST:PORT of a running head, e.g. "
+            "10.0.0.5:6379; "
             "leave --address out to run on this machine"
         ) from error
 
@@ -210,7 +211,8 @@ class RayTasks:
             store.delete([mark])
         if blind:
             raise ConfigError(
-                f"the store {store.uri} is not the same folder on node {', '.join(blind)}; use a shared file system or s3:// or gs://"
+                f"the store {store.uri} is not the same folder on node {', '.join(blind)}; use a shared file "
+                "system or s3:// or gs://"
             )
 
     def submit(self, request: Request) -> None:

@@ -26,9 +26,18 @@ PROGRESS_SECONDS = 0.2
 """At most one progress report so often from each process, but for the first and the last."""
 
 LOST = {
-    "ActorDiedError", "ActorUnavailableError", "WorkerCrashedError", "NodeDiedError", "RayActorError", "ObjectLostError", "OwnerDiedError",
-    "WorkerHealthCheckTimeoutError", "WorkerHealthCheckFailedError", "RayChannelError", "ControllerError",
-}  # fmt: skip
+    "ActorDiedError",
+    "ActorUnavailableError",
+    "ControllerError",
+    "NodeDiedError",
+    "ObjectLostError",
+    "OwnerDiedError",
+    "RayActorError",
+    "RayChannelError",
+    "WorkerCrashedError",
+    "WorkerHealthCheckFailedError",
+    "WorkerHealthCheckTimeoutError",
+}
 """Ray's error types that mean a process or node died, by name: this file works without importing ray."""
 MEMORY = {"OutOfMemoryError", "MemoryError", "OutOfMemory"}
 CONNECTION = ("Connection closed by peer", "Connection reset by peer", "Connection refused")

@@ -1,0 +1,1 @@
+"""Teacher and dataset → signals: what the teacher believes at each token, kept sparse."""

@@ -1,0 +1,1 @@
+"""Where a teacher's logits come from: one file an engine."""

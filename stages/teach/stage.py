@@ -1,0 +1,239 @@
+"""`Teach`: run a teacher over a dataset once and store what students learn from, with Ray Data.
+
+One actor holds one loaded teacher and works through whole token shards; each leaves one signals shard with a receipt,
+so that after a crash only shards without one are done. Only small facts travel back.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
+
+from stages.contract import Artifact, Config, Context, Input, Outcome, Shards, Split, Stage
+from stages.errors import ConfigError, StageFailed, StillhouseError, Transient
+
+logger = logging.getLogger(__name__)
+
+BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
+"""Tokens in one forward pass where `micro_batch` is not set: what keeps a device busy at little memory."""
+
+
+class TopK(Config):
+    """Keep the k most probable tokens and the mass of all others."""
+
+    kind: Literal["topk"] = "topk"
+    k: int = Field(32, ge=1)
+    """Entries kept for each token (6 bytes each)."""
+    temperatures: tuple[float, ...] = (1.0, 2.0, 4.0)
+    """Temperatures that students may train at; each costs 4 bytes a token, and none can be added later."""
+
+    def model_post_init(self, _: Any) -> None:
+        """Refuse temperatures that mean nothing."""
+        if not self.temperatures or min(self.temperatures) <= 0 or len(set(self.temperatures)) < len(self.temperatures):
+            raise ConfigError(f"temperatures are {self.temperatures}, expected one or more distinct numbers above 0")
+
+
+class Teach(Stage):
+    """Teacher and dataset → signals."""
+
+    KIND: ClassVar = "signals"
+    REVISION: ClassVar = "2026-11-21 first"
+    INPUTS: ClassVar = {"teacher": Input(("model",)), "data": Input(("dataset",))}
+
+    method: TopK = TopK(k=32)
+    """What is kept of the teacher's distribution."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """What the teacher computes in; signals are reduced in float32 whatever it is."""
+    split: Split = "train"
+    """The split that students will train on."""
+
+    def run(self, context: Context) -> Outcome:
+        """Teach every shard that has no receipt yet, then write `signals.json`."""
+        teacher, data = context.one("teacher"), context.one("data")
+        facts = data.read_json("dataset.json")
+        _check_fit(teacher, facts, self.method.k)
+        names = [file.name for file in data.below(f"tokens/{self.split}-*.parquet")]
+        if not names:
+            raise StageFailed(
+                f"the dataset has no shards of split {self.split!r}, expected one of "
+                f"{sorted(facts['splits'])}; set Teach.split"
+            )
+        shards = Shards(context.out, context.resume)
+        done = shards.done()
+        missing = [name for name in names if _signals_name(name) not in done]
+        logger.info("deciding to teach %d of %d shards, since the others have receipts", len(missing), len(names))
+        if missing:
+            self._teach(context, missing, shards, facts)
+            done = shards.done()
+        return self._conclude(context, [done[_signals_name(name)] for name in names], facts)
+
+    def _teach(self, context: Context, missing: list[str], shards: Shards, facts: Mapping[str, Any]) -> None:
+        total = facts["splits"][self.split]["rows"] * facts["sequence_length"]
+        finished = sum(fact["tokens"] for fact in shards.done().values())
+        job = {
+            "teacher": context.one("teacher"),
+            "data": context.one("data"),
+            "shards": shards,
+            "method": self.method,
+            "dtype": self.dtype,
+            "vocabulary": facts["vocabulary_size"],
+            "micro_batch": context.resources.micro_batch,
+            "threads": max(1, int(context.resources.cpus_per_worker)),
+        }
+        context.report.progress(finished, total, "tokens")
+        for row in _map_shards(missing, job, context):
+            finished += row["tokens"]
+            context.report.progress(finished, total, "tokens")
+
+    def _conclude(self, context: Context, shard_facts: list[dict[str, Any]], facts: Mapping[str, Any]) -> Outcome:
+        rows, tokens, size = (sum(fact[key] for fact in shard_facts) for key in ("rows", "tokens", "bytes"))
+        summary = {
+            "method": self.method.kind,
+            "k": min(self.method.k, facts["vocabulary_size"]),
+            "temperatures": list(self.method.temperatures),
+            "vocabulary_size": facts["vocabulary_size"],
+            "teacher_fingerprint": context.one("teacher").fingerprint,
+            "dataset_fingerprint": context.one("data").fingerprint,
+            "tokenizer_digest": facts["tokenizer_digest"],
+            "sequence_length": facts["sequence_length"],
+            "split": self.split,
+            "dtype": self.dtype,
+            "rows": rows,
+            "tokens": tokens,
+            "bytes_per_token": size / tokens,
+        }
+        context.out.put_json("signals.json", summary)
+        busy = sum(fact["seconds"] for fact in shard_facts)
+        speed = tokens / max(busy, 1e-9)
+        return Outcome(
+            {
+                "teach/tokens": tokens,
+                "teach/bytes_per_token": size / tokens,
+                "teach/tokens_per_second_per_worker": speed,
+            }
+        )
+
+
+def _signals_name(tokens_name: str) -> str:
+    return tokens_name.replace("tokens/", "signals/", 1)
+
+
+def _check_fit(teacher: Artifact, facts: Mapping[str, Any], k: int) -> None:
+    """Refuse a teacher that reads other tokens than the dataset holds."""
+    from stages.checkpoints import model_config, tokenizer_digest
+
+    folder = teacher.folder("model")
+    vocabulary, expected = facts["vocabulary_size"], facts["tokenizer_digest"]
+    known = model_config(folder)
+    teacher_vocabulary = known.get("vocab_size") or known.get("text_config", {}).get("vocab_size", 0)
+    if teacher_vocabulary < vocabulary:
+        raise StageFailed(
+            f"the teacher's vocabulary has {teacher_vocabulary} entries, expected at least the dataset's {vocabulary}; "
+            f"prepare the dataset with the teacher's tokenizer"
+        )
+    if k > vocabulary:
+        raise StageFailed(f"method.k is {k}, expected at most the dataset's vocabulary of {vocabulary} entries")
+    if any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
+        found = tokenizer_digest(folder)
+        if found != expected:
+            raise StageFailed(
+                f"the teacher's tokenizer has digest {found[:12]}…, expected the dataset's {expected[:12]}…; "
+                f"prepare the dataset with the teacher's tokenizer"
+            )
+
+
+class _ShardTeacher:
+    """One actor: loads the teacher once, then turns token shards into signals shards."""
+
+    def __init__(self, job: dict[str, Any]) -> None:
+        import torch
+
+        from stages.checkpoints import load_model
+        from stages.teach.engines.local import LocalTeacher
+
+        torch.set_num_threads(job["threads"])
+        device = "cuda" if torch.cuda.is_available() and job["on_gpu"] else "cpu"
+        model = load_model(job["teacher"].folder("model"), dtype=job["dtype"], device=device).eval()
+        method = job["method"]
+        self.job, self.device = job, device
+        self.engine = LocalTeacher(model, vocabulary=job["vocabulary"], k=method.k, temperatures=method.temperatures)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Teach the shards that a batch names; return facts."""
+        facts = [self._teach(str(name)) for name in batch["item"]]
+        return {"tokens": [fact["tokens"] for fact in facts]}
+
+    def _teach(self, name: str) -> dict[str, Any]:
+        import time
+
+        from stages.teach.shards import teach_shard
+
+        (path,) = self.job["data"].paths(name)
+        started = time.monotonic()
+        batch_rows = self.job["micro_batch"] or max(1, BATCH_TOKENS[self.device] // _row_tokens(path))
+        done = teach_shard(path, self.engine.signals, batch_rows=batch_rows, dtype=self.job["dtype"])
+        seconds = time.monotonic() - started
+        facts = {"rows": done.rows, "tokens": done.tokens, "bytes": len(done.data), "seconds": seconds}
+        self.job["shards"].write(_signals_name(name), done.data, facts)
+        return facts
+
+
+def _row_tokens(path: Any) -> int:
+    import pyarrow.parquet as pq
+
+    return int(pq.read_schema(path).field("input_ids").type.list_size)
+
+
+def _map_shards(names: list[str], job: dict[str, Any], context: Context) -> Iterator[dict[str, Any]]:
+    """Run the actor pool over shard names with Ray Data; yield facts as shards end.
+
+    The names lie in the object store already, so that nothing but the pool wants a CPU: no read or write task can be
+    starved by it. Actors are not restarted, since retries are the engine's.
+    """
+    import ray
+
+    settings = ray.data.DataContext.get_current()
+    settings.enable_progress_bars = False
+    settings.enable_operator_progress_bars = False
+    settings.print_on_execution_start = False
+    settings.max_errored_blocks = 0
+    resources = context.resources
+    workers = min(resources.workers, len(names))
+    shards = ray.data.from_items([{"item": name} for name in names], override_num_blocks=len(names))
+    taught = shards.map_batches(
+        _ShardTeacher,
+        fn_constructor_args=({**job, "on_gpu": resources.gpus_per_worker > 0},),
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(size=workers),
+        num_cpus=resources.cpus_per_worker,
+        num_gpus=resources.gpus_per_worker,
+        memory=resources.memory_bytes_per_worker,
+        max_restarts=0,
+    )
+    try:
+        yield from taught.iter_rows()
+    except ray.exceptions.RayError as error:
+        raise _cause_of(error) from error
+
+
+def _cause_of(error: BaseException) -> StillhouseError:
+    """Return the error of ours inside of one of Ray's; a lost worker is `Transient`."""
+    import ray
+
+    seen: BaseException | None = error
+    while seen is not None:
+        inner = getattr(seen, "cause", None)
+        for candidate in (seen, inner):
+            if isinstance(candidate, StillhouseError):
+                return type(candidate)(*candidate.args)
+            if isinstance(
+                candidate,
+                (ray.exceptions.ActorDiedError, ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError),
+            ):
+                return Transient(
+                    f"a teacher worker was lost: {str(candidate).splitlines()[0]}; "
+                    f"trying again goes on from the receipts"
+                )
+        seen = seen.__cause__
+    return StageFailed(f"teacher inference failed: {error}")

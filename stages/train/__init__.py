@@ -1,0 +1,1 @@
+"""Dataset (and signals, or a teacher to start from) → model."""

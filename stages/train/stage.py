@@ -1,0 +1,353 @@
+"""`Train`: a student from a dataset, and from a teacher's signals where there are any, with Ray Train.
+
+Ray Train places the workers and joins them; retries are the engine's and snapshots are ours, so its own resume, its
+checkpoints and its reports are not used.
+"""
+
+import logging
+import os
+import secrets
+import signal
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from stages.contract import Artifact, Context, Input, Outcome, Outside, Split, Stage
+from stages.errors import ConfigError, StageFailed, StillhouseError, Transient
+from stages.train.objectives import CrossEntropy, Objective, SoftTarget
+from stages.train.students import Continue, Llama, Smaller, Student, build_student
+
+if TYPE_CHECKING:
+    from stages.train.loop import Progress, Ranks, Recipe
+    from stages.train.reader import Reader, SignalsLayout
+
+__all__ = ["Continue", "CrossEntropy", "Llama", "Smaller", "SoftTarget", "Train"]
+
+logger = logging.getLogger(__name__)
+
+MICRO_BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
+"""Tokens in one forward pass where `micro_batch` is not set."""
+RAY_TRAIN_ENVIRONMENT = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",  # the end of training is noticed at the next check; 2 s by default
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # one actor less to start; a lost worker is the engine's to handle
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # prints appear twice else
+    "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",
+    "RAY_TRAIN_ENABLE_WORKER_STRUCTURED_LOGGING": "0",
+}
+
+
+class Train(Stage):
+    """Dataset (+ signals, or a checkpoint to start from) → model."""
+
+    KIND: ClassVar = "model"
+    REVISION: ClassVar = "2026-11-21 first"
+    FRESH_PROCESS: ClassVar = True
+    INPUTS: ClassVar = {
+        "data": Input(("dataset",)),
+        "signals": Input(("signals",), required=False),
+        "teacher": Input(("model",), required=False),
+        "start": Input(("model",), required=False),
+    }
+
+    model: Student
+    """What is trained: `Llama` (fresh), `Smaller` (cut from the teacher), `Continue` (a checkpoint as it is)."""
+    objectives: tuple[Objective, ...]
+    """Losses, summed with their weights."""
+    optimizer_steps: int = Field(ge=1)
+    """Updates of the weights."""
+    batch_rows: int = Field(32, ge=1)
+    """Rows of one update over all workers, whatever the micro-batch."""
+    learning_rate: float = Field(1e-3, gt=0)
+    """Peak rate of AdamW; 1e-3 suits fresh models of some million weights, 1e-5 to 1e-4 checkpoints of billions."""
+    warmup_fraction: float = Field(0.05, ge=0, le=1)
+    """Share of the steps in which the rate rises linearly."""
+    final_fraction: float = Field(0.1, ge=0, le=1)
+    """Share of the peak rate at which the cosine ends (arXiv:2203.15556 uses 0.1)."""
+    weight_decay: float = Field(0.1, ge=0)
+    """AdamW's decay of matrices; vectors are not decayed (arXiv:2005.14165, B)."""
+    gradient_clip: float = Field(1.0, ge=0)
+    """Largest norm of the gradient; 0 does not clip."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """What the forward pass computes in; weights, optimizer and losses are float32."""
+    split: Split = "train"
+    """The split that is trained on."""
+    seed: int = 0
+    """Of fresh weights, data order and dropout."""
+
+    def check(self, sources: Mapping[str, Stage | Outside | Mapping[str, Stage | Outside]]) -> None:
+        """Check the objectives against the signals, and the student against the checkpoints that are wired."""
+        if not self.objectives:
+            raise ConfigError("objectives is empty, expected at least one, e.g. CrossEntropy()")
+        if isinstance(self.model, Smaller) and "teacher" not in sources:
+            raise ConfigError(
+                "model is Smaller(…), which is cut from the input 'teacher', and none is wired; pass teacher="
+            )
+        if isinstance(self.model, Continue) and not {"teacher", "start"} & sources.keys():
+            raise ConfigError(
+                "model is Continue(), which goes on from the input 'start' or 'teacher', and neither is wired"
+            )
+        for objective in self.objectives:
+            if isinstance(objective, SoftTarget):
+                if "signals" not in sources:
+                    raise ConfigError("SoftTarget learns from the input 'signals', and none is wired; pass signals=")
+                # The source is a Teach, whose class no other stage may import; `run` checks what has no method.
+                method = getattr(sources["signals"], "method", None)
+                _check_temperature(objective, None if method is None else method.temperatures)
+
+    def run(self, context: Context) -> Outcome:
+        """Train with Ray Train, going on from the newest snapshot; read back what rank 0 wrote."""
+        from stages.train import snapshots
+
+        if context.resources.workers > self.batch_rows:
+            raise StageFailed(
+                f"batch_rows is {self.batch_rows}, expected at least one row for "
+                f"each of {context.resources.workers} workers; use fewer workers"
+            )
+        snapshot = snapshots.newest(context.resume)
+        job = _Job(self, context, _layout(self, context), snapshot, started=time.time())
+        if snapshot:
+            logger.info(
+                "deciding to go on from step %d of %d, since a snapshot is there", snapshot.step, self.optimizer_steps
+            )
+        _fit(job)
+        facts = context.out.get_json("training.json")
+        wanted = ("final_loss", "seconds", "tokens_per_second", "parameters", "tokens")
+        return Outcome({f"train/{name}": float(facts[name]) for name in wanted})
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """What travels to the workers."""
+
+    stage: Train
+    context: Context
+    layout: "SignalsLayout | None"
+    snapshot: Any
+    started: float
+
+
+def _check_temperature(objective: SoftTarget, temperatures: tuple[float, ...] | None) -> None:
+    if temperatures is not None and objective.temperature not in temperatures:
+        raise ConfigError(
+            f"SoftTarget.temperature is {objective.temperature:g}, expected one that the signals were made for: "
+            f"{', '.join(f'{t:g}' for t in temperatures)}; change it, or add it to Teach.method.temperatures"
+        )
+
+
+def _layout(stage: Train, context: Context) -> "SignalsLayout | None":
+    """Check the signals against the dataset and the objectives; None where no objective learns from them."""
+    from stages.train.reader import SignalsLayout
+
+    soft = [objective for objective in stage.objectives if isinstance(objective, SoftTarget)]
+    if not soft:
+        return None
+    signals = context.optional("signals")
+    if signals is None:
+        raise StageFailed("SoftTarget learns from the input 'signals', and there is none; wire a Teach step")
+    facts, data = signals.read_json("signals.json"), context.one("data").read_json("dataset.json")
+    for name in ("tokenizer_digest", "vocabulary_size", "sequence_length"):
+        if facts[name] != data[name]:
+            raise StageFailed(
+                f"{name} of the signals is {facts[name]}, expected the dataset's {data[name]}; "
+                f"run Teach on this dataset"
+            )
+    temperatures = tuple(float(t) for t in facts["temperatures"])
+    for objective in soft:
+        try:
+            _check_temperature(objective, temperatures)
+        except ConfigError as error:
+            raise StageFailed(str(error)) from error
+    return SignalsLayout(facts["k"], temperatures)
+
+
+@contextmanager
+def _quiet_ray_train() -> Iterator[None]:
+    """Set Ray Train's environment, and give back the signal handlers that `fit` replaces and keeps."""
+    before = {name: os.environ.get(name) for name in RAY_TRAIN_ENVIRONMENT}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    os.environ.update(RAY_TRAIN_ENVIRONMENT)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+        for number, handler in handlers.items():
+            if signal.getsignal(number) != handler:
+                signal.signal(number, handler)
+
+
+def _fit(job: _Job) -> None:
+    """Run `_work` on every worker; raise what went wrong as an error of ours."""
+    with _quiet_ray_train(), tempfile.TemporaryDirectory(prefix="train-") as storage:
+        import ray
+        from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
+        from ray.train.torch import TorchTrainer
+
+        resources = job.context.resources
+        each: dict[str, float] = {"CPU": resources.cpus_per_worker}
+        if resources.gpus_per_worker:
+            each["GPU"] = resources.gpus_per_worker
+        if resources.memory_bytes_per_worker:
+            each["memory"] = resources.memory_bytes_per_worker
+        trainer = TorchTrainer(
+            _work,
+            train_loop_config={"job": job},
+            scaling_config=ScalingConfig(
+                num_workers=resources.workers, use_gpu=resources.gpus_per_worker > 0, resources_per_worker=each
+            ),
+            run_config=RunConfig(
+                name=f"{job.context.fingerprint[:16]}-{secrets.token_hex(4)}",
+                storage_path=storage,
+                failure_config=FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),
+                logging_config=LoggingConfig(log_level="ERROR"),
+            ),
+        )
+        try:
+            trainer.fit()
+        except TrainingFailedError as error:
+            raise _cause_of(error) from error
+        except ray.exceptions.ActorDiedError as error:
+            raise Transient(
+                f"Ray Train's controller was lost: {error}; trying again goes on from the newest snapshot"
+            ) from error
+
+
+def _cause_of(error: BaseException) -> StillhouseError:
+    """Return the error of ours inside of one of Ray Train's; a lost worker is `Transient`."""
+    import ray
+
+    waiting, lost = [error], None
+    while waiting:
+        seen = waiting.pop(0)
+        if isinstance(seen, StillhouseError):
+            return type(seen)(*seen.args)
+        if isinstance(
+            seen, (ray.exceptions.ActorDiedError, ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError)
+        ):
+            lost = seen
+        inner = [getattr(seen, "cause", None), seen.__cause__, *getattr(seen, "worker_failures", {}).values()]
+        waiting.extend(item for item in inner if isinstance(item, BaseException))
+    if lost is not None:
+        return Transient(
+            f"a training worker was lost: {str(lost).splitlines()[0]}; trying again goes on from the newest snapshot"
+        )
+    return StageFailed(f"training failed: {error}")
+
+
+def _work(config: dict[str, Any]) -> None:
+    """One rank: build the student, train, and on rank 0 leave the files."""
+    import ray.train
+    import ray.train.torch
+    import torch
+
+    from stages.train import snapshots
+    from stages.train.loop import Progress, Ranks, Training
+
+    job: _Job = config["job"]
+    stage, context = job.stage, job.context
+    torch.set_num_threads(max(1, int(context.resources.cpus_per_worker)))
+    place = ray.train.get_context()
+    ranks = Ranks(place.get_world_rank(), place.get_world_size(), ray.train.torch.get_device())
+    data = context.one("data")
+    facts = data.read_json("dataset.json")
+    model = build_student(stage.model, facts, origin=_origin(stage, context), seed=stage.seed).to(ranks.device)
+    progress, tensors = Progress(), None
+    if job.snapshot:
+        progress, tensors = (
+            Progress(step=job.snapshot.step, **job.snapshot.facts),
+            snapshots.read(context.resume, job.snapshot),
+        )
+    training = Training(
+        model=model,
+        reader=_reader(stage, context, job.layout, ranks, facts["sequence_length"]),
+        objectives=stage.objectives,
+        recipe=_recipe(stage),
+        vocabulary=facts["vocabulary_size"],
+        report=context.report,
+        ranks=ranks,
+        keeper=snapshots.Keeper(context.resume) if ranks.rank == 0 else None,
+    )
+    training.run(progress, tensors)
+    if ranks.rank == 0:
+        _leave(context, model, progress, data, time.time() - job.started)
+
+
+def _origin(stage: Train, context: Context) -> Any:
+    """Return the folder of the checkpoint that the student comes from, None for a fresh one."""
+    if isinstance(stage.model, Llama):
+        return None
+    first: Artifact | None = None if isinstance(stage.model, Smaller) else context.optional("start")
+    origin = first or context.optional("teacher")
+    if origin is None:
+        raise StageFailed(f"model is {stage.model.kind!r}, which needs a checkpoint, and none is wired; pass teacher=")
+    return origin.folder("model")
+
+
+def _recipe(stage: Train) -> "Recipe":
+    from stages.train.loop import Recipe
+
+    return Recipe(
+        optimizer_steps=stage.optimizer_steps,
+        learning_rate=stage.learning_rate,
+        warmup_fraction=stage.warmup_fraction,
+        final_fraction=stage.final_fraction,
+        weight_decay=stage.weight_decay,
+        gradient_clip=stage.gradient_clip,
+        dtype=stage.dtype,
+        seed=stage.seed,
+    )
+
+
+def _reader(stage: Train, context: Context, layout: "SignalsLayout | None", ranks: "Ranks", length: int) -> "Reader":
+    from stages.train.reader import Reader, ShardPair
+
+    tokens = context.one("data").paths(f"tokens/{stage.split}-*.parquet")
+    if not tokens:
+        raise StageFailed(f"the dataset has no shards of split {stage.split!r}; set Train.split")
+    known = {}
+    if layout is not None:
+        known = {path.name: path for path in context.one("signals").paths("signals/*.parquet")}
+        absent = [path.name for path in tokens if path.name not in known]
+        if absent:
+            raise StageFailed(
+                f"{len(absent)} of {len(tokens)} shards have no signals (the first is {absent[0]}), "
+                f"expected one for each; run Teach on this dataset and split"
+            )
+    largest = max(1, MICRO_BATCH_TOKENS[ranks.device.type] // length)
+    rows = -(-stage.batch_rows // ranks.world_size)
+    return Reader(
+        shards=tuple(ShardPair(path, known.get(path.name)) for path in tokens),
+        layout=layout,
+        batch_rows=stage.batch_rows,
+        micro_batch=context.resources.micro_batch or min(rows, largest),
+        seed=stage.seed,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+    )
+
+
+def _leave(context: Context, model: Any, progress: "Progress", data: Artifact, wall_seconds: float) -> None:
+    """Write the artifact's files."""
+    from stages.checkpoints import load_tokenizer, save_checkpoint
+
+    save_checkpoint(model.eval(), load_tokenizer(data.folder("tokenizer")), context.out, "model")
+    facts = {
+        "optimizer_steps": progress.step,
+        "tokens": progress.tokens,
+        "targets": progress.targets,
+        "final_loss": progress.last["train/loss"],
+        "final": dict(progress.last),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "seconds": progress.seconds,
+        "tokens_per_second": progress.tokens / max(progress.seconds, 1e-9),
+        "wall_seconds": wall_seconds,
+    }
+    context.out.put_json("training.json", facts)

@@ -1,0 +1,157 @@
+"""Where a student's shape and first weights come from: a fresh Llama, a smaller copy of the teacher, or a checkpoint.
+
+Promise: the returned model has float32 weights, reads the dataset's tokens, and is the same for the same config, seed
+and checkpoint. What does not fit is refused with the values that would.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field
+
+from stages.contract import Config
+from stages.errors import ConfigError, StageFailed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class Llama(Config):
+    """A Llama with fresh weights; its vocabulary and context length are the dataset's."""
+
+    kind: Literal["llama"] = "llama"
+    layers: int = Field(ge=1)
+    """Transformer blocks."""
+    width: int = Field(ge=2)
+    """Channels of the residual stream."""
+    heads: int = Field(ge=1)
+    """Attention heads; must divide `width`."""
+    kv_heads: int | None = Field(None, ge=1)
+    """Heads of keys and values; must divide `heads`. None is as many as `heads`."""
+    ffn_width: int | None = Field(None, ge=1)
+    """Channels inside the feed-forward blocks; None is 8/3 of `width`, rounded up to a multiple of 32
+    (arXiv:2302.13971)."""
+    tie_embeddings: bool = True
+    """Input and output embeddings share weights: at small widths most weights would be embeddings else."""
+    rope_theta: float = Field(10_000.0, gt=0)
+    """Base of the rotary position frequencies (arXiv:2104.09864)."""
+
+    def model_post_init(self, _: Any) -> None:
+        """Refuse heads that do not divide."""
+        if self.width % self.heads or (self.width // self.heads) % 2:
+            raise ConfigError(
+                f"width {self.width} over {self.heads} heads is no even whole number; choose heads that divide width"
+            )
+        if self.heads % (self.kv_heads or self.heads):
+            raise ConfigError(f"kv_heads is {self.kv_heads}, expected a divisor of heads = {self.heads}")
+
+
+class Smaller(Config):
+    """The teacher's own architecture, made smaller, with the teacher's weights where they fit."""
+
+    kind: Literal["smaller"] = "smaller"
+    layers: int | None = Field(None, ge=1)
+    """Blocks to keep, evenly spaced with the first and the last; None keeps all."""
+    heads: int | None = Field(None, ge=1)
+    """Attention heads to keep, the leading ones; None follows `width`, so that a head keeps its size. In architectures
+    whose config has no head size of its own (GPT-2, Qwen2, Phi-3) the width follows the heads."""
+    width: int | None = Field(None, ge=2)
+    """Channels of the residual stream to keep, the leading ones; the feed-forward width shrinks alike.
+    None keeps all."""
+
+    def model_post_init(self, _: Any) -> None:
+        """Refuse a student that is no smaller."""
+        if self.layers is None and self.heads is None and self.width is None:
+            raise ConfigError(
+                "Smaller has none of layers, heads and width; set one, or use Continue() for the teacher's own size"
+            )
+
+
+class Continue(Config):
+    """The weights of the input `start` as they are; of `teacher` where no `start` is wired."""
+
+    kind: Literal["continue"] = "continue"
+
+
+Student = Annotated[Llama | Smaller | Continue, Field(discriminator="kind")]
+"""Any of them."""
+
+
+def build_student(
+    student: Llama | Smaller | Continue, facts: Mapping[str, Any], *, origin: Path | None, seed: int
+) -> "PreTrainedModel":
+    """Return the student before training, on the CPU.
+
+    Args:
+        student: what it shall be.
+        facts: the dataset's `dataset.json`.
+        origin: folder of the checkpoint that it comes from; None for a fresh one.
+        seed: of fresh weights.
+
+    Raises:
+        StageFailed: the checkpoint does not fit the dataset, or cannot be made smaller in this way.
+    """
+    if isinstance(student, Llama):
+        return _fresh(student, facts, seed)
+    from stages.checkpoints import load_model
+    from stages.train.narrowing import Size, narrow
+
+    assert origin is not None, "Train.check sees to it that there is one"
+    check_fit(origin, facts)
+    model = load_model(origin, dtype="float32")
+    if isinstance(student, Continue):
+        return model
+    return narrow(model, Size(layers=student.layers, heads=student.heads, width=student.width), seed=seed)
+
+
+def _fresh(student: Llama, facts: Mapping[str, Any], seed: int) -> "PreTrainedModel":
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    config = LlamaConfig(
+        vocab_size=facts["vocabulary_size"],
+        hidden_size=student.width,
+        num_hidden_layers=student.layers,
+        num_attention_heads=student.heads,
+        num_key_value_heads=student.kv_heads or student.heads,
+        intermediate_size=student.ffn_width or -(-student.width * 8 // (3 * 32)) * 32,
+        max_position_embeddings=facts["sequence_length"],
+        tie_word_embeddings=student.tie_embeddings,
+        rope_parameters={"rope_type": "default", "rope_theta": student.rope_theta},
+        bos_token_id=facts["bos_token_id"],
+        eos_token_id=facts["eos_token_id"],
+        pad_token_id=facts["pad_token_id"],
+    )
+    torch.manual_seed(seed)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return model
+
+
+def check_fit(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint that reads other tokens than the dataset holds.
+
+    Raises:
+        StageFailed: its vocabulary is smaller, its tokenizer is another, or its context is too short.
+    """
+    from stages.checkpoints import model_config, tokenizer_digest
+
+    config = model_config(folder)
+    if config.get("vocab_size", 0) < facts["vocabulary_size"]:
+        raise StageFailed(
+            f"the checkpoint's vocabulary has {config.get('vocab_size')} entries, expected at least the dataset's "
+            f"{facts['vocabulary_size']}; prepare the dataset with the checkpoint's tokenizer"
+        )
+    context = config.get("max_position_embeddings") or config.get("n_positions")
+    if context is not None and context < facts["sequence_length"]:
+        raise StageFailed(
+            f"the checkpoint's context is {context} tokens, expected at least the dataset's {facts['sequence_length']}"
+        )
+    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
+        return
+    found, expected = tokenizer_digest(folder), facts["tokenizer_digest"]
+    if found != expected:
+        raise StageFailed(
+            f"the checkpoint's tokenizer has digest {found[:12]}…, expected the dataset's {expected[:12]}…; "
+            f"prepare the dataset with the checkpoint's tokenizer"
+        )
