@@ -5,19 +5,16 @@ With `--json`, standard output is one JSON document and nothing else.
 """
 
 import functools
-import inspect
 import json
 import logging
-import re
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any
 
 from cyclopts import App, CycloptsError, Parameter
-from cyclopts.config import Yaml
-from pydantic import BaseModel, Field, ValidationError, create_model
+from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -29,6 +26,7 @@ from workflows.engine.graph import Workflow
 from workflows.engine.interrupts import interruptible
 from workflows.engine.plan import Plan
 from workflows.find import FoundWorkflow, find_workflow, workflow_names
+from workflows.parameters import changed_parameters, plain, sentence, with_parameters
 from workflows.terminal import plan_summary, plan_table, print_outcome, watching
 
 OK, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
@@ -89,9 +87,9 @@ def run_command(argv: Sequence[str]) -> int:
     try:
         result = app(list(argv), exit_on_error=False, print_error=False)
     except ValidationError as error:
-        return _fail("ConfigError", "; ".join(_sentence(problem) for problem in error.errors()), WRONG, as_json)
+        return _fail("ConfigError", "; ".join(sentence(problem) for problem in error.errors()), WRONG, as_json)
     except CycloptsError as error:
-        return _fail("ConfigError", _plain(str(error)), WRONG, as_json)
+        return _fail("ConfigError", plain(str(error)), WRONG, as_json)
     except ConfigError as error:
         return _fail(type(error).__name__, str(error), WRONG, as_json)
     except StillhouseError as error:
@@ -99,21 +97,6 @@ def run_command(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         return _fail("Interrupted", "interrupted; run the same command again to go on", INTERRUPTED, as_json)
     return result if isinstance(result, int) else OK
-
-
-def _sentence(problem: Mapping[str, Any]) -> str:
-    """Return one of pydantic's problems as a sentence."""
-    where = ".".join(map(str, problem["loc"]))
-    text = f"{where}: " if where else ""
-    text += problem["msg"].removeprefix("Value error, ")
-    return text + ("" if problem["type"] in ("missing", "value_error") else f"; got {problem['input']!r}")
-
-
-def _plain(message: str) -> str:
-    """Return a parser's message without pydantic's header, its links and its type names."""
-    lines = [line for line in message.strip().splitlines() if "For further information" not in line]
-    text = re.sub(r"\d+ validation errors? for [\w\[\], -]+\s*", "", "\n".join(lines))
-    return re.sub(r"\s*\[type=\w+, input_value=(.*), input_type=\w+\]", r"; got \1", text)
 
 
 def _fail(kind: str, message: str, code: int, as_json: bool) -> int:
@@ -141,7 +124,7 @@ def run(workflow: Name = "--help", *tokens: Tokens) -> int:
     if workflow in HELP:
         return _help("run")
     act = functools.partial(_run, workflow)
-    return _with_parameters("run", find_workflow(workflow), tokens, {**COMMON, **RUN_ONLY}, act)
+    return with_parameters("run", find_workflow(workflow), tokens, {**COMMON, **RUN_ONLY}, act)
 
 
 @app.command(help_flags=())
@@ -153,7 +136,7 @@ def plan(workflow: Name = "--help", *tokens: Tokens) -> int:
     """
     if workflow in HELP:
         return _help("plan")
-    return _with_parameters("plan", find_workflow(workflow), tokens, COMMON, _plan)
+    return with_parameters("plan", find_workflow(workflow), tokens, COMMON, _plan)
 
 
 def _help(verb: str) -> int:
@@ -175,7 +158,7 @@ def _run(
             settings,
             watch=lambda plan: watching(console, plan),
             interrupt=interrupt,
-            params=_changed_parameters(found, parameters),
+            params=changed_parameters(found, parameters),
             command=shlex.join(["stillhouse", "run", label, *tokens]),
             by_value=found.by_value,
         )
@@ -207,88 +190,6 @@ def _settings(options: Mapping[str, Any]) -> Settings:
             if name in options
         }
     )
-
-
-def _with_parameters(
-    verb: str,
-    found: FoundWorkflow,
-    tokens: Sequence[str],
-    options: Mapping[str, tuple[Any, Any]],
-    act: Callable[[FoundWorkflow, Mapping[str, Any], Mapping[str, Any], Sequence[str]], int],
-) -> int:
-    """Parse a workflow's own parameters beside the common options, then act."""
-    signature = inspect.signature(found.build)
-    hints = get_type_hints(found.build, include_extras=True)
-    hints.pop("return", None)
-    own = [_with_defaults_inside(parameter, hints[name]) for name, parameter in signature.parameters.items()]
-    if taken := sorted(set(signature.parameters) & set(options)):
-        raise ConfigError(
-            f"workflow {found.name!r} has a parameter {taken[0]!r}, which is an option of every workflow; rename it"
-        )
-    common = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint)
-        for name, (hint, default) in options.items()
-    ]
-
-    def command(**values: Any) -> int:
-        chosen = {name: values.get(name, default) for name, (_, default) in options.items()}
-        given = {
-            name: _as_declared(value, signature.parameters[name])
-            for name, value in values.items()
-            if name not in options
-        }
-        return act(found, given, chosen, tokens)
-
-    command.__signature__ = inspect.Signature([*own, *common])  # type: ignore[attr-defined]
-    command.__annotations__ = {parameter.name: parameter.annotation for parameter in (*own, *common)}
-    command.__doc__ = found.build.__doc__
-    sub = App(
-        name=f"stillhouse {verb} {found.name}",
-        result_action="return_value",
-        version_flags=[],
-        config=_params_file(tokens),
-    )
-    sub.default(command)
-    result = sub(list(tokens), exit_on_error=False, print_error=False)
-    return result if isinstance(result, int) else OK
-
-
-def _with_defaults_inside(parameter: inspect.Parameter, hint: Any) -> inspect.Parameter:
-    """Return a parameter whose model has the default's fields as its own, so that `--teacher.layers 6` keeps the rest."""
-    default = parameter.default
-    if not isinstance(default, BaseModel) or hint is not type(default):
-        return parameter.replace(annotation=hint)
-    fields: dict[str, Any] = {
-        name: (field.annotation, Field(getattr(default, name), description=field.description))
-        for name, field in hint.model_fields.items()
-    }
-    model = create_model(hint.__name__, __base__=hint, **fields)
-    return parameter.replace(annotation=model, default=model(**dict(default)))
-
-
-def _as_declared(value: Any, parameter: inspect.Parameter) -> Any:
-    """Return a value as the class that the workflow declares, not the one that carried its defaults."""
-    return type(parameter.default)(**dict(value)) if isinstance(parameter.default, BaseModel) else value
-
-
-def _params_file(tokens: Sequence[str]) -> list[Yaml]:
-    """Return the source of parameters that `--params FILE` names."""
-    for index, token in enumerate(tokens):
-        name, _, value = token.partition("=")
-        if name == "--params":
-            path = Path(value or (tokens[index + 1] if index + 1 < len(tokens) else ""))
-            if not path.is_file():
-                raise ConfigError(
-                    f"--params names {str(path)!r}, which is not a file; expected a YAML file of the workflow's "
-                    "parameters"
-                )
-            return [Yaml(path, must_exist=True, use_commands_as_keys=False)]
-    return []
-
-
-def _changed_parameters(found: FoundWorkflow, parameters: Mapping[str, Any]) -> dict[str, str]:
-    defaults = {name: parameter.default for name, parameter in inspect.signature(found.build).parameters.items()}
-    return {name: str(value)[:250] for name, value in parameters.items() if value != defaults[name]}
 
 
 def plan_json(planned: Plan) -> dict[str, Any]:
@@ -366,7 +267,7 @@ def explain(workflow: str, step: str, *tokens: Tokens) -> int:
         Annotated[str | None, Parameter(help="A run's id: show what differs from the step's result in it.")],
         None,
     )
-    return _with_parameters(
+    return with_parameters(
         "explain", find_workflow(workflow), tokens, {**COMMON, "against": against}, functools.partial(_explain, step)
     )
 

@@ -13,7 +13,7 @@ from stages.errors import ConfigError, nearest
 from workflows.engine.graph import Workflow
 
 HERE = Path(__file__).parent
-NOT_WORKFLOWS = frozenset({"__init__", "cli", "find", "terminal", "doctor", "starter", "inspect_store"})
+NOT_WORKFLOWS = frozenset({"__init__", "cli", "find", "terminal", "doctor", "starter", "inspect_store", "parameters"})
 """Modules of this folder that define no workflow."""
 
 

@@ -9,14 +9,13 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from stages.errors import ConfigError, nearest
 from workflows.engine.check import check, find_step
 from workflows.engine.execute import Settings
 from workflows.engine.graph import Workflow
 from workflows.engine.identity import Fingerprint, Identity, differences, identities
-from workflows.engine.ledger import read_candidates, registered_fingerprints
+from workflows.engine.ledger import CANDIDATES_PATH, read_candidates, registered_fingerprints
 from workflows.engine.store import ArtifactStore, Commit, reachable
 from workflows.terminal import duration, size
 
@@ -240,7 +239,8 @@ def print_collected(console: Console, answer: Mapping[str, Any]) -> None:
 
 def compare(settings: Settings, runs: Sequence[str]) -> list[dict[str, Any]]:
     """Return the candidates that MLflow knows, of some runs or of all."""
-    return read_candidates(settings.tracking(ArtifactStore(settings.store)), run_ids=list(runs) or None)
+    rows = read_candidates(settings.tracking(ArtifactStore(settings.store)), run_ids=list(runs) or None)
+    return sorted(rows, key=lambda row: (row["experiment"], row["metrics"].get("final/size_bytes", 0.0)))
 
 
 def print_comparison(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -257,8 +257,7 @@ def print_comparison(console: Console, rows: Sequence[Mapping[str, Any]]) -> Non
         table.add_column(heading, justify="right")
     for row in rows:
         cells = [_cell(metric, form, row["metrics"]) for metric, _, form in COLUMNS]
-        champion = bool(row.get("champion"))
-        table.add_row(Text(row["name"] + (" ★" if champion else ""), style="bold green" if champion else ""), *cells)
+        table.add_row(row["name"], *cells)
     console.print(table)
 
 
@@ -278,11 +277,10 @@ def serve_ui(settings: Settings, port: int, console: Console) -> int:
     if tracking.startswith("sqlite:///") and not os.path.exists(tracking.removeprefix("sqlite:///")):
         raise ConfigError(f"there is no ledger at {tracking} yet; run a workflow first, or name its store with --store")
     address = f"http://127.0.0.1:{port}"
-    console.print(
-        f"MLflow UI at {address} · candidates side by side: the experiment's runs with the filter tags.kind = "
-        "'candidate' · Ctrl-C ends it",
-        highlight=False,
-    )
+    console.print("candidates side by side, once the server is up (Ctrl-C ends it):", highlight=False)
+    for name, experiment_id in sorted({(row["experiment"], row["experiment_id"]) for row in read_candidates(tracking)}):
+        page = f"{address}/{CANDIDATES_PATH.format(experiment_id=experiment_id)}"
+        console.print(f"  {name}: {page} · charts: {page}&compareRunsMode=CHART", highlight=False, soft_wrap=True)
     command = [
         sys.executable,
         "-m",

@@ -221,25 +221,44 @@ def _fit(job: _Job) -> None:
 
 
 def _cause_of(error: BaseException) -> StillhouseError:
-    """Return the error of ours inside of one of Ray Train's; a lost worker is `Transient`."""
-    import ray
-
+    """Return the error of ours inside of one of Ray Train's; a lost or late worker is `Transient`."""
     waiting, lost = [error], None
     while waiting:
         seen = waiting.pop(0)
         if isinstance(seen, StillhouseError):
             return type(seen)(*seen.args)
-        if isinstance(
-            seen, (ray.exceptions.ActorDiedError, ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError)
-        ):
+        if _is_loss(seen):
             lost = seen
-        inner = [getattr(seen, "cause", None), seen.__cause__, *getattr(seen, "worker_failures", {}).values()]
+        inner = [
+            getattr(seen, name, None) for name in ("cause", "health_check_failure", "controller_failure", "_base_exc")
+        ]
+        inner += [seen.__cause__, *getattr(seen, "worker_failures", {}).values()]
         waiting.extend(item for item in inner if isinstance(item, BaseException))
     if lost is not None:
         return Transient(
-            f"a training worker was lost: {str(lost).splitlines()[0]}; trying again goes on from the newest snapshot"
+            f"a training worker was lost: {str(lost).splitlines()[0]}; the newest snapshot is where to go on"
         )
     return StageFailed(f"training failed: {error}")
+
+
+def _is_loss(error: BaseException) -> bool:
+    """Tell whether a worker, its node or its peers went away; Gloo has no exception type of its own for the latter."""
+    import torch
+    from ray import exceptions
+    from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+    from ray.train.v2.api.exceptions import PreemptionError
+
+    kinds = (
+        exceptions.ActorDiedError,
+        exceptions.ActorUnavailableError,
+        exceptions.WorkerCrashedError,
+        exceptions.NodeDiedError,
+        exceptions.OutOfMemoryError,
+        PreemptionError,
+        WorkerGroupStartupTimeoutError,
+        torch.distributed.DistError,
+    )
+    return isinstance(error, kinds) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
 def _work(config: dict[str, Any]) -> None:

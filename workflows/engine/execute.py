@@ -1,5 +1,6 @@
 """One run from plan to ledger: opens the store, plans, starts what is needed, drives, tells MLflow what came out."""
 
+import getpass
 import secrets
 import time
 from collections.abc import Callable, Mapping
@@ -137,22 +138,20 @@ def execute(
     try:
         refuse_blocked(plan)
         run = new_run_id()
-        tracking = settings.tracking(store)
-        replay(store.root / "runs", tracking_uri=tracking, artifact_root=store.root.uri_of("mlflow/artifacts"))
-        ledger = Ledger(
-            tracking_uri=tracking,
-            artifact_root=store.root.uri_of("mlflow/artifacts"),
-            runs=store.root / "runs",
-            run=run,
-        )
-        ledger.record(_opened(run, workflow, params, command, store))
-        with watch(plan) as watcher:
-            result = Driver(plan, store, tasks, run, ledger.record, watcher, interrupt).go()
-        reports = _tell_results(store, result, ledger)
-        ledger.record(_closed(run, result, reports, command))
+        tracking, root = settings.tracking(store), store.root.uri_of("mlflow/artifacts")
+        replay(store.root / "runs", tracking_uri=tracking, artifact_root=root)
+        ledger = Ledger(tracking_uri=tracking, artifact_root=root, runs=store.root / "runs", run=run)
+        try:
+            ledger.record(_opened(run, workflow, params, command, store))
+            with watch(plan) as watcher:
+                result = Driver(plan, store, tasks, run, ledger.record, watcher, interrupt).go()
+            reports = _tell_results(store, result, ledger)
+            ledger.record(_closed(run, result, reports, command))
+        finally:
+            tasks.close()
+            state = ledger.close(LEDGER_SECONDS)
     finally:
         tasks.close()
-    state = ledger.close(LEDGER_SECONDS)
     return Execution(plan, result, store.root, reports, state, tracking, time.monotonic() - began)
 
 
@@ -178,7 +177,7 @@ def _opened(
     run: str, workflow: Workflow, params: Mapping[str, str], command: str, store: ArtifactStore
 ) -> records.RunOpened:
     experiment = f"{workflow.name}/{workflow.base_model}" if workflow.base_model else workflow.name
-    tags = {"commit": git_commit(), "command": command, "store": store.uri}
+    tags = {"commit": git_commit(), "command": command, "store": store.uri, "user": getpass.getuser()}
     return records.RunOpened(run, workflow.name, experiment, int(time.time() * 1000), params, tags)
 
 

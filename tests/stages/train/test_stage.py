@@ -1,6 +1,8 @@
 """`Train` on a real Ray: files, equal results on one and two workers, going on, and errors of ours."""
 
+import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +11,11 @@ import torch
 
 from stages.checkpoints import load_model, load_tokenizer
 from stages.contract import Artifact
-from stages.errors import ConfigError, StageFailed
+from stages.errors import ConfigError, StageFailed, Transient
 from stages.teach.stage import Teach, TopK
 from stages.train import snapshots
 from stages.train.stage import Continue, CrossEntropy, Llama, Smaller, SoftTarget, Train
-from tests.fakes import artifact_of, fake_context
+from tests.fakes import RecordingReport, artifact_of, fake_context
 from tests.stages.tiny import tiny_llama, write_dataset, write_model
 from tests.stages.train.signals import write_signals
 
@@ -80,6 +82,23 @@ def test_train_of_a_broken_checkpoint_fails_with_an_error_of_ours(
     with pytest.raises(StageFailed, match="the loss is nan at optimizer step 0") as caught:
         stage.run(fake_context(tmp_path / "step", broken))
     assert type(caught.value) is StageFailed
+
+
+class _Killer(RecordingReport):
+    """Kills the process that reports, once training is under way."""
+
+    def progress(self, done: float, total: float, unit: str) -> None:
+        if done >= 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.ray
+def test_train_whose_worker_is_killed_fails_in_a_way_that_may_mend(
+    local_ray: None, tmp_path: Path, inputs: dict[str, Artifact]
+) -> None:
+    context = replace(fake_context(tmp_path, inputs, workers=2), report=_Killer())
+    with pytest.raises(Transient, match="a training worker was lost"):
+        _train().run(context)
 
 
 SOURCES = {"data": Continue(), "signals": Teach(method=TopK(temperatures=(1.0, 2.0))), "teacher": Continue()}

@@ -4,15 +4,18 @@ import math
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
 from stages.storage import AlreadyExists, Folder
 from tests.workflows.engine.ledger_records import night
+from workflows.engine import turns
 from workflows.engine.heartbeat import Liveness
-from workflows.engine.journal import Journal, holder_of, unfinished
+from workflows.engine.journal import Journal, unfinished
 from workflows.engine.records import StepClosed
+from workflows.engine.turns import Terms, holder_of
 
 
 @pytest.fixture
@@ -69,20 +72,20 @@ def test_sent_highest_mark_counts(runs: Folder) -> None:
 
 def test_take_living_holder_keeps_it_until_it_lets_go(runs: Folder) -> None:
     journal, liveness = Journal(runs / "r" / "ledger"), Liveness(runs)
-    term = journal.take(holder_of("r", os.getpid()), liveness)
+    term = journal.sender.take(holder_of("r", os.getpid()), liveness)
     assert term == 1
-    assert journal.take(holder_of("r", os.getpid()), liveness) is None
-    journal.let_go(term)
-    assert journal.take(holder_of("r", os.getpid()), liveness) == 2
+    assert journal.sender.take(holder_of("r", os.getpid()), liveness) is None
+    journal.sender.let_go(term)
+    assert journal.sender.take(holder_of("r", os.getpid()), liveness) == 2
 
 
 def test_take_dead_holder_loses_it_at_once(runs: Folder) -> None:
     journal, liveness = Journal(runs / "r" / "ledger"), Liveness(runs)
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    assert journal.take(holder_of("r", child.pid), liveness) == 1
-    assert journal.take(holder_of("r", os.getpid()), liveness) is None
+    assert journal.sender.take(holder_of("r", child.pid), liveness) == 1
+    assert journal.sender.take(holder_of("r", os.getpid()), liveness) is None
     child.communicate(b"\n")
-    assert journal.take(holder_of("r", os.getpid()), liveness) == 2
+    assert journal.sender.take(holder_of("r", os.getpid()), liveness) == 2
 
 
 def test_unfinished_finished_runs_are_left_out(runs: Folder) -> None:
@@ -90,3 +93,34 @@ def test_unfinished_finished_runs_are_left_out(runs: Folder) -> None:
         Journal(runs / run / "ledger").append(night(run))
     Journal(runs / "a" / "ledger").finish()
     assert [run for run, _ in unfinished(runs)] == ["b", "c"]
+
+
+def test_held_waits_for_the_holder_and_forgets_earlier_terms(runs: Folder) -> None:
+    first, second = Terms(runs / "office"), Terms(runs / "office")
+    order: list[str] = []
+
+    def wait() -> None:
+        with second.held("b", Liveness(runs)):
+            order.append("second")
+
+    with first.held("a", Liveness(runs)):
+        waiter = threading.Thread(target=wait)
+        waiter.start()
+        waiter.join(0.3)
+        order.append("first")
+    waiter.join(30)
+    assert order == ["first", "second"]
+    assert [entry.name for entry in (runs / "office").entries()] == ["free-000002.json", "taken-000002.json"]
+
+
+def test_held_too_long_is_an_error(runs: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(turns, "PATIENCE_SECONDS", 0.0)
+    terms = Terms(runs / "office")
+    with (
+        terms.held("a", Liveness(runs)),
+        pytest.raises(TimeoutError, match="another process"),
+        terms.held("b", Liveness(runs)),
+    ):
+        pass
+    with terms.held("b", Liveness(runs)):
+        pass

@@ -1,6 +1,7 @@
 """The sender tries again after failures, refuses what can never be told, and finishes when the driver is gone."""
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def journal(tmp_path: Path) -> Journal:
 
 
 def sender_of(journal: Journal, books: FakeBooks) -> Sender:
-    return Sender("r", journal, lambda: books)  # type: ignore[arg-type, return-value]
+    return Sender("r", journal, lambda: books, nullcontext)  # type: ignore[arg-type, return-value]
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,156 @@
+"""The house rules, as tests: who imports whom, what a file may be called and how long it may be, what resolves where."""
+
+import ast
+import importlib
+import inspect
+import pickle
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from stages import errors
+from workflows.cli import app
+from workflows.engine import store
+from workflows.find import workflow_names
+
+ROOT = Path(__file__).parent.parent
+SOURCES = sorted([*ROOT.glob("stages/**/*.py"), *ROOT.glob("workflows/**/*.py")])
+STAGES = sorted(path.parent.name for path in ROOT.glob("stages/*/stage.py"))
+SHARED = {"stages.contract", "stages.storage", "stages.outside", "stages.checkpoints", "stages.candidates", "stages.errors", "stages.digests"}
+HEAVY = {"ray", "torch", "transformers", "mlflow", "datasets", "llmcompressor", "compressed_tensors", "scipy", "matplotlib"}
+BANNED = {"utils", "helpers", "misc", "common", "base", "manager", "handler", "types"}
+PURE = ("graph", "check", "identity", "plan", "schedule", "failures")
+SOFT_LINES, HARD_LINES = 350, 560
+LONG: set[str] = {"workflows/cli.py", "stages/outside.py", "stages/train/stage.py", "stages/quantize/stage.py", "workflows/engine/ledger.py"}
+"""Files over the soft limit. The list may only shrink."""
+
+
+def imports(path: Path, *, top_level_only: bool = False) -> Iterator[str]:
+    """Yield the modules that a file imports, those under TYPE_CHECKING left out."""
+    tree = ast.parse(path.read_text())
+    skipped = {
+        node
+        for guard in ast.walk(tree)
+        if isinstance(guard, ast.If) and "TYPE_CHECKING" in ast.unparse(guard.test)
+        for node in ast.walk(guard)
+    }
+    nodes = tree.body if top_level_only else ast.walk(tree)
+    for node in nodes:
+        if node in skipped:
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("verb", STAGES)
+def test_stage_imports_no_other_stage_and_nothing_above(verb: str) -> None:
+    for path in (ROOT / "stages" / verb).rglob("*.py"):
+        for module in imports(path):
+            if module.split(".")[0] == "workflows" or module.split(".")[0] == "mlflow":
+                pytest.fail(f"{name_of(path)} imports {module}")
+            if module.startswith("stages.") and not module.startswith(("stages.ops", f"stages.{verb}")):
+                assert ".".join(module.split(".")[:2]) in SHARED, f"{name_of(path)} imports {module}"
+
+
+@pytest.mark.parametrize("path", [path for path in SOURCES if path.name == "stage.py"], ids=name_of)
+def test_stage_adapter_imports_nothing_heavy_at_the_top(path: Path) -> None:
+    heavy = {module for module in imports(path, top_level_only=True) if module.split(".")[0] in HEAVY}
+    assert not heavy
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_ray_is_imported_by_adapters_and_the_engines_tasks_only(path: Path) -> None:
+    if path.name == "stage.py" or name_of(path) == "workflows/engine/tasks.py":
+        return
+    assert not [module for module in imports(path) if module.split(".")[0] == "ray"]
+
+
+@pytest.mark.parametrize("name", PURE)
+def test_pure_engine_file_imports_nothing_heavy(name: str) -> None:
+    assert not {module for module in imports(ROOT / f"workflows/engine/{name}.py") if module.split(".")[0] in HEAVY}
+
+
+def test_importing_the_command_loads_nothing_heavy() -> None:
+    code = f"import sys, workflows.cli; print([m for m in {sorted(HEAVY)!r} if m in sys.modules])"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True, cwd=ROOT).strip() == "[]"
+
+
+def test_engine_imports_no_workflow() -> None:
+    for path in ROOT.glob("workflows/engine/*.py"):
+        above = {f"workflows.{name}" for name in [*workflow_names(), "cli", "terminal", "find"]}
+        assert not above & set(imports(path)), name_of(path)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_file_has_a_docstring_a_good_name_and_a_readable_length(path: Path) -> None:
+    lines = path.read_text().count("\n")
+    assert ast.get_docstring(ast.parse(path.read_text())), "every module says what it is for"
+    assert path.stem not in BANNED
+    assert lines <= HARD_LINES
+    assert lines <= SOFT_LINES or name_of(path) in LONG, f"{lines} lines"
+
+
+def test_list_of_long_files_has_no_short_ones() -> None:
+    assert not {name for name in LONG if (ROOT / name).read_text().count("\n") <= SOFT_LINES}
+
+
+def test_errors_survive_pickling() -> None:
+    for kind in [*vars(errors).values(), store.Fenced]:
+        if inspect.isclass(kind) and issubclass(kind, Exception):
+            copy = pickle.loads(pickle.dumps(kind("what failed")))
+            assert type(copy) is kind
+            assert str(copy) == "what failed"
+
+
+def test_every_command_is_in_the_readme() -> None:
+    readme = (ROOT / "README.md").read_text()
+    for name in app:
+        if not name.startswith("-"):
+            assert f"stillhouse {name}" in readme, name
+
+
+def test_readme_names_only_files_that_are_there() -> None:
+    readme = (ROOT / "README.md").read_text()
+    for path in re.findall(r"`((?:workflows|stages|tests|benchmarks)/[\w/.]+\.(?:py|md))`", readme):
+        assert (ROOT / path).is_file(), path
+
+
+def test_no_tracked_file_names_a_path_of_a_machine() -> None:
+    found = subprocess.run(
+        ["git", "grep", "-nIE", r"(^|[^a-zA-Z0-9_.~])/(work|root|farm)/", "--", ".", ":!tests/test_house.py"],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert found.stdout == ""
+
+
+def test_packages_resolve_to_this_repository() -> None:
+    """Another package of the index also imports as `workflows`."""
+    for name in ("workflows", "stages"):
+        file = importlib.import_module(name).__file__
+        assert file is not None
+        assert Path(file).parent.parent == ROOT
+
+
+@pytest.mark.ray
+def test_packages_resolve_to_this_repository_in_a_ray_worker(local_ray: None) -> None:
+    import ray
+
+    def where() -> list[str]:
+        import stages
+        import workflows
+
+        return [str(stages.__file__), str(workflows.__file__)]
+
+    found = ray.get(ray.remote(num_cpus=0)(where).remote())
+    assert {Path(file).parent.parent for file in found} == {ROOT}
