@@ -8,7 +8,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from stages.errors import ConfigError, nearest
 from workflows.engine.check import check, find_step
@@ -17,12 +16,12 @@ from workflows.engine.graph import Workflow
 from workflows.engine.identity import Fingerprint, Identity, differences, identities
 from workflows.engine.ledger import CANDIDATES_PATH, read_candidates, registered_fingerprints
 from workflows.engine.store import ArtifactStore, Commit, reachable
-from workflows.terminal import duration, size
+from workflows.terminal import duration, fitting_table, size
 
 COLUMNS = (
     ("final/perplexity", "perplexity", "{:.2f}"),
-    ("final/kl_to_teacher", "KL to teacher, nats/token", "{:.4f}"),
-    ("final/agreement", "top-1 agreement", "{:.1%}"),
+    ("final/kl_to_teacher", "KL to teacher", "{:.4f}"),
+    ("final/agreement", "agreement", "{:.1%}"),
     ("final/size_bytes", "size, MB", "{:.2f}"),
     ("final/compression_x", "compression", "{:.1f}×"),
     ("final/bits_per_weight", "bits/weight", "{:.2f}"),
@@ -106,21 +105,20 @@ def list_artifacts(store_uri: str) -> list[dict[str, Any]]:
 
 def print_artifacts(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
     """Print the rows of `list_artifacts`."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for heading in ("fingerprint", "kind", "workflow/step", "size", "took", "made", ""):
-        table.add_column(heading, no_wrap=True)
-    for row in rows:
-        made = time.strftime("%Y-%m-%d %H:%M", time.localtime(row["created"]))
-        table.add_row(
-            row["fingerprint"][:12],
-            row["kind"],
+    cells = [
+        [
             row["step"],
+            row["kind"],
             size(row["size_bytes"]),
             duration(row["seconds"]),
-            made,
+            time.strftime("%Y-%m-%d %H:%M", time.localtime(row["created"])),
+            row["fingerprint"][:12],
             "pinned" if row["pinned"] else "",
-        )
-    console.print(table)
+        ]
+        for row in rows
+    ]
+    headings = ("workflow/step", "kind", "size", "took", "made", "fingerprint", "")
+    console.print(fitting_table(headings, cells, width=console.width, droppable=("took", "kind", "made")))
     console.print(f"{len(rows)} artifacts, {size(sum(row['size_bytes'] for row in rows))}", highlight=False)
 
 
@@ -147,7 +145,7 @@ def show(store_uri: str, text: str) -> dict[str, Any]:
         "step": f"{manifest['workflow']}/{manifest['step']}",
         "run": manifest["run"],
         "generation": commit.generation,
-        "load from": folders,
+        "load from": "\n".join(folders) or "no checkpoint",
         "size": size(_total_bytes(commit)),
         "took": duration(commit.seconds),
         "peak memory": size(manifest["peak_memory_bytes"]),
@@ -251,14 +249,10 @@ def print_comparison(console: Console, rows: Sequence[Mapping[str, Any]]) -> Non
             highlight=False,
         )
         return
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("candidate", no_wrap=True)
-    for _, heading, _ in COLUMNS:
-        table.add_column(heading, justify="right")
-    for row in rows:
-        cells = [_cell(metric, form, row["metrics"]) for metric, _, form in COLUMNS]
-        table.add_row(row["name"], *cells)
-    console.print(table)
+    headings = ["candidate", *(heading for _, heading, _ in COLUMNS)]
+    cells = [[row["name"], *(_cell(metric, form, row["metrics"]) for metric, _, form in COLUMNS)] for row in rows]
+    droppable = ("bits/weight", "tokens/s", "cost, s", "compression", "decode p50, ms")
+    console.print(fitting_table(headings, cells, width=console.width, droppable=droppable))
 
 
 def _cell(metric: str, form: str, metrics: Mapping[str, float]) -> str:

@@ -1,7 +1,7 @@
 """What people see: the plan, the run as it goes, and what came out. Renders with rich; decides nothing."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -183,22 +183,41 @@ def watching(console: Console, plan: Plan) -> Iterator[Watcher]:
         yield watcher
 
 
-NARROW_COLUMNS = 110
-"""Below this width the terminal's leaderboard leaves out what Markdown and MLflow have."""
-LEFT_OUT = frozenset({"bits/weight", "KL to student", "ms/token p95", "tokens/s", "memory MB"})
+GAP = 2
+"""Spaces between a table's columns."""
+
+
+def fitting_table(
+    headings: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    width: int,
+    droppable: Sequence[str] = (),
+    title: str | None = None,
+) -> Table:
+    """Return a table that fits a terminal: columns are left out, the first of `droppable` first, until it does."""
+    wide = {head: max(len(head), *(len(row[index]) for row in rows), 0) for index, head in enumerate(headings)}
+    shown = list(headings)
+    for head in droppable:
+        if sum(wide[name] + GAP for name in shown) > width and head in shown:
+            shown.remove(head)
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, GAP, 0, 0))
+    for head in shown:
+        table.add_column(head, justify="left" if head == headings[0] else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*(row[headings.index(head)] for head in shown))
+    return table
 
 
 def leaderboard_table(report: Mapping[str, Any], width: int) -> Table:
-    """Return a report's candidates as a table that fits a terminal's width."""
-    headers, rows = leaderboard(report)
-    shown = [index for index, header in enumerate(headers) if width >= NARROW_COLUMNS or header not in LEFT_OUT]
-    table = Table(title="candidates", title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for index in shown:
-        table.add_column(headers[index], justify="left" if index == 0 else "right", overflow="fold")
+    """Return a report's candidates as a table; what a narrow terminal leaves out stands in Markdown and MLflow."""
+    headings, rows = leaderboard(report)
+    droppable = ("bits/weight", "memory MB", "ms/token p95", "tokens/s", "KL to student", "x smaller", "ms/token p50")
+    table = fitting_table(headings, rows, width=width, droppable=droppable, title="candidates")
     champion = report["verdict"]["champion"]
-    for row in rows:
-        style = "bold green" if champion and row[0].split()[0] == champion else ""
-        table.add_row(*(row[index] for index in shown), style=style)
+    for index, row in enumerate(rows):
+        if champion and row[0].split()[0] == champion:
+            table.rows[index].style = "bold green"
     return table
 
 

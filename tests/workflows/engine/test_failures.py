@@ -87,7 +87,7 @@ def test_classify_dead_actor_inside_a_worker_group_is_a_lost_worker() -> None:
     class WorkerGroupError(Exception):
         """Shaped like Ray Train's."""
 
-        worker_failures = {0: RuntimeError("barrier broke"), 1: ActorDiedError("killed")}  # noqa: RUF012
+        worker_failures = {0: RuntimeError("barrier broke"), 1: ActorDiedError("killed")}
 
     assert classify(WorkerGroupError("group")).kind is FailureKind.WORKER_LOST
 

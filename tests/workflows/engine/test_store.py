@@ -276,7 +276,7 @@ def test_upload_streams_a_large_file(store: ArtifactStore, tmp_path: Path) -> No
 
 
 def test_put_json_refuses_what_json_cannot_hold(store: ArtifactStore) -> None:
-    with pytest.raises(ValueError, match="not JSON compliant|Out of range"):
+    with pytest.raises(ValueError, match=r"not JSON compliant|Out of range"):
         store.root.put_json("x.json", {"x": float("nan")})
     store.root.put_json("x.json", {"b": 1, "a": 2})
     assert json.loads(store.root.get("x.json")) == {"a": 2, "b": 1}

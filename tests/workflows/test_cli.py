@@ -1,0 +1,222 @@
+"""The command: what it prints, what it refuses and with which exit code. Nothing here starts Ray."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from stages.errors import ConfigError
+from workflows.cli import run_command
+from workflows.find import find_workflow
+
+FLOW = '''
+"""A workflow for the tests of the command."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from tests.stages_for_tests import Join, Write
+from workflows.engine.graph import Workflow
+
+
+def flow(*, text: str = "x", count: Annotated[int, Field(ge=1)] = 1) -> Workflow:
+    """Join some text.
+
+    Args:
+        text: what is written.
+        count: how many are joined.
+    """
+    made = Workflow("flow")
+    data = made.step("data", Write(text=text))
+    for number in range(count):
+        made.step(f"join.{number}", Join(mark=str(number)), data=data)
+    return made
+'''
+
+
+@pytest.fixture
+def flow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    path = tmp_path / "flow.py"
+    path.write_text(FLOW)
+    monkeypatch.chdir(tmp_path)
+    return str(path)
+
+
+def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """Run a command that must be refused, with and without --json, and return its message."""
+    assert run_command(argv) == 2
+    text = " ".join(capsys.readouterr().err.split())
+    assert run_command([*argv, "--json"]) == 2
+    answer = json.loads(capsys.readouterr().out)
+    assert set(answer["error"]) == {"kind", "message"}
+    assert text.startswith("error: ")
+    return text
+
+
+def test_run_unknown_workflow_names_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "did you mean 'quickstart'?" in refused(capsys, "run", "quikstart")
+
+
+def test_run_missing_file_names_nearest(capsys: pytest.CaptureFixture[str], flow: str) -> None:
+    assert "did you mean 'flow.py'?" in refused(capsys, "run", "flw.py")
+
+
+def test_run_unknown_parameter_names_nearest(capsys: pytest.CaptureFixture[str], flow: str) -> None:
+    assert "Did you mean --count?" in refused(capsys, "run", flow, "--coutn", "2")
+
+
+def test_run_value_out_of_range_names_value_and_bound(capsys: pytest.CaptureFixture[str], flow: str) -> None:
+    message = refused(capsys, "run", flow, "--count", "0")
+    assert "greater than or equal to 1" in message
+    assert "pydantic.dev" not in message
+
+
+def test_plan_unknown_step_names_nearest(capsys: pytest.CaptureFixture[str], flow: str) -> None:
+    assert "did you mean 'data'?" in refused(capsys, "plan", flow, "--only", "dada")
+
+
+def test_run_quickstart_without_students_says_what_to_give(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "no students" in refused(capsys, "run", "quickstart", "--empty-students")
+
+
+def test_run_quickstart_temperature_not_on_offer_names_those_that_are(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "expected one that the signals were made for: 1, 2, 4" in refused(
+        capsys, "run", "quickstart", "--temperature", "3"
+    )
+
+
+def test_run_compress_student_that_is_nothing_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    request = ("--teacher", str(tmp_path), "--documents", "x.txt", "--students", '{"name": "a"}')
+    assert "needs either a checkpoint or at least one of layers" in refused(capsys, "run", "compress", *request)
+
+
+def test_run_compress_pickled_teacher_is_refused(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "teacher").mkdir()
+    (tmp_path / "teacher" / "config.json").write_text("{}")
+    (tmp_path / "teacher" / "pytorch_model.bin").write_bytes(b"pickle")
+    (tmp_path / "x.txt").write_text("text")
+    request = ("--teacher", "teacher", "--documents", "x.txt", "--students", '{"name": "a", "layers": 1}')
+    assert "safetensors" in refused(capsys, "run", "compress", *request)
+
+
+def test_run_gpus_that_are_not_there_are_refused(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("workflows.engine.tasks.os.listdir", lambda path: [])
+    path = tmp_path / "flow.py"
+    text = FLOW.replace("data=data)", "data=data, resources=Resources(gpus_per_worker=2))")
+    path.write_text(text.replace("from pydantic", "from stages.contract import Resources\nfrom pydantic"))
+    message = refused(capsys, "run", str(path), "--store", str(tmp_path / "s"))
+    assert "nothing was started: - join.0 is blocked: each of its workers needs 2 GPU" in message
+
+
+def test_run_store_that_cannot_be_written_is_refused(
+    capsys: pytest.CaptureFixture[str], flow: str, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    assert "cannot be written" in refused(capsys, "run", flow, "--store", str(tmp_path / "file"))
+
+
+def test_run_dead_address_is_refused_at_once(capsys: pytest.CaptureFixture[str], flow: str, tmp_path: Path) -> None:
+    message = refused(capsys, "run", flow, "--address", "127.0.0.1:1", "--store", str(tmp_path / "s"))
+    assert "no Ray cluster answers at '127.0.0.1:1'" in message
+
+
+def test_plan_json_has_every_step(capsys: pytest.CaptureFixture[str], flow: str) -> None:
+    assert run_command(["plan", flow, "--count", "2", "--json"]) == 0
+    steps = json.loads(capsys.readouterr().out)["steps"]
+    assert [(step["name"], step["stage"], step["status"]) for step in steps] == [
+        ("data", "Write", "MISS"),
+        ("join.0", "Join", "MISS"),
+        ("join.1", "Join", "MISS"),
+    ]
+    assert all(len(step["fingerprint"]) == 64 and step["reason"] for step in steps)
+
+
+def test_plan_params_file_sets_parameters_and_options_override_it(
+    capsys: pytest.CaptureFixture[str], flow: str, tmp_path: Path
+) -> None:
+    (tmp_path / "p.yaml").write_text("count: 3\ntext: malt\n")
+
+    def num_steps(*options: str) -> int:
+        assert run_command(["plan", flow, "--params", str(tmp_path / "p.yaml"), "--json", *options]) == 0
+        return len(json.loads(capsys.readouterr().out)["steps"])
+
+    assert num_steps() == 4
+    assert num_steps("--count", "1") == 2
+    (tmp_path / "p.yaml").write_text("cuont: 3\n")
+    assert run_command(["plan", flow, "--params", str(tmp_path / "p.yaml")]) == 2
+
+
+def test_plan_one_nested_option_keeps_the_other_defaults(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    def teacher(*options: str) -> dict[str, object]:
+        assert run_command(["explain", "quickstart", "teacher", "--store", str(tmp_path), "--json", *options]) == 0
+        config: dict[str, object] = json.loads(capsys.readouterr().out)["config"]["model"]
+        return config
+
+    before, after = teacher(), teacher("--teacher.layers", "5")
+    assert after == {**before, "layers": 5}
+
+
+def test_explain_shows_what_a_fingerprint_is_made_of(capsys: pytest.CaptureFixture[str], flow: str) -> None:
+    assert run_command(["explain", flow, "data", "--text", "malt", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["config"] == {"text": "malt"}
+    assert answer["committed"] == "no"
+    assert "no run 'gone'" in refused(capsys, "explain", flow, "data", "--against", "gone")
+
+
+def test_run_help_lists_parameters_with_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(["run", "quickstart", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "--teacher-steps" in text
+    assert "optimizer steps of the teacher" in " ".join(text.split())
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["run", "--help"], ["plan"], ["workflows"], ["--version"]])
+def test_command_that_only_tells_succeeds(capsys: pytest.CaptureFixture[str], argv: list[str]) -> None:
+    assert run_command(argv) == 0
+    assert capsys.readouterr().out.strip()
+
+
+def test_artifacts_of_an_empty_store_are_none(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert run_command(["artifacts", "list", "--store", str(tmp_path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"artifacts": []}
+
+
+def test_gc_without_a_registry_to_ask_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert run_command(["artifacts", "gc", "--store", str(tmp_path), "--json"]) != 0
+    assert json.loads(capsys.readouterr().out)["error"]["kind"] == "LedgerUnavailable"
+
+
+def test_init_writes_a_workflow_that_plans_and_overwrites_nothing(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run_command(["init", "mine"]) == 0
+    assert run_command(["plan", "mine/my_workflow.py", "--layers", "1", "--layers", "3"]) == 0
+    assert "train.layers3" in capsys.readouterr().out
+    assert run_command(["init", "mine"]) == 2
+
+
+def test_doctor_finds_what_is_wrong(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    assert run_command(["doctor", "--store", str(tmp_path / "file"), "--address", "127.0.0.1:1", "--json"]) == 1
+    found = {finding["subject"]: finding["state"] for finding in json.loads(capsys.readouterr().out)["findings"]}
+    assert found["Ray"] == "wrong"
+    assert found["store"] == "wrong"
+    assert found["torch"] == "fine"
+
+
+def test_find_workflow_file_that_does_not_import_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "broken.py"
+    path.write_text("import no_such_package")
+    with pytest.raises(ConfigError, match="cannot be imported: ModuleNotFoundError"):
+        find_workflow(str(path))
+    path.write_text("x = 1")
+    with pytest.raises(ConfigError, match="no function that returns a Workflow"):
+        find_workflow(str(path))

@@ -1,0 +1,96 @@
+"""Real processes killed with -9 at seeded random moments, then the same command: nothing committed runs again."""
+
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.workflows.commands import SMALL, descendants, fingerprints, finish, kill, run, start, until
+
+pytestmark = [pytest.mark.fault, pytest.mark.timeout(400)]
+
+SEED = int(os.environ.get("STILLHOUSE_FAULT_SEED", "20261121"))
+FLOW = '''
+"""Two sources that pour slowly, and what is made of them."""
+
+from tests.stages_for_tests import Join, Pour
+from workflows.engine.graph import Workflow
+
+
+def flow(*, log: str, seconds_each: float = 0.25) -> Workflow:
+    made = Workflow("flow")
+    first = made.step("first", Pour(log=f"{log}/first", num_shards=6, seconds_each=seconds_each))
+    second = made.step("second", Pour(log=f"{log}/second", num_shards=12, seconds_each=seconds_each))
+    joined = made.step("join.first", Join(), data=first)
+    made.step("join.all", Join(), data=second, parts={"first": joined})
+    return made
+'''
+
+
+@pytest.fixture
+def flow(tmp_path: Path) -> list[str]:
+    (tmp_path / "flow.py").write_text(FLOW)
+    (tmp_path / "log").mkdir()
+    return [str(tmp_path / "flow.py"), "--log", str(tmp_path / "log"), "--store", str(tmp_path / "store")]
+
+
+def poured(tmp_path: Path, name: str) -> list[str]:
+    path = tmp_path / "log" / name
+    return path.read_text().split() if path.exists() else []
+
+
+def test_driver_killed_at_random_moments_then_the_same_command_pours_no_shard_again(
+    flow: list[str], tmp_path: Path
+) -> None:
+    """A shard whose receipt is written is never poured again; the one in the kettle at a kill may be."""
+    print(f"seed {SEED}")
+    generator = random.Random(SEED)
+    kills = 2
+    for _ in range(kills):
+        process = start("run", *flow, "--json")
+        before = len(poured(tmp_path, "second"))
+        until(lambda before=before: len(poured(tmp_path, "second")) > before, of=process)
+        time.sleep(generator.uniform(0.0, 0.8))
+        kill(process)
+        process.wait(timeout=20)
+    document = run("run", *flow)
+    assert document["outcome"] == "succeeded"
+    for name, num_shards in (("first", 6), ("second", 12)):
+        lines = poured(tmp_path, name)
+        assert set(lines) == {str(index) for index in range(num_shards)}
+        # A killed driver's tasks pour on until Ray ends them, beside the successor's: a shard or two at each kill.
+        assert len(lines) <= num_shards + 3 * kills, lines
+    again = run("run", *flow)
+    assert again["executed"] == 0
+    assert fingerprints(again) == fingerprints(document)
+
+
+def test_ctrl_c_stops_within_seconds_and_the_same_command_goes_on(flow: list[str], tmp_path: Path) -> None:
+    process = start("run", *flow, "--seconds-each", "0.5", "--json")
+    until(lambda: len(poured(tmp_path, "second")) >= 2, of=process)
+    process.send_signal(signal.SIGINT)
+    pressed = time.monotonic()
+    document = finish(process, exit_code=130, timeout_seconds=60)
+    assert time.monotonic() - pressed < 20
+    assert document["outcome"] == "interrupted"
+    before = len(poured(tmp_path, "second"))
+    time.sleep(1.5)
+    assert len(poured(tmp_path, "second")) == before, "nothing pours on"
+    assert run("run", *flow, "--seconds-each", "0.5")["outcome"] == "succeeded"
+
+
+def test_training_worker_killed_the_attempt_is_tried_again_and_succeeds(tmp_path: Path) -> None:
+    steps = ("--teacher-steps", "1200", "--only", "teacher", "--store", str(tmp_path / "store"))
+    process = start("run", "quickstart", *SMALL, *steps, "--json")
+    workers = until(lambda: descendants(process, "ray::RayTrainWorker"), of=process, timeout_seconds=200)
+    time.sleep(random.Random(SEED).uniform(0.5, 3.0))
+    kill(random.Random(SEED).choice(workers))
+    document = finish(process)
+    teacher = document["steps"][-1]
+    assert (teacher["name"], teacher["outcome"], teacher["attempts"]) == ("teacher", "committed", 2)
+    again = run("run", "quickstart", *SMALL, *steps)
+    assert again["executed"] == 0
+    assert fingerprints(again) == fingerprints(document)

@@ -1,0 +1,133 @@
+"""The whole quickstart, made short by its parameters: run, read back, run again, harmed, run again."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+
+from tests.workflows.commands import SMALL, fingerprints, run
+
+pytestmark = [pytest.mark.quickstart, pytest.mark.timeout(600)]
+
+STEPS = [
+    "corpus",
+    "teacher",
+    "train.plain",
+    "signals",
+    "train.distilled",
+    "quantize.distilled",
+    "scores",
+    "speed",
+    "verdict",
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("quickstart")
+
+
+@pytest.fixture(scope="module")
+def command(folder: Path) -> tuple[str, ...]:
+    return ("run", "quickstart", *SMALL, "--store", str(folder / "store"))
+
+
+@pytest.fixture(scope="module")
+def document(command: tuple[str, ...], folder: Path) -> Any:
+    return run(*command, cwd=folder)
+
+
+def ledger(folder: Path) -> tuple[MlflowClient, list[Any]]:
+    client = MlflowClient(f"sqlite:///{folder}/store/mlflow/mlflow.db")
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    return client, list(client.search_runs(experiments, max_results=1000))
+
+
+def of_kind(runs: list[Any], kind: str) -> list[Any]:
+    return [found for found in runs if found.data.tags.get("kind") == kind]
+
+
+def test_quickstart_runs_every_step_and_judges_every_candidate(document: Any) -> None:
+    assert document["outcome"] == "succeeded"
+    assert document["executed"] == len(STEPS)
+    assert sorted(step["name"] for step in document["steps"]) == sorted(STEPS)
+    names = [candidate["name"] for candidate in document["candidates"]]
+    assert {"teacher", "plain", "distilled"} <= set(names)
+    assert sum(name.startswith("distilled.") for name in names) >= 1
+    for candidate in document["candidates"]:
+        metrics = candidate["metrics"]
+        weights = list(Path(candidate["artifact"]).glob("*.safetensors"))
+        assert metrics["final/size_bytes"] == sum(path.stat().st_size for path in weights) > 0
+        assert metrics["final/perplexity"] > 1
+        assert ("final/latency_p50_ms" in metrics) == (not candidate["name"].startswith("distilled."))
+    teacher = next(candidate for candidate in document["candidates"] if candidate["name"] == "teacher")
+    assert teacher["metrics"]["final/kl_to_teacher"] == 0
+    assert document["verdict"]["outcome"] in ("accepted", "rejected")
+
+
+def test_quickstart_leaves_nothing_in_the_current_folder_but_the_store(document: Any, folder: Path) -> None:
+    assert os.listdir(folder) == ["store"]
+
+
+def test_quickstart_is_in_mlflow_as_it_was(document: Any, folder: Path) -> None:
+    _, runs = ledger(folder)
+    (workflow,) = of_kind(runs, "workflow")
+    assert workflow.info.status == "FINISHED"
+    steps = of_kind(runs, "step")
+    assert sorted(step.data.tags["step"] for step in steps) == sorted(STEPS)
+    assert {step.data.tags["mlflow.parentRunId"] for step in steps} == {workflow.info.run_id}
+    told = {found.data.tags["candidate"]: found.data.metrics for found in of_kind(runs, "candidate")}
+    assert told == {c["name"]: pytest.approx(c["metrics"], rel=1e-6) for c in document["candidates"]}
+    trained = next(step for step in steps if step.data.tags["step"] == "teacher")
+    assert trained.data.metrics["train/parameters"] > 0
+
+
+def test_second_run_runs_nothing_and_changes_no_candidate(
+    document: Any, command: tuple[str, ...], folder: Path
+) -> None:
+    client, before = ledger(folder)
+    versions = [version.version for version in client.search_model_versions()]
+    again = run(*command, cwd=folder)
+    assert again["executed"] == 0
+    assert {step["outcome"] for step in again["steps"]} == {"hit"}
+    assert fingerprints(again) == fingerprints(document)
+    assert again["verdict"] == document["verdict"]
+    client, after = ledger(folder)
+    assert len(of_kind(after, "candidate")) == len(of_kind(before, "candidate"))
+    assert len(of_kind(after, "workflow")) == len(of_kind(before, "workflow")) + 1
+    assert [version.version for version in client.search_model_versions()] == versions
+
+
+def test_harmed_artifact_is_withdrawn_and_only_it_and_what_follows_run_again(
+    document: Any, command: tuple[str, ...], folder: Path
+) -> None:
+    shown = run("artifacts", "show", "quickstart/scores", "--store", str(folder / "store"))
+    scores = next(file["uri"] for file in shown["files"] if file["name"] == "scores.json")
+    text = Path(scores).read_text()
+    Path(scores).write_text(text.replace("a", "b", 1))
+    found = run("artifacts", "verify", "--store", str(folder / "store"), exit_code=1)
+    assert [row["step"] for row in found["artifacts"] if row["problems"]] == ["scores"]
+    plan = {step["name"]: step["status"] for step in run("plan", *command[1:])["steps"]}
+    assert {name for name, status in plan.items() if status == "MISS"} == {"scores", "verdict"}
+    again = run(*command, cwd=folder)
+    assert again["executed"] == 2
+    assert fingerprints(again) == fingerprints(document)
+
+
+def test_changed_option_runs_only_what_depends_on_it(document: Any, command: tuple[str, ...]) -> None:
+    plan = run("plan", *command[1:], "--gate.max-kl-to-base", "0.5")
+    assert {step["name"] for step in plan["steps"] if step["status"] == "MISS"} == {"verdict"}
+    (verdict,) = [step for step in plan["steps"] if step["name"] == "verdict"]
+    assert "max_kl_to_base" in verdict["reason"]
+
+
+def test_pinned_and_kept_artifacts_survive_gc(document: Any, folder: Path) -> None:
+    store = str(folder / "store")
+    kept = run("artifacts", "gc", "--store", store)
+    assert kept["collected"] == []
+    doomed = run("artifacts", "gc", "--keep-runs", "0", "--store", store)
+    registered = document["verdict"]["champion"] is not None
+    assert bool(doomed["collected"]) is True or registered
+    assert len(run("artifacts", "list", "--store", store)["artifacts"]) == len(STEPS), "a dry run deletes nothing"
