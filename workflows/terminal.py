@@ -203,7 +203,10 @@ def fitting_table(
             shown.remove(head)
     table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, GAP, 0, 0))
     for head in shown:
-        table.add_column(head, justify="left" if head == headings[0] else "right", overflow="fold")
+        first = head == headings[0]  # names stay whole; other headings may break
+        table.add_column(
+            head, justify="left" if first else "right", overflow="fold", min_width=wide[head] if first else None
+        )
     for row in rows:
         table.add_row(*(row[headings.index(head)] for head in shown))
     return table

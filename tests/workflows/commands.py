@@ -13,13 +13,17 @@ from typing import Any
 import psutil
 
 ROOT = Path(__file__).parents[2]
-SMALL = (
-    *("--max-documents", "40", "--vocabulary-size", "400", "--sequence-length", "32"),
-    *("--teacher.layers", "1", "--teacher.width", "32", "--teacher.heads", "2", "--teacher.ffn-width", "64"),
-    *("--student.layers", "1", "--student.width", "32", "--student.heads", "2", "--student.ffn-width", "64"),
-    *("--teacher-steps", "12", "--student-steps", "12", "--batch-rows", "8", "--k", "8"),
-)
-"""Parameters that make the quickstart short: what is tested is the chain, not the models."""
+SMALL = {
+    **{"max_documents": 40, "vocabulary_size": 400, "sequence_length": 32},
+    **{"teacher.layers": 1, "teacher.width": 32, "teacher.heads": 2, "teacher.ffn_width": 64},
+    **{"student.layers": 1, "student.width": 32, "student.heads": 2, "student.ffn_width": 64},
+    **{"teacher_steps": 12, "student_steps": 12, "batch_rows": 8, "k": 8},
+}
+
+
+def short_quickstart(**changes: int) -> list[str]:
+    """Return the quickstart with parameters that make it short: what is tested is the chain, not the models."""
+    return ["quickstart", *(f"--{name.replace('_', '-')}={value}" for name, value in {**SMALL, **changes}.items())]
 
 
 def start(*argv: str, cwd: Path = ROOT) -> subprocess.Popen[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.workflows.commands import SMALL, descendants, fingerprints, finish, kill, run, start, until
+from tests.workflows.commands import descendants, fingerprints, finish, kill, run, short_quickstart, start, until
 
 pytestmark = [pytest.mark.fault, pytest.mark.timeout(400)]
 
@@ -83,14 +83,14 @@ def test_ctrl_c_stops_within_seconds_and_the_same_command_goes_on(flow: list[str
 
 
 def test_training_worker_killed_the_attempt_is_tried_again_and_succeeds(tmp_path: Path) -> None:
-    steps = ("--teacher-steps", "1200", "--only", "teacher", "--store", str(tmp_path / "store"))
-    process = start("run", "quickstart", *SMALL, *steps, "--json")
+    command = ["run", *short_quickstart(teacher_steps=1200), "--only", "teacher", "--store", str(tmp_path / "store")]
+    process = start(*command, "--json")
     workers = until(lambda: descendants(process, "ray::RayTrainWorker"), of=process, timeout_seconds=200)
     time.sleep(random.Random(SEED).uniform(0.5, 3.0))
     kill(random.Random(SEED).choice(workers))
     document = finish(process)
     teacher = document["steps"][-1]
     assert (teacher["name"], teacher["outcome"], teacher["attempts"]) == ("teacher", "committed", 2)
-    again = run("run", "quickstart", *SMALL, *steps)
+    again = run(*command)
     assert again["executed"] == 0
     assert fingerprints(again) == fingerprints(document)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
-from tests.workflows.commands import SMALL, fingerprints, run
+from tests.workflows.commands import fingerprints, run, short_quickstart
 
 pytestmark = [pytest.mark.quickstart, pytest.mark.timeout(600)]
 
@@ -31,7 +31,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def command(folder: Path) -> tuple[str, ...]:
-    return ("run", "quickstart", *SMALL, "--store", str(folder / "store"))
+    return ("run", *short_quickstart(), "--store", str(folder / "store"))
 
 
 @pytest.fixture(scope="module")

@@ -94,8 +94,8 @@ def test_check_wants_exactly_one_tokenizer(tmp_path: Path) -> None:
 def test_config_with_fractions_that_do_not_fit_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValidationError, match=r"are 1\.2, expected at most 1"):
         prepare(tmp_path, PythonDocs(), validation_fraction=0.7, calibration_fraction=0.5)
+    tokenizer = ByteLevelBPE(vocabulary_size=300)
     with pytest.raises(ValidationError, match="no text to train the tokenizer on"):
-        tokenizer = ByteLevelBPE(vocabulary_size=300)
         prepare(tmp_path, PythonDocs(), tokenizer=tokenizer, validation_fraction=0.5, calibration_fraction=0.5)
 
 
