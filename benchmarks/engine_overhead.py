@@ -86,19 +86,33 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         store = ArtifactStore(str(Path(folder) / "store"))
         # The first run makes MLflow's database and warms Ray's workers up.
-        execute(chain(Nothing, 2, salt=10**6), Settings(store=store.uri), watch=silent, interrupt=threading.Event(), params={}, command="bench", by_value=sys.modules[__name__] if __name__ != "__main__" else None)
+        execute(
+            chain(Nothing, 2, salt=10**6),
+            Settings(store=store.uri),
+            watch=silent,
+            interrupt=threading.Event(),
+            params={},
+            command="bench",
+            by_value=sys.modules[__name__] if __name__ != "__main__" else None,
+        )
         tasks = RayTasks()
         with contextlib.closing(tasks):
             drive_seconds(chain(Nothing, 20, salt=10**5), store, tasks, mlflow=False)
             without = drive_seconds(chain(Nothing, STEPS, salt=1000), store, tasks, mlflow=False)
             with_mlflow = drive_seconds(chain(Nothing, STEPS), store, tasks, mlflow=True)
-            print(f"{STEPS} no-op steps on reused workers: {with_mlflow / STEPS * 1e3:.1f} ms a step with MLflow (sqlite), {without / STEPS * 1e3:.1f} ms without; asked: at most 60 ms with")
+            print(
+                f"{STEPS} no-op steps on reused workers: {with_mlflow / STEPS * 1e3:.1f} ms a step with MLflow (sqlite), {without / STEPS * 1e3:.1f} ms without; asked: at most 60 ms with"
+            )
             pairs = []
             for turn in range(3):
-                ours = drive_seconds(chain(NothingFresh, FRESH_STEPS, salt=2000 + 100 * turn), store, tasks, mlflow=False)
+                ours = drive_seconds(
+                    chain(NothingFresh, FRESH_STEPS, salt=2000 + 100 * turn), store, tasks, mlflow=False
+                )
                 pairs.append((ours, bare_fresh_seconds(FRESH_STEPS)))
             ours, bare = (statistics.median(side) / FRESH_STEPS * 1e3 for side in zip(*pairs, strict=True))
-            print(f"{FRESH_STEPS} steps in processes of their own: {ours:.0f} ms a step, a bare Ray task with max_calls=1 {bare:.0f} ms; ratio {ours / bare:.2f}")
+            print(
+                f"{FRESH_STEPS} steps in processes of their own: {ours:.0f} ms a step, a bare Ray task with max_calls=1 {bare:.0f} ms; ratio {ours / bare:.2f}"
+            )
             flow = chain(Nothing, PLANNED_STEPS)
             began = time.perf_counter()
             make_plan(flow, store)
@@ -108,7 +122,9 @@ def main() -> None:
             plan = make_plan(flow, store)
             replanned = time.perf_counter() - began
             assert len(plan.having("HIT")) == PLANNED_STEPS
-            print(f"{PLANNED_STEPS} steps planned in {planned:.2f} s ({STEPS} of them committed), in {replanned:.2f} s once all are committed; asked: under 2 s")
+            print(
+                f"{PLANNED_STEPS} steps planned in {planned:.2f} s ({STEPS} of them committed), in {replanned:.2f} s once all are committed; asked: under 2 s"
+            )
 
 
 if __name__ == "__main__":

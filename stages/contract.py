@@ -25,7 +25,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -51,6 +51,10 @@ class Outside(Config, ABC):
         Raises:
             OutsideError: the data is missing, unreadable or out of reach.
         """
+
+    def resolved(self) -> Self:
+        """Return it as a worker shall read it: hub ids at the commit they name now, paths absolute."""
+        return self
 
 
 class Resources(Config):
@@ -201,6 +205,13 @@ class Stage(Config, ABC):
         Raises:
             ConfigError: they do not fit together.
         """
+
+    def resolved(self) -> Self:
+        """Return the stage with its data from outside resolved: what was planned is what a worker reads."""
+        fields = {name: getattr(self, name) for name in type(self).model_fields}
+        return self.model_copy(
+            update={name: value.resolved() for name, value in fields.items() if isinstance(value, Outside)}
+        )
 
     @abstractmethod
     def run(self, context: Context) -> Outcome:

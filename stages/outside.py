@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from glob import glob, has_magic
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field
 
@@ -241,6 +241,14 @@ class PretrainedTokenizer(Outside):
         found, names = self._open()
         return found.identity("tokenizer", names)
 
+    def resolved(self) -> Self:
+        """Return it with an absolute path, or pinned to the hub's commit."""
+        found, _ = self._open()
+        path = Path(self.source).expanduser()
+        if found.commit is not None:
+            return self.model_copy(update={"revision": found.commit})
+        return self.model_copy(update={"source": str(path.absolute())}) if path.is_dir() else self
+
     def artifact(self, fingerprint: str) -> Artifact:
         """Return it as an artifact with files `tokenizer/…` that lie where they are."""
         found, names = self._open()
@@ -282,6 +290,14 @@ class Files(Outside):
     def identity(self) -> dict[str, Any]:
         """Return names and digests."""
         return {"kind": self.kind, "files": [[file.name, file.sha256] for file in self.files()]}
+
+    def resolved(self) -> Self:
+        """Return it with absolute paths."""
+        return self.model_copy(update={"paths": tuple(map(_absolute, self.paths))})
+
+
+def _absolute(path: str) -> str:
+    return path if is_remote(path) else str(Path(path.removeprefix("file://")).expanduser().absolute())
 
 
 def _fixed_part(pattern: str) -> tuple[str, str]:
@@ -375,7 +391,7 @@ class HubDataset(Outside):
     revision: str | None = None
     """Branch, tag or commit; None is the default branch. Resolved to its commit in the identity."""
 
-    def resolved(self) -> "HubDataset":
+    def resolved(self) -> Self:
         """Return it pinned to the commit; a revision that is a commit already needs no network."""
         if self.revision is not None and _COMMIT.fullmatch(self.revision):
             return self
@@ -394,6 +410,10 @@ class LocalDataset(Outside):
     """The folder; of a `DatasetDict` with `split`."""
     split: str | None = None
     """The split to read of a `DatasetDict`; None for a plain `Dataset`."""
+
+    def resolved(self) -> Self:
+        """Return it with an absolute path."""
+        return self.model_copy(update={"path": _absolute(self.path)})
 
     def folder(self) -> Path:
         """Return the folder of the Arrow files.

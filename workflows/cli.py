@@ -30,6 +30,7 @@ from workflows.parameters import changed_parameters, plain, sentence, with_param
 from workflows.terminal import plan_summary, plan_table, print_outcome, watching
 
 OK, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
+PIPE_COLUMNS = 140
 
 app = App(
     name="stillhouse",
@@ -99,11 +100,17 @@ def run_command(argv: Sequence[str]) -> int:
     return result if isinstance(result, int) else OK
 
 
+def _console(*, stderr: bool = False, quiet: bool = False) -> Console:
+    """Return a console that fits the terminal; a file or pipe gets lines of a fixed width."""
+    console = Console(stderr=stderr, quiet=quiet)
+    return console if console.is_terminal else Console(stderr=stderr, quiet=quiet, width=PIPE_COLUMNS)
+
+
 def _fail(kind: str, message: str, code: int, as_json: bool) -> int:
     if as_json:
         _print_json({"error": {"kind": kind, "message": message}, "exit_code": code})
     else:
-        Console(stderr=True).print(Text.assemble(("error: ", "bold red"), message), soft_wrap=True)
+        _console(stderr=True).print(Text.assemble(("error: ", "bold red"), message), soft_wrap=True)
     return code
 
 
@@ -149,7 +156,7 @@ def _run(
 ) -> int:
     graph, as_json = found.build(**parameters), options["json"]
     settings = _settings(options)
-    console = Console(stderr=as_json, quiet=as_json)
+    console = _console(stderr=as_json, quiet=as_json)
     with interruptible(
         lambda: console.print("\n[yellow]stopping; press Ctrl-C again to leave at once[/]")
     ) as interrupt:
@@ -176,7 +183,7 @@ def _plan(
     if options["json"]:
         _print_json(plan_json(planned))
     else:
-        console = Console()
+        console = _console()
         console.print(plan_table(planned))
         console.print(plan_summary(planned), highlight=False)
     return OK
@@ -248,7 +255,7 @@ def workflows(*, json: AsJson = False) -> int:
     if json:
         _print_json({"workflows": [{"name": name, "summary": summary} for name, summary in described.items()]})
         return OK
-    console = Console()
+    console = _console()
     for name, summary in described.items():
         console.print(f"[bold]{name:12}[/] {summary}")
     console.print("\nparameters: stillhouse run WORKFLOW --help · a file of your own: stillhouse init DIR", style="dim")
@@ -294,7 +301,7 @@ def init(folder: Path) -> int:
     from workflows import starter
 
     path = starter.write(folder)
-    Console().print(f"wrote {path}; run it: stillhouse run {path}", highlight=False, soft_wrap=True)
+    _console().print(f"wrote {path}; run it: stillhouse run {path}", highlight=False, soft_wrap=True)
     return OK
 
 
@@ -328,7 +335,7 @@ def doctor(
                 finding.subject,
                 finding.text + (f"\n→ {finding.remedy}" if finding.remedy else ""),
             )
-        Console().print(table)
+        _console().print(table)
     return FAILED if any(finding.state == "wrong" for finding in findings) else OK
 
 
@@ -349,7 +356,7 @@ def compare(*runs: str, store: Store = "./.stillhouse", tracking_uri: TrackingUr
     if json:
         _print_json({"candidates": rows})
     else:
-        inspect_store.print_comparison(Console(), rows)
+        inspect_store.print_comparison(_console(), rows)
     return OK
 
 
@@ -362,7 +369,7 @@ def ui(*, store: Store = "./.stillhouse", tracking_uri: TrackingUri = None, port
         tracking_uri: MLflow's tracking URI.
         port: on 127.0.0.1.
     """
-    return inspect_store.serve_ui(Settings(store=store, tracking_uri=tracking_uri), port, Console())
+    return inspect_store.serve_ui(Settings(store=store, tracking_uri=tracking_uri), port, _console())
 
 
 # the store ----------------------------------------------------------------------------------------------------------
@@ -380,7 +387,7 @@ def list_artifacts(*, store: Store = "./.stillhouse", json: AsJson = False) -> i
     if json:
         _print_json({"artifacts": rows})
     else:
-        inspect_store.print_artifacts(Console(), rows)
+        inspect_store.print_artifacts(_console(), rows)
     return OK
 
 
@@ -417,7 +424,7 @@ def verify(*which: str, store: Store = "./.stillhouse", json: AsJson = False) ->
     if json:
         _print_json({"artifacts": rows})
     else:
-        console = Console()
+        console = _console()
         for row in rotten:
             console.print(
                 Text(
@@ -440,7 +447,7 @@ def pin(artifact: str, *, note: str = "", store: Store = "./.stillhouse") -> int
         store: the store.
     """
     fingerprint = inspect_store.pin(store, artifact, note)
-    Console().print(f"pinned {fingerprint[:12]}", highlight=False)
+    _console().print(f"pinned {fingerprint[:12]}", highlight=False)
     return OK
 
 
@@ -466,7 +473,7 @@ def gc(
     if json:
         _print_json(answer)
     else:
-        inspect_store.print_collected(Console(), answer)
+        inspect_store.print_collected(_console(), answer)
     return OK
 
 
@@ -478,7 +485,7 @@ def _print_fields(answer: Mapping[str, Any]) -> None:
     table.add_column(overflow="fold")
     for name, value in answer.items():
         table.add_row(name, value if isinstance(value, str) else Pretty(value, expand_all=False))
-    Console().print(table)
+    _console().print(table)
 
 
 if __name__ == "__main__":

@@ -63,15 +63,19 @@ def read_rows(paths: Iterable[Path]) -> Rows:
 
 
 def split_rows(rows: Rows, *, calibration: int, evaluation: int, seed: int) -> tuple[Rows, Rows]:
-    """Choose rows to calibrate on and others to measure on.
+    """Choose rows to calibrate on and others to measure on; of too few rows, in the same proportion.
 
     Raises:
-        StageFailed: there are fewer rows than the two numbers together.
+        StageFailed: there are fewer than two rows.
     """
-    if len(rows) < calibration + evaluation:
+    if len(rows) < 2:
         raise StageFailed(
-            f"the calibration split has {len(rows)} distinct rows, but calibration_rows={calibration} and "
-            f"evaluation_rows={evaluation} need {calibration + evaluation}; lower them, or make the split larger"
+            f"the calibration split has {len(rows)} distinct rows, expected at least one to calibrate on and another "
+            f"to measure on, better {calibration + evaluation}; give `Prepare` more documents"
         )
+    wanted = calibration + evaluation
+    if len(rows) < wanted:
+        evaluation = min(max(1, len(rows) * evaluation // wanted), len(rows) - 1)
+        calibration = len(rows) - evaluation
     order = np.random.default_rng(seed).permutation(len(rows))
     return rows.take(order[evaluation : evaluation + calibration]), rows.take(order[:evaluation])

@@ -59,9 +59,9 @@ class Quantize(Stage):
     schemes: tuple[Scheme, ...] = Field(default=DEFAULT_SCHEMES, min_length=1)
     """What is tried, one trial each."""
     calibration_rows: int = Field(default=128, ge=1)
-    """Rows of the calibration split that GPTQ and SmoothQuant see; 128 is what arXiv:2210.17323 uses."""
+    """Rows of the calibration split that GPTQ and SmoothQuant see at most; 128 is what arXiv:2210.17323 uses."""
     evaluation_rows: int = Field(default=64, ge=1)
-    """Other rows of that split, on which the KL is measured."""
+    """Other rows of that split, on which the KL is measured, at most; of a smaller split both are cut alike."""
     finalists: int = Field(default=3, ge=1)
     """Checkpoints that are kept: the chosen one and its neighbors in size."""
     max_kl: float = Field(default=0.05, gt=0)
@@ -99,6 +99,10 @@ class Quantize(Stage):
         calibration, evaluation = split_rows(
             rows, calibration=self.calibration_rows, evaluation=self.evaluation_rows, seed=self.seed
         )
+        if len(calibration) + len(evaluation) < self.calibration_rows + self.evaluation_rows:
+            context.report.note(
+                f"a small calibration split: {len(calibration)} rows to calibrate on, {len(evaluation)} to measure on"
+            )
         job = ray.put(self._job(context, calibration))
         survey_ref, reference = _task(_survey, context.resources, num_returns=2).remote(job, evaluation)
         survey = _get(survey_ref)

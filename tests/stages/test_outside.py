@@ -403,3 +403,16 @@ def test_checkpoint_in_s3_has_the_identity_of_its_local_copy(
 def test_files_in_a_missing_bucket_are_out_of_reach(bucket: Callable[[str, str], None]) -> None:
     with pytest.raises(OutsideError, match=r"cannot list 's3://absent/x'.*credentials"):
         Files(paths=("s3://absent/x",)).identity()
+
+
+def test_resolved_stage_has_absolute_paths_and_the_same_identity(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from stages.prepare.stage import Prepare
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("text")
+    stage = Prepare(source=Files(paths=("a.txt",)), sequence_length=16)
+    resolved = stage.resolved()
+    assert resolved.source == Files(paths=(str(tmp_path / "a.txt"),))
+    assert resolved.source.identity() == stage.source.identity()

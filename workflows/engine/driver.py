@@ -192,7 +192,7 @@ class Driver:
         request = Request(
             step=launch.step,
             attempt=launch.attempt,
-            stage=stage,
+            stage=stage.resolved(),
             fingerprint=planned.fingerprint,
             inputs={name: self._resolve(wiring) for name, wiring in planned.step.inputs.items()},
             root=self.store.folder(planned.fingerprint),

@@ -221,7 +221,9 @@ def test_chats_take_their_tokenizer_from_a_model(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("local_ray")
 def test_one_document_given_whole_to_validation_makes_a_dataset(tmp_path: Path) -> None:
     context = fake_context(tmp_path)
-    run(prepare(tmp_path, lines(tmp_path / "a.jsonl", texts(1)), validation_fraction=1, calibration_fraction=0), context)
+    run(
+        prepare(tmp_path, lines(tmp_path / "a.jsonl", texts(1)), validation_fraction=1, calibration_fraction=0), context
+    )
     assert {split: of["documents"] for split, of in description(context)["splits"].items()} == {
         "train": 0,
         "validation": 1,

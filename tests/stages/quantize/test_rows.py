@@ -56,7 +56,14 @@ def test_split_is_disjoint_and_decided_by_the_seed(data: Artifact) -> None:
     np.testing.assert_array_equal(more.ids_RT, evaluation.ids_RT)
 
 
-def test_split_of_too_few_rows_says_how_many_it_needs(data: Artifact) -> None:
+def test_split_of_too_few_rows_is_cut_in_proportion_and_stays_disjoint(data: Artifact) -> None:
     rows = read_rows(data.paths("tokens/calibration-*.parquet"))
-    with pytest.raises(StageFailed, match=r"40 distinct rows.* need 41"):
+    calibration, evaluation = split_rows(rows, calibration=120, evaluation=40, seed=0)
+    assert (len(calibration), len(evaluation)) == (30, 10)
+    assert not {row.tobytes() for row in calibration.ids_RT} & {row.tobytes() for row in evaluation.ids_RT}
+
+
+def test_split_of_one_row_says_what_is_expected(data: Artifact) -> None:
+    rows = read_rows(data.paths("tokens/calibration-*.parquet")).take(np.array([0]))
+    with pytest.raises(StageFailed, match="1 distinct rows, expected at least one to calibrate on and another"):
         split_rows(rows, calibration=40, evaluation=1, seed=0)

@@ -167,10 +167,3 @@ def test_search_whose_trials_leave_no_receipt_can_go_on(
         STAGE.model_copy(update={"schemes": schemes}).run(context)
     assert type(caught.value) is error
     assert not context.resume.entries()
-
-
-def test_search_with_too_few_rows_says_how_many_it_needs(
-    local_ray: None, model: Artifact, data: Artifact, tmp_path: Path
-) -> None:
-    with pytest.raises(StageFailed, match=r"40 distinct rows.*need 48"):
-        STAGE.model_copy(update={"calibration_rows": 40}).run(fake_context(tmp_path, {"model": model, "data": data}))
