@@ -159,10 +159,12 @@ def compress(
             start=start,
             resources=resources,
         )
+    # A student that cannot be quantized is still a candidate: `search.json` says why of each scheme.
+    max_kl = gate.max_kl_to_base or Quantize.model_fields["max_kl"].default
     searches = {
         f"{name}-quantized": flow.step(
             f"quantize.{name}",
-            Quantize(schemes=schemes, max_kl=gate.max_kl_to_base, seed=seed),
+            Quantize(schemes=schemes, max_kl=max_kl, min_done=0, seed=seed),
             model=model,
             data=corpus,
             resources=resources,
@@ -171,7 +173,13 @@ def compress(
     }
     models: dict[str, Source] = {"teacher": big, **trained, **searches}
     scores = flow.step("scores", Evaluate(seed=seed), data=judged_on, reference=big, models=models, resources=resources)
-    measure = Measure(device=describe_device(), threads=int(max(1, cpus_per_worker)), seed=seed)
+    measure = Measure(
+        device=describe_device(),
+        threads=int(max(1, cpus_per_worker)),
+        prompt_tokens=min(128, sequence_length // 2),  # no more than every teacher that can read a row can read
+        new_tokens=min(32, sequence_length // 4),
+        seed=seed,
+    )
     alone = resources.model_copy(update={"workers": 1})
     speed = flow.step("speed", measure, models=models, resources=alone)
     flow.step("verdict", Promote(gate=gate, registered_name=registered_name, seed=seed), scores=scores, speed=speed)

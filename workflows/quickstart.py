@@ -16,7 +16,7 @@ from stages.measure.stage import Measure
 from stages.outside import PythonDocs
 from stages.prepare.stage import ByteLevelBPE, Prepare
 from stages.promote.stage import Gate, Promote
-from stages.quantize.schemes import DEFAULT_SCHEMES
+from stages.quantize.schemes import DEFAULT_SCHEMES, Scheme
 from stages.quantize.stage import Quantize
 from stages.teach.stage import Teach, TopK
 from stages.train.objectives import CrossEntropy, Objective, SoftTarget
@@ -59,11 +59,12 @@ def quickstart(
     vocabulary_size: Annotated[int, Field(ge=300, le=65536)] = 2048,
     sequence_length: Annotated[int, Field(ge=16)] = 128,
     max_documents: Annotated[int, Field(ge=20)] | None = None,
-    teacher_steps: Annotated[int, Field(ge=1)] = 400,
-    student_steps: Annotated[int, Field(ge=1)] = 250,
+    teacher_steps: Annotated[int, Field(ge=1)] = 360,
+    student_steps: Annotated[int, Field(ge=1)] = 200,
     batch_rows: Annotated[int, Field(ge=2)] = 16,
     temperature: Annotated[float, Field(gt=0)] = 1.0,
     k: Annotated[int, Field(ge=1)] = 32,
+    schemes: tuple[Scheme, ...] = DEFAULT_SCHEMES,
     gate: Gate = Gate(),  # noqa: B008  frozen
     seed: int = 0,
 ) -> Workflow:
@@ -81,6 +82,7 @@ def quickstart(
         batch_rows: packed rows in one optimizer step, over all workers.
         temperature: softens both distributions in the KL term; one of 1, 2, 4.
         k: teacher log-probabilities kept for each position; the rest is one bucket.
+        schemes: quantization schemes to search.
         gate: what a model must hold to be promoted.
         seed: seed of everything random.
     """
@@ -133,7 +135,7 @@ def quickstart(
     first, last = students[0].name, students[-1].name
     search = flow.step(
         f"quantize.{last}",
-        Quantize(schemes=DEFAULT_SCHEMES, seed=seed),
+        Quantize(schemes=schemes, seed=seed),
         model=trained[last],
         data=corpus,
         resources=TWO,

@@ -27,11 +27,7 @@ ROUTER_NAMES = frozenset({"gate", "router", "shared_expert_gate"})
 
 
 def find_layers(model: Any) -> Layers:
-    """Return the linear layers that are quantized and those that are not.
-
-    Raises:
-        StageFailed: there is none to quantize.
-    """
+    """Return the linear layers that are quantized and those that are not; a model may have none of the former."""
     head = model.get_output_embeddings()
     in_features, ignored, num_weights = {}, [], 0
     for name, module in model.named_modules():
@@ -42,8 +38,6 @@ def find_layers(model: Any) -> Layers:
         else:
             in_features[name] = module.in_features
             num_weights += module.weight.numel()
-    if not in_features:
-        raise StageFailed(f"{type(model).__name__} has no linear layers besides its head; expected some to quantize")
     return Layers(in_features, num_weights, tuple(ignored))
 
 

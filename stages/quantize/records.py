@@ -105,9 +105,10 @@ def final_metrics(search: Mapping[str, Any]) -> dict[str, float]:
         "trials_done": len(done),
         "trials_failed": len(search["trials"]) - len(done),
         "pareto_size": sum(trial["pareto"] for trial in done),
-        "best_kl": min(trial["kl"] for trial in done),
         "base_bytes": search["base_bytes"],
     }
+    if done:
+        metrics["best_kl"] = min(trial["kl"] for trial in done)
     for finalist in search["finalists"]:
         if finalist["scheme"] == search["chosen"]:
             metrics |= {

@@ -95,6 +95,11 @@ class Scheme(Config):
 
     def misfit(self, in_features: Mapping[str, int]) -> str | None:
         """Say why the scheme cannot fit a model, from the input widths of its linear layers; None where it fits."""
+        if not in_features:
+            return (
+                "the model has no linear layers besides its head, so there is nothing to quantize "
+                "(GPT-2's are Conv1D, which llm-compressor does not know)"
+            )
         if self.group_size is None:
             return None
         wrong = {name: width for name, width in in_features.items() if width % self.group_size}

@@ -69,8 +69,8 @@ class Quantize(Stage):
     nearest have 0.03 on a small language model."""
     reload_tolerance: float = Field(default=1e-3, gt=0)
     """Nats per token by which a finalist's KL may differ after its reload."""
-    min_done: int = Field(default=1, ge=1)
-    """Trials that must succeed, or the step fails."""
+    min_done: int = Field(default=1, ge=0)
+    """Trials that must succeed, or the step fails; with 0 a search that finds nothing is a result too."""
     seed: int = Field(default=0, ge=0)
     """Chooses the rows; torch's seed in every trial."""
 
@@ -119,7 +119,7 @@ class Quantize(Stage):
         for name, reason in verdict.rejected.items():
             context.report.note(f"finalist {name} does not count: {reason}")
             context.out.delete([file.name for file in published.get(name, ())])
-        if not verdict.accepted:
+        if verdict.rejected and not verdict.accepted:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in verdict.rejected.items())
             raise StageFailed(f"none of {len(verdict.rejected)} finalists survived its reload: {reasons}")
         return self._finish(context, records, front, verdict)
@@ -164,7 +164,9 @@ class Quantize(Stage):
         )
         context.out.put_json("search.json", search)
         metrics = final_metrics(search)
-        if search["chosen"] is None:
+        if not verdict.accepted:
+            context.report.note("chose none: no scheme succeeded; search.json says why of each")
+        elif search["chosen"] is None:
             best = min(verdict.accepted.values())
             context.report.note(f"chose none: the best finalist has KL {best:.4f}, and max_kl is {self.max_kl:g}")
         else:

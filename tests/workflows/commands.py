@@ -14,16 +14,20 @@ import psutil
 
 ROOT = Path(__file__).parents[2]
 SMALL = {
-    **{"max_documents": 40, "vocabulary_size": 400, "sequence_length": 32},
+    **{"max_documents": 120, "vocabulary_size": 400, "sequence_length": 32},
     **{"teacher.layers": 1, "teacher.width": 64, "teacher.heads": 2, "teacher.ffn_width": 128},
     **{"student.layers": 1, "student.width": 64, "student.heads": 2, "student.ffn_width": 128},
     **{"teacher_steps": 12, "student_steps": 12, "batch_rows": 8, "k": 8},
 }
 
 
+SCHEMES = ('{"weight_bits": 8}', '{"weight_bits": 4, "group_size": 32}', '{"weight_bits": 3, "algorithm": "gptq"}')
+
+
 def short_quickstart(**changes: int) -> list[str]:
     """Return the quickstart with parameters that make it short: what is tested is the chain, not the models."""
-    return ["quickstart", *(f"--{name.replace('_', '-')}={value}" for name, value in {**SMALL, **changes}.items())]
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in {**SMALL, **changes}.items()]
+    return ["quickstart", *options, *(f"--schemes={scheme}" for scheme in SCHEMES)]
 
 
 def start(*argv: str, cwd: Path = ROOT) -> subprocess.Popen[str]:

@@ -138,7 +138,8 @@ def classify(error: BaseException) -> Failure:
     """Return what kind of failure an error means, by it and everything that it wraps."""
     chain = list(_causes(error))
     names = {type(link).__name__ for link in chain}
-    ours = next((link for link in chain if isinstance(link, StillhouseError)), None)
+    # Ray raises an error of a task as one that is of its type too, whose text is a whole traceback: take what it wraps.
+    ours = next((link for link in chain if isinstance(link, StillhouseError) and not hasattr(link, "cause")), None)
     if any(isinstance(link, OutOfMemory) for link in chain) or names & MEMORY:
         return Failure(FailureKind.OUT_OF_MEMORY, _text(ours or error))
     if isinstance(ours, Transient):

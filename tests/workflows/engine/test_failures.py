@@ -80,6 +80,15 @@ def test_classify_wrapped_error_of_ours_decides() -> None:
     assert failure == Failure(FailureKind.TRANSIENT, "the store answered 503")
 
 
+def test_classify_error_that_came_through_ray_keeps_its_own_text() -> None:
+    class RayTaskError(StageFailed):
+        """Shaped like what Ray makes of a task's StageFailed."""
+
+        cause = StageFailed("the flask broke")
+
+    assert classify(RayTaskError("ray::task()\n  Traceback …")) == Failure(FailureKind.PERMANENT, "the flask broke")
+
+
 def test_classify_dead_actor_inside_a_worker_group_is_a_lost_worker() -> None:
     class ActorDiedError(Exception):
         """Named like Ray's."""
