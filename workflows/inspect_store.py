@@ -290,6 +290,6 @@ def serve_ui(settings: Settings, port: int, console: Console) -> int:
         "1",
     ]
     try:
-        return subprocess.run(command, check=False).returncode
+        return subprocess.run(command, check=False, env={**os.environ, "MLFLOW_LOGGING_LEVEL": "WARNING"}).returncode
     except KeyboardInterrupt:
         return 0
