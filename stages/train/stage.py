@@ -245,7 +245,7 @@ def _is_loss(error: BaseException) -> bool:
     """Tell whether a worker, its node or its peers went away; Gloo has no exception type of its own for the latter."""
     import torch
     from ray import exceptions
-    from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+    from ray.train.v2._internal import exceptions as train_exceptions
     from ray.train.v2.api.exceptions import PreemptionError
 
     kinds = (
@@ -255,7 +255,10 @@ def _is_loss(error: BaseException) -> bool:
         exceptions.NodeDiedError,
         exceptions.OutOfMemoryError,
         PreemptionError,
-        WorkerGroupStartupTimeoutError,
+        train_exceptions.WorkerGroupStartupFailedError,
+        train_exceptions.WorkerGroupStartupTimeoutError,
+        train_exceptions.WorkerHealthCheckFailedError,
+        train_exceptions.WorkerHealthCheckTimeoutError,
         torch.distributed.DistError,
     )
     return isinstance(error, kinds) or (isinstance(error, RuntimeError) and "gloo" in str(error))
