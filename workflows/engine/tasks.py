@@ -254,8 +254,14 @@ class RayTasks:
                 f"its node ran out of memory and Ray ended its worker: {str(error).splitlines()[0]}",
             )
         except self._ray.exceptions.RayTaskError as error:
-            logger.error("%s", error)
-            return Failure(FailureKind.PERMANENT, f"the engine's own worker code failed: {error.cause!r}")
+            logger.info("%s", error)
+            last = str(error.cause).strip().splitlines()[-1]
+            hint = (
+                "; workers have stillhouse and the workflow's own file, nothing beside it"
+                if "No module" in last
+                else ""
+            )
+            return Failure(FailureKind.PERMANENT, f"its worker could not run it: {last}{hint}")
         except self._ray.exceptions.RayError as error:
             return Failure(
                 FailureKind.WORKER_LOST,
