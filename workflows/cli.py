@@ -172,7 +172,7 @@ def _run(
     if as_json:
         _print_json(execution_json(execution))
     else:
-        print_outcome(console, execution, store=options["store"])
+        print_outcome(console, execution, store=options["store"], tracking_uri=options["tracking_uri"])
     return OK if execution.result.succeeded else INTERRUPTED if execution.result.interrupted else FAILED
 
 

@@ -224,7 +224,7 @@ def leaderboard_table(report: Mapping[str, Any], width: int) -> Table:
     return table
 
 
-def print_outcome(console: Console, execution: Execution, *, store: str) -> None:
+def print_outcome(console: Console, execution: Execution, *, store: str, tracking_uri: str | None) -> None:
     """Print how a run ended, what came out, and where to look."""
     result = execution.result
     for step in result.steps.values():
@@ -250,11 +250,10 @@ def print_outcome(console: Console, execution: Execution, *, store: str) -> None
             f"[yellow]{execution.ledger.waiting} records wait for MLflow at {execution.tracking_uri}: "
             f"{execution.ledger.error}; the next run sends them[/]"
         )
-    console.print(
-        f"look: stillhouse ui{_flag(store)} · stillhouse compare{_flag(store)} · stillhouse artifacts "
-        f"list{_flag(store)}",
-        highlight=False,
-    )
+    where = "" if store == "./.stillhouse" else f" --store {store}"
+    ledger = where + (f" --tracking-uri {tracking_uri}" if tracking_uri else "")
+    look = f"look: stillhouse ui{ledger} · stillhouse compare{ledger} · stillhouse artifacts list{where}"
+    console.print(look, highlight=False, soft_wrap=True)
     if not result.succeeded:
         console.print("go on: run the same command again; what is committed is not run again", highlight=False)
 
@@ -264,7 +263,3 @@ def _print_failure(console: Console, step: StepResult) -> None:
     console.print(Text(f"{step.name} {step.outcome}: {step.reason}", style=style), soft_wrap=True)
     if step.log:
         console.print(f"  the whole log: {step.log}", highlight=False, soft_wrap=True)
-
-
-def _flag(store: str) -> str:
-    return "" if store == "./.stillhouse" else f" --store {store}"
