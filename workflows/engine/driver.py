@@ -6,6 +6,7 @@ steps are HITs, and long steps go on from what they left in `resume`.
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from threading import Event as Flag
@@ -115,6 +116,7 @@ class Driver:
     _shared: set[str] = field(init=False, default_factory=set)
     _hits: frozenset[str] = field(init=False)
     _next_reports: float = field(init=False, default=0.0)
+    _events: deque[Event] = field(init=False, default_factory=deque)
 
     def __post_init__(self) -> None:
         """Take the plan's hits as committed."""
@@ -154,10 +156,15 @@ class Driver:
         self._take(Tick(self.clock()))
 
     def _take(self, event: Event) -> None:
-        """Advance the schedule by one event and act on what it decides; acting may bring further events."""
-        self._schedule, decisions = advance(self._schedule, event)
-        for decision in decisions:
-            self._act(decision)
+        """Advance the schedule by one event and act on what it decides; events that this brings are taken after it."""
+        self._events.append(event)
+        if len(self._events) > 1:
+            return  # an outer call is at it
+        while self._events:
+            self._schedule, decisions = advance(self._schedule, self._events[0])
+            for decision in decisions:
+                self._act(decision)
+            self._events.popleft()
 
     def _act(self, decision: Decision) -> None:
         match decision:

@@ -155,6 +155,19 @@ def test_drive_result_committed_by_another_run_meanwhile_is_shared(store: Artifa
     assert result.succeeded
 
 
+def test_drive_long_chain_committed_by_another_run_is_shared_whole(store: ArtifactStore) -> None:
+    """Each shared step makes the next one ready at once: hundreds in a row must not nest."""
+    flow = Workflow("flow")
+    data = flow.step("data", Write())
+    link = flow.step("link.0", Join(), data=data)
+    for number in range(1, 400):
+        link = flow.step(f"link.{number}", Join(mark="."), data=data, parts={"before": link})
+    plan = make_plan(flow, store)
+    drive(flow, store, InlineTasks(), run="other")
+    result = Driver(plan, store, InlineTasks(), "late", lambda record: None, SilentWatcher()).go()
+    assert {step.outcome for step in result.steps.values()} == {"shared"}
+
+
 def test_drive_interrupted_before_it_begins_runs_nothing_and_can_go_on(store: ArtifactStore) -> None:
     flag = Flag()
     flag.set()
