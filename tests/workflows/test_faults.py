@@ -83,26 +83,34 @@ def test_ctrl_c_stops_within_seconds_and_the_same_command_goes_on(flow: list[str
 
 
 @pytest.mark.parametrize(
-    ("step", "title", "changes"),
+    ("step", "worker", "victims", "changes"),
     [
-        ("teacher", "ray::RayTrainWorker", {"teacher_steps": 1500}),
-        ("signals", "ray::MapWorker", {"max_documents": 300, "teacher.layers": 6}),
+        ("teacher", "ray::RayTrainWorker", ("ray::RayTrainWorker", "ray::FreshWorker"), {"teacher_steps": 700}),
+        ("signals", "ray::MapWorker", ("ray::MapWorker",), {"max_documents": 300, "teacher.layers": 6}),
     ],
-    ids=["training", "teacher-inference"],
+    ids=["training-worker-then-stage", "teacher-inference"],
 )
 def test_worker_killed_the_attempt_is_tried_again_and_succeeds(
-    step: str, title: str, changes: dict[str, int], tmp_path: Path
+    step: str, worker: str, victims: tuple[str, ...], changes: dict[str, int], tmp_path: Path
 ) -> None:
+    """What a killed process had reserved on the cluster is let go, or the next attempt would wait for ever."""
     generator = random.Random(SEED)
     command = ["run", *short_quickstart(**changes), "--only", step, "--store", str(tmp_path / "store")]
     process = start(*command, "--json")
-    # Ray Data maps the corpus too, with tasks; its actors are the teacher's.
-    workers = until(lambda: descendants(process, title), of=process, timeout_seconds=200)
-    time.sleep(generator.uniform(0.3, 2.0))
-    kill(generator.choice(workers))
+    seen: set[int] = set()
+    for victim in victims:
+        # Ray Data maps the corpus too, with tasks; its actors are the teacher's.
+        until(
+            lambda old=frozenset(seen): {each.pid for each in descendants(process, worker)} - old,
+            of=process,
+            timeout_seconds=200,
+        )
+        time.sleep(generator.uniform(0.3, 2.0))
+        seen |= {each.pid for each in descendants(process, worker)}
+        kill(generator.choice(descendants(process, victim)))
     document = finish(process)
     last = document["steps"][-1]
-    assert (last["name"], last["outcome"], last["attempts"]) == (step, "committed", 2)
+    assert (last["name"], last["outcome"], last["attempts"]) == (step, "committed", 1 + len(victims))
     again = run(*command)
     assert again["executed"] == 0
     assert fingerprints(again) == fingerprints(document)

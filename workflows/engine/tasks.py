@@ -29,6 +29,8 @@ PROBE_SECONDS = 3.0
 """How long an address may take to accept a connection; a dead one costs Ray itself 30 to 100 s."""
 CANCEL_GRACE_SECONDS = 4.0
 """How long a cancelled task may take to end before its worker is killed."""
+ORPHAN_SECONDS = 30.0
+"""How long after an attempt's failure to look for placement groups that it left; Ray notes an owner's death in 1 s."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +179,7 @@ class RayTasks:
         self._actors: dict[Any, Any] = {}
         self._running: dict[Any, str] = {}
         self._cancelled: dict[Any, float] = {}
+        self._orphans_until = 0.0
 
     def shape(self) -> ClusterShape:
         """Return what the cluster's living nodes have."""
@@ -227,6 +230,8 @@ class RayTasks:
 
     def poll(self, timeout_seconds: float) -> list[tuple[str, Done | Failure]]:
         """Wait for attempts to end, at most so long, and return those that did, by step."""
+        if time.monotonic() < self._orphans_until:
+            self._remove_orphans()
         if not self._running:
             time.sleep(timeout_seconds)
             return []
@@ -238,7 +243,10 @@ class RayTasks:
         ready, _ = self._ray.wait(refs, num_returns=1, timeout=timeout_seconds)
         if ready:  # take all that are ready, not only the first
             ready, _ = self._ray.wait(refs, num_returns=len(refs), timeout=0)
-        return [(self._running.pop(ref), self._result(ref)) for ref in ready]
+        ended = [(self._running.pop(ref), self._result(ref)) for ref in ready]
+        if any(isinstance(result, Failure) for _, result in ended):
+            self._orphans_until = time.monotonic() + ORPHAN_SECONDS
+        return ended
 
     def _result(self, ref: Any) -> Done | Failure:
         self._cancelled.pop(ref, None)
@@ -268,6 +276,26 @@ class RayTasks:
                 f"its worker or node died ({type(error).__name__}: {str(error).splitlines()[0]})",
             )
         return result
+
+    def _remove_orphans(self) -> None:
+        """Remove this run's placement groups whose creator died: Ray keeps what they reserve until the job ends.
+
+        Ray Train's controller and Tune create them inside a step's process. The public table does not tell the creator.
+        """
+        from ray._private.state import state
+        from ray.core.generated.gcs_pb2 import PlacementGroupTableData as Group
+        from ray.util.placement_group import PlacementGroup
+
+        for raw in state._connect_and_get_accessor().get_placement_group_table():
+            group = Group.FromString(raw)
+            if (
+                group.creator_actor_dead
+                and group.state != Group.REMOVED
+                and group.ray_namespace == self._ray.get_runtime_context().namespace
+            ):
+                handle = PlacementGroup(self._ray.PlacementGroupID(group.placement_group_id))
+                self._ray.util.remove_placement_group(handle)
+                logger.info("deciding to remove placement group %s, since what made it died", handle.id.hex())
 
     def reports(self) -> Reports:
         """Return what stages told since the last call; nothing where the actor does not answer in time."""
