@@ -8,6 +8,7 @@ from typing import Any
 
 from stages.contract import Artifact, Context, Kind, Resources
 from stages.storage import File, Folder
+from workflows.engine.attempts import Done, Reports, Request, Tasks
 from workflows.engine.driver import Driver, RunResult
 from workflows.engine.failures import Failure
 from workflows.engine.graph import Workflow
@@ -15,7 +16,6 @@ from workflows.engine.plan import ClusterShape, make_plan
 from workflows.engine.records import Record
 from workflows.engine.schedule import Phase
 from workflows.engine.store import ArtifactStore
-from workflows.engine.tasks import Done, Reports, Request, Tasks
 from workflows.engine.worker import ReportBox, run_attempt
 
 

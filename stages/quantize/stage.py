@@ -11,16 +11,16 @@ Tune's own restore is not used: it keeps a search's state on one disk, while rec
 import contextlib
 import io
 import logging
-import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field, field_validator
 
 from stages.contract import Artifact, Context, Input, Kind, Outcome, Resources, Stage
 from stages.errors import OutOfMemory, StageFailed, StillhouseError, Transient
+from stages.processes import environment
+from stages.quantize.finalists import publish
 from stages.quantize.imports import import_for_measuring, import_for_quantizing
 from stages.quantize.records import (
     Record,
@@ -33,7 +33,7 @@ from stages.quantize.records import (
 )
 from stages.quantize.schemes import DEFAULT_SCHEMES, Scheme
 from stages.quantize.selection import Point, Verdict, pareto_front, preference, verify
-from stages.storage import File, fetch
+from stages.storage import File
 
 if TYPE_CHECKING:
     from stages.quantize.job import Job, Survey
@@ -242,21 +242,6 @@ def _remeasure(names: Sequence[str], finalists: Artifact, job: "Job", survey: "S
     return remeasure(names, finalists, job, survey, reference)
 
 
-@contextlib.contextmanager
-def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    """Set environment variables for a while."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-
-
 def _run_trials(
     schemes: Mapping[str, Scheme], context: Context, job: Any, survey: "Survey", reference: Any, *, num_settled: int
 ) -> dict[str, Record]:
@@ -280,7 +265,7 @@ def _run_trials(
     trial = tune.with_parameters(_trial, schemes=schemes, job=job, survey=survey, reference=reference)
     with (
         tempfile.TemporaryDirectory(prefix="stillhouse-tune-") as folder,
-        _environment(QUIET_TUNE),
+        environment(QUIET_TUNE),
         contextlib.redirect_stdout(io.StringIO()),  # prints a table whatever `verbose` says
     ):
         results = tune.Tuner(
@@ -327,7 +312,7 @@ def _reload(
     found: dict[str, float | str] = {}
     for name in names:
         try:
-            published[name] = _publish(by_name[name], context)
+            published[name] = publish(by_name[name], context.resume, context.out)
         except (FileNotFoundError, StageFailed) as error:
             found[name] = f"its checkpoint cannot be read: {error}"
     readable = [name for name in names if name in published]
@@ -337,22 +322,3 @@ def _reload(
         remeasure = _task(_remeasure, context.resources)
         found |= _get(remeasure.remote(readable, finalists, *measuring))
     return found
-
-
-def _publish(record: Record, context: Context) -> tuple[File, ...]:
-    """Copy one trial's checkpoint to `finalists/<scheme>`.
-
-    Raises:
-        StageFailed: its bytes are not those of its receipt; nothing of it stays in `out`.
-    """
-    source = context.resume / record["folder"]
-    written: list[File] = []
-    with tempfile.TemporaryDirectory(prefix="stillhouse-publish-") as scratch:
-        for entry in record["files"]:
-            file = File(entry["name"], source.uri_of(entry["name"]), entry["size_bytes"], entry["sha256"])
-            target = f"finalists/{record['scheme']}/{file.name}"
-            written.append(context.out.upload(fetch(file, Path(scratch)), target))
-            if written[-1].sha256 != file.sha256:
-                context.out.delete([done.name for done in written])
-                raise StageFailed(f"{file.uri} has changed since its trial")
-    return tuple(written)

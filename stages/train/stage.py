@@ -5,33 +5,30 @@ checkpoints and its reports are not used.
 """
 
 import logging
-import os
 import secrets
 import signal
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from stages.contract import Artifact, Context, Input, Outcome, Outside, Split, Stage
+from stages.contract import Context, Input, Outcome, Outside, Split, Stage
 from stages.errors import ConfigError, StageFailed, StillhouseError, Transient
+from stages.processes import environment
 from stages.train.objectives import CrossEntropy, Objective, SoftTarget
-from stages.train.students import Continue, Llama, Smaller, Student, build_student
+from stages.train.students import Continue, Llama, Smaller, Student
 
 if TYPE_CHECKING:
-    from stages.train.loop import Progress, Ranks, Recipe
-    from stages.train.reader import Reader, SignalsLayout
+    from stages.train.reader import SignalsLayout
+    from stages.train.work import Job
 
 __all__ = ["Continue", "CrossEntropy", "Llama", "Smaller", "SoftTarget", "Train"]
 
 logger = logging.getLogger(__name__)
 
-MICRO_BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
-"""Tokens in one forward pass where `micro_batch` is not set."""
 RAY_TRAIN_ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",  # the end of training is noticed at the next check; 2 s by default
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # one actor less to start; a lost worker is the engine's to handle
@@ -102,6 +99,7 @@ class Train(Stage):
     def run(self, context: Context) -> Outcome:
         """Train with Ray Train, going on from the newest snapshot; read back what rank 0 wrote."""
         from stages.train import snapshots
+        from stages.train.work import Job
 
         if context.resources.workers > self.batch_rows:
             raise StageFailed(
@@ -109,7 +107,7 @@ class Train(Stage):
                 f"each of {context.resources.workers} workers; use fewer workers"
             )
         snapshot = snapshots.newest(context.resume)
-        job = _Job(self, context, _layout(self, context), snapshot, started=time.time())
+        job = Job(self, context, _layout(self, context), snapshot, started=time.time())
         if snapshot:
             logger.info(
                 "deciding to go on from step %d of %d, since a snapshot is there", snapshot.step, self.optimizer_steps
@@ -118,17 +116,6 @@ class Train(Stage):
         facts = context.out.get_json("training.json")
         wanted = ("final_loss", "seconds", "tokens_per_second", "parameters", "tokens")
         return Outcome({f"train/{name}": float(facts[name]) for name in wanted})
-
-
-@dataclass(frozen=True, slots=True)
-class _Job:
-    """What travels to the workers."""
-
-    stage: Train
-    context: Context
-    layout: "SignalsLayout | None"
-    snapshot: Any
-    started: float
 
 
 def _check_temperature(objective: SoftTarget, temperatures: tuple[float, ...] | None) -> None:
@@ -166,19 +153,12 @@ def _layout(stage: Train, context: Context) -> "SignalsLayout | None":
 
 
 @contextmanager
-def _quiet_ray_train() -> Iterator[None]:
-    """Set Ray Train's environment, and give back the signal handlers that `fit` replaces and keeps."""
-    before = {name: os.environ.get(name) for name in RAY_TRAIN_ENVIRONMENT}
+def _own_handlers() -> Iterator[None]:
+    """Give back the signal handlers that Ray Train's `fit` replaces and keeps."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    os.environ.update(RAY_TRAIN_ENVIRONMENT)
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
         for number, handler in handlers.items():
             if signal.getsignal(number) != handler:
                 signal.signal(number, handler)
@@ -195,7 +175,7 @@ def _trainer_class() -> Any:
     from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
     from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
-    class Trainer(TorchTrainer):
+    class Trainer(TorchTrainer):  # type: ignore[misc]  # the base is untyped
         def _create_default_callbacks(self) -> list[Any]:
             unwanted = (DatasetsCallback, PlacementGroupCleanerCallback)
             return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, unwanted)]
@@ -203,9 +183,13 @@ def _trainer_class() -> Any:
     return Trainer
 
 
-def _fit(job: _Job) -> None:
+def _fit(job: "Job") -> None:
     """Run `_work` on every worker; raise what went wrong as an error of ours."""
-    with _quiet_ray_train(), tempfile.TemporaryDirectory(prefix="train-") as storage:
+    with (
+        environment(RAY_TRAIN_ENVIRONMENT),
+        _own_handlers(),
+        tempfile.TemporaryDirectory(prefix="train-") as storage,
+    ):
         import ray
         from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
 
@@ -283,111 +267,12 @@ def _is_loss(error: BaseException) -> bool:
 
 
 def _work(config: dict[str, Any]) -> None:
-    """One rank: build the student, train, and on rank 0 leave the files."""
+    """Run one rank, in a worker of Ray Train."""
     import ray.train
     import ray.train.torch
-    import torch
 
-    from stages.train import snapshots
-    from stages.train.loop import Progress, Ranks, Training
+    from stages.train.loop import Ranks
+    from stages.train.work import train_rank
 
-    job: _Job = config["job"]
-    stage, context = job.stage, job.context
-    torch.set_num_threads(max(1, int(context.resources.cpus_per_worker)))
     place = ray.train.get_context()
-    ranks = Ranks(place.get_world_rank(), place.get_world_size(), ray.train.torch.get_device())
-    data = context.one("data")
-    facts = data.read_json("dataset.json")
-    model = build_student(stage.model, facts, origin=_origin(stage, context), seed=stage.seed).to(ranks.device)
-    progress, tensors = Progress(), None
-    if job.snapshot:
-        progress, tensors = (
-            Progress(step=job.snapshot.step, **job.snapshot.facts),
-            snapshots.read(context.resume, job.snapshot),
-        )
-    training = Training(
-        model=model,
-        reader=_reader(stage, context, job.layout, ranks, facts["sequence_length"]),
-        objectives=stage.objectives,
-        recipe=_recipe(stage),
-        vocabulary=facts["vocabulary_size"],
-        report=context.report,
-        ranks=ranks,
-        keeper=snapshots.Keeper(context.resume) if ranks.rank == 0 else None,
-    )
-    training.run(progress, tensors)
-    if ranks.rank == 0:
-        _leave(context, model, progress, data, time.time() - job.started)
-
-
-def _origin(stage: Train, context: Context) -> Any:
-    """Return the folder of the checkpoint that the student comes from, None for a fresh one."""
-    if isinstance(stage.model, Llama):
-        return None
-    first: Artifact | None = None if isinstance(stage.model, Smaller) else context.optional("start")
-    origin = first or context.optional("teacher")
-    if origin is None:
-        raise StageFailed(f"model is {stage.model.kind!r}, which needs a checkpoint, and none is wired; pass teacher=")
-    return origin.folder("model")
-
-
-def _recipe(stage: Train) -> "Recipe":
-    from stages.train.loop import Recipe
-
-    return Recipe(
-        optimizer_steps=stage.optimizer_steps,
-        learning_rate=stage.learning_rate,
-        warmup_fraction=stage.warmup_fraction,
-        final_fraction=stage.final_fraction,
-        weight_decay=stage.weight_decay,
-        gradient_clip=stage.gradient_clip,
-        dtype=stage.dtype,
-        seed=stage.seed,
-    )
-
-
-def _reader(stage: Train, context: Context, layout: "SignalsLayout | None", ranks: "Ranks", length: int) -> "Reader":
-    from stages.train.reader import Reader, ShardPair
-
-    tokens = context.one("data").paths(f"tokens/{stage.split}-*.parquet")
-    if not tokens:
-        raise StageFailed(f"the dataset has no shards of split {stage.split!r}; set Train.split")
-    known = {}
-    if layout is not None:
-        known = {path.name: path for path in context.one("signals").paths("signals/*.parquet")}
-        absent = [path.name for path in tokens if path.name not in known]
-        if absent:
-            raise StageFailed(
-                f"{len(absent)} of {len(tokens)} shards have no signals (the first is {absent[0]}), "
-                f"expected one for each; run Teach on this dataset and split"
-            )
-    largest = max(1, MICRO_BATCH_TOKENS[ranks.device.type] // length)
-    rows = -(-stage.batch_rows // ranks.world_size)
-    return Reader(
-        shards=tuple(ShardPair(path, known.get(path.name)) for path in tokens),
-        layout=layout,
-        batch_rows=stage.batch_rows,
-        micro_batch=context.resources.micro_batch or min(rows, largest),
-        seed=stage.seed,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-    )
-
-
-def _leave(context: Context, model: Any, progress: "Progress", data: Artifact, wall_seconds: float) -> None:
-    """Write the artifact's files."""
-    from stages.checkpoints import load_tokenizer, save_checkpoint
-
-    save_checkpoint(model.eval(), load_tokenizer(data.folder("tokenizer")), context.out, "model")
-    facts = {
-        "optimizer_steps": progress.step,
-        "tokens": progress.tokens,
-        "targets": progress.targets,
-        "final_loss": progress.last["train/loss"],
-        "final": dict(progress.last),
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "seconds": progress.seconds,
-        "tokens_per_second": progress.tokens / max(progress.seconds, 1e-9),
-        "wall_seconds": wall_seconds,
-    }
-    context.out.put_json("training.json", facts)
+    train_rank(config["job"], Ranks(place.get_world_rank(), place.get_world_size(), ray.train.torch.get_device()))

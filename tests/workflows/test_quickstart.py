@@ -8,6 +8,7 @@ import pytest
 from mlflow import MlflowClient
 
 from tests.workflows.commands import fingerprints, run, short_quickstart
+from workflows.engine.entries import RUN
 
 pytestmark = [pytest.mark.quickstart, pytest.mark.timeout(600)]
 
@@ -73,9 +74,9 @@ def test_quickstart_leaves_nothing_in_the_current_folder_but_the_store(document:
 
 def test_quickstart_is_in_mlflow_as_it_was(document: Any, folder: Path) -> None:
     _, runs = ledger(folder)
-    (workflow,) = of_kind(runs, "workflow")
+    (workflow,) = [found for found in of_kind(runs, "workflow") if found.data.tags[RUN] == document["run"]]
     assert workflow.info.status == "FINISHED"
-    steps = of_kind(runs, "step")
+    steps = [found for found in of_kind(runs, "step") if found.data.tags[RUN] == document["run"]]
     assert sorted(step.data.tags["step"] for step in steps) == sorted(STEPS)
     assert {step.data.tags["mlflow.parentRunId"] for step in steps} == {workflow.info.run_id}
     told = {found.data.tags["candidate"]: found.data.metrics for found in of_kind(runs, "candidate")}

@@ -15,6 +15,7 @@ from typing import Any, Literal, Protocol
 from stages.contract import Artifact
 from stages.storage import Folder
 from workflows.engine import records
+from workflows.engine.attempts import Done, Reports, Request, Tasks
 from workflows.engine.failures import Failure, FailureKind
 from workflows.engine.graph import Given, Handle, Source, Step, Wiring
 from workflows.engine.heartbeat import Heartbeat, Holder
@@ -42,7 +43,6 @@ from workflows.engine.schedule import (
     new_schedule,
 )  # fmt: skip
 from workflows.engine.store import ArtifactStore, Claim, Commit, Fenced
-from workflows.engine.tasks import Done, Reports, Request, Tasks
 
 logger = logging.getLogger(__name__)
 

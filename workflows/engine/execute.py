@@ -13,6 +13,7 @@ from typing import Any
 from stages.errors import ConfigError
 from stages.storage import Folder
 from workflows.engine import records
+from workflows.engine.attempts import Done, Reports, Request, Tasks
 from workflows.engine.driver import Driver, RunResult, StepResult, Watcher
 from workflows.engine.failures import Failure
 from workflows.engine.graph import Workflow
@@ -22,7 +23,7 @@ from workflows.engine.manifest import cost_seconds
 from workflows.engine.plan import ClusterShape, Plan, make_plan
 from workflows.engine.provenance import git_commit
 from workflows.engine.store import ArtifactStore
-from workflows.engine.tasks import Done, RayTasks, Reports, Request, Tasks, local_shape
+from workflows.engine.tasks import RayTasks, local_shape
 
 LEDGER_SECONDS = 60.0
 """How long the end of a run waits for the ledger; what is not sent by then stays in the journal for the next run."""

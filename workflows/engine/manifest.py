@@ -5,11 +5,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from stages.contract import Resources
+from workflows.engine.attempts import Done
 from workflows.engine.identity import Fingerprint
 from workflows.engine.plan import StepPlan
 from workflows.engine.provenance import code_evidence
 from workflows.engine.store import MANIFEST_SCHEMA, ArtifactStore, Claim
-from workflows.engine.tasks import Done
 
 
 def build_manifest(

@@ -17,10 +17,10 @@ from typing import Any, TextIO
 
 from stages.contract import Context
 from stages.errors import OutOfMemory, StillhouseError, Transient
+from workflows.engine.attempts import Done, Reports, Request
 from workflows.engine.failures import Failure, FailureKind
 from workflows.engine.provenance import environment
 from workflows.engine.store import seal
-from workflows.engine.tasks import Done, Reports, Request
 
 PROGRESS_SECONDS = 0.2
 """At most one progress report so often from each process, but for the first and the last."""

@@ -1,0 +1,131 @@
+"""What one rank of a training does: a student and its data in, the artifact's files out. Imports no ray."""
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from stages.checkpoints import load_tokenizer, save_checkpoint
+from stages.contract import Artifact, Context
+from stages.errors import StageFailed
+from stages.train import snapshots
+from stages.train.loop import Progress, Ranks, Recipe, Training
+from stages.train.reader import Reader, ShardPair, SignalsLayout
+from stages.train.students import Llama, Smaller, build_student
+
+if TYPE_CHECKING:
+    from stages.train.stage import Train
+
+MICRO_BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
+"""Tokens in one forward pass where `micro_batch` is not set."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What travels to the workers."""
+
+    stage: "Train"
+    context: Context
+    layout: SignalsLayout | None
+    snapshot: Any
+    started: float
+
+
+def train_rank(job: Job, ranks: Ranks) -> None:
+    """Build the student, train, and on rank 0 leave the artifact's files.
+
+    Raises:
+        StageFailed: the inputs do not fit the stage.
+    """
+    stage, context = job.stage, job.context
+    torch.set_num_threads(max(1, int(context.resources.cpus_per_worker)))
+    data = context.one("data")
+    facts = data.read_json("dataset.json")
+    model = build_student(stage.model, facts, origin=_origin(stage, context), seed=stage.seed).to(ranks.device)
+    progress, tensors = Progress(), None
+    if job.snapshot:
+        progress, tensors = (
+            Progress(step=job.snapshot.step, **job.snapshot.facts),
+            snapshots.read(context.resume, job.snapshot),
+        )
+    training = Training(
+        model=model,
+        reader=_reader(stage, context, job.layout, ranks, facts["sequence_length"]),
+        objectives=stage.objectives,
+        recipe=_recipe(stage),
+        vocabulary=facts["vocabulary_size"],
+        report=context.report,
+        ranks=ranks,
+        keeper=snapshots.Keeper(context.resume) if ranks.rank == 0 else None,
+    )
+    training.run(progress, tensors)
+    if ranks.rank == 0:
+        _leave(context, model, progress, data, time.time() - job.started)
+
+
+def _origin(stage: "Train", context: Context) -> Any:
+    """Return the folder of the checkpoint that the student comes from, None for a fresh one."""
+    if isinstance(stage.model, Llama):
+        return None
+    first: Artifact | None = None if isinstance(stage.model, Smaller) else context.optional("start")
+    origin = first or context.optional("teacher")
+    if origin is None:
+        raise StageFailed(f"model is {stage.model.kind!r}, which needs a checkpoint, and none is wired; pass teacher=")
+    return origin.folder("model")
+
+
+def _recipe(stage: "Train") -> Recipe:
+    return Recipe(
+        optimizer_steps=stage.optimizer_steps,
+        learning_rate=stage.learning_rate,
+        warmup_fraction=stage.warmup_fraction,
+        final_fraction=stage.final_fraction,
+        weight_decay=stage.weight_decay,
+        gradient_clip=stage.gradient_clip,
+        dtype=stage.dtype,
+        seed=stage.seed,
+    )
+
+
+def _reader(stage: "Train", context: Context, layout: SignalsLayout | None, ranks: Ranks, length: int) -> Reader:
+    tokens = context.one("data").paths(f"tokens/{stage.split}-*.parquet")
+    if not tokens:
+        raise StageFailed(f"the dataset has no shards of split {stage.split!r}; set Train.split")
+    known = {}
+    if layout is not None:
+        known = {path.name: path for path in context.one("signals").paths("signals/*.parquet")}
+        absent = [path.name for path in tokens if path.name not in known]
+        if absent:
+            raise StageFailed(
+                f"{len(absent)} of {len(tokens)} shards have no signals (the first is {absent[0]}), "
+                f"expected one for each; run Teach on this dataset and split"
+            )
+    largest = max(1, MICRO_BATCH_TOKENS[ranks.device.type] // length)
+    rows = -(-stage.batch_rows // ranks.world_size)
+    return Reader(
+        shards=tuple(ShardPair(path, known.get(path.name)) for path in tokens),
+        layout=layout,
+        batch_rows=stage.batch_rows,
+        micro_batch=context.resources.micro_batch or min(rows, largest),
+        seed=stage.seed,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+    )
+
+
+def _leave(context: Context, model: Any, progress: Progress, data: Artifact, wall_seconds: float) -> None:
+    """Write the artifact's files."""
+    save_checkpoint(model.eval(), load_tokenizer(data.folder("tokenizer")), context.out, "model")
+    facts = {
+        "optimizer_steps": progress.step,
+        "tokens": progress.tokens,
+        "targets": progress.targets,
+        "final_loss": progress.last["train/loss"],
+        "final": dict(progress.last),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "seconds": progress.seconds,
+        "tokens_per_second": progress.tokens / max(progress.seconds, 1e-9),
+        "wall_seconds": wall_seconds,
+    }
+    context.out.put_json("training.json", facts)
