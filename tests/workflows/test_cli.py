@@ -7,7 +7,7 @@ import pytest
 
 from stages.errors import ConfigError
 from workflows.cli import run_command
-from workflows.find import find_workflow
+from workflows.command.find import find_workflow
 
 FLOW = '''
 """A workflow for the tests of the command."""

@@ -15,7 +15,7 @@ from cyclopts.config import Yaml
 from pydantic import BaseModel, Field, create_model
 
 from stages.errors import ConfigError
-from workflows.find import FoundWorkflow
+from workflows.command.find import FoundWorkflow
 
 Options = Mapping[str, tuple[Any, Any]]
 """Option → (type, default)."""

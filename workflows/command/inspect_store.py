@@ -10,13 +10,13 @@ from typing import Any
 from rich.console import Console
 
 from stages.errors import ConfigError, nearest
+from workflows.command.terminal import duration, fitting_table, size
 from workflows.engine.check import check, find_step
 from workflows.engine.execute import Settings
 from workflows.engine.graph import Workflow
 from workflows.engine.identity import Fingerprint, Identity, differences, identities
 from workflows.engine.ledger import CANDIDATES_PATH, read_candidates, registered_fingerprints
 from workflows.engine.store import ArtifactStore, Commit, reachable
-from workflows.terminal import duration, fitting_table, size
 
 COLUMNS = (
     ("final/perplexity", "perplexity", "{:.2f}"),

@@ -1,4 +1,4 @@
-"""Finds workflows: by the name of a file in this folder, or by the path of a user's own file."""
+"""Finds workflows: by the name of a file in `workflows/`, or by the path of a user's own file."""
 
 import importlib
 import importlib.util
@@ -12,9 +12,7 @@ from types import ModuleType
 from stages.errors import ConfigError, nearest
 from workflows.engine.graph import Workflow
 
-HERE = Path(__file__).parent
-NOT_WORKFLOWS = frozenset({"__init__", "cli", "find", "terminal", "doctor", "starter", "inspect_store", "parameters"})
-"""Modules of this folder that define no workflow."""
+WORKFLOWS = Path(__file__).parents[1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +26,7 @@ class FoundWorkflow:
 
 def workflow_names() -> list[str]:
     """Return the names of the workflows that come with stillhouse."""
-    return sorted(path.stem for path in HERE.glob("*.py") if path.stem not in NOT_WORKFLOWS)
+    return sorted(path.stem for path in WORKFLOWS.glob("*.py") if path.stem not in ("__init__", "cli"))
 
 
 def find_workflow(text: str) -> FoundWorkflow:
