@@ -6,6 +6,7 @@ import signal
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.workflows.commands import descendants, fingerprints, finish, kill, run, short_quickstart, start, until
@@ -79,6 +80,19 @@ def test_ctrl_c_stops_within_seconds_and_the_same_command_goes_on(flow: list[str
     before = len(poured(tmp_path, "second"))
     time.sleep(1.5)
     assert len(poured(tmp_path, "second")) == before, "nothing pours on"
+    assert run("run", *flow, "--seconds-each", "0.5")["outcome"] == "succeeded"
+
+
+def test_second_ctrl_c_leaves_at_once_and_nothing_lives_on(flow: list[str], tmp_path: Path) -> None:
+    process = start("run", *flow, "--seconds-each", "0.5", "--json")
+    until(lambda: len(poured(tmp_path, "second")) >= 2, of=process)
+    started = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=2) == 130
+    _, alive = psutil.wait_procs(started, timeout=20)
+    assert not alive
     assert run("run", *flow, "--seconds-each", "0.5")["outcome"] == "succeeded"
 
 

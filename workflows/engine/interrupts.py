@@ -2,33 +2,59 @@
 
 import os
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from types import FrameType
+from contextlib import contextmanager, suppress
+
+import psutil
 
 INTERRUPTED_EXIT_CODE = 130
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def _leave() -> None:
+    """End this process and all below it: a Ray started here would leave its agents behind."""
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            child.kill()
+    os._exit(INTERRUPTED_EXIT_CODE)
 
 
 @contextmanager
 def interruptible(say: Callable[[], None]) -> Iterator[threading.Event]:
     """Yield a flag that the first signal sets; the handlers that were there before come back at the end.
 
-    Libraries install their own handlers (Ray Train and Tune do, and leave them): ours are set again by nothing, since
-    those libraries run in workers, never in this process.
+    A thread counts the signals, by the descriptor that Python writes each to as it comes: a handler would have to wait
+    until the main thread is back from C, and Ray's shutdown is there for seconds. Libraries install handlers of their
+    own (Ray Train and Tune do, and leave them), but in workers, never in this process.
     """
     flag = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield flag
+        return
 
-    def handle(signum: int, frame: FrameType | None) -> None:
-        if flag.is_set():
-            os._exit(INTERRUPTED_EXIT_CODE)
-        flag.set()
-        say()
+    def watch() -> None:
+        while signum := arrivals.recv(1):
+            if signum[0] not in SIGNALS:
+                continue
+            if flag.is_set():
+                _leave()
+            flag.set()
+            say()
 
-    signals = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
-    before = {signum: signal.signal(signum, handle) for signum in signals}
+    arrivals, written = socket.socketpair()
+    written.setblocking(False)
+    before = {signum: signal.signal(signum, lambda *_: None) for signum in SIGNALS}
+    old = signal.set_wakeup_fd(written.fileno(), warn_on_full_buffer=False)
+    watcher = threading.Thread(target=watch, name="interrupts", daemon=True)
+    watcher.start()
     try:
         yield flag
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
+        signal.set_wakeup_fd(old)
+        written.close()  # ends the thread
+        watcher.join()
+        arrivals.close()

@@ -4,6 +4,7 @@ A step's task holds no CPU and no GPU: the library inside it (Ray Data, Train, T
 the engine's, so Ray's are off. What a stage reports goes to one actor without CPUs that the driver drains.
 """
 
+import contextlib
 import importlib
 import logging
 import math
@@ -14,6 +15,8 @@ import sys
 import time
 from types import ModuleType
 from typing import Any
+
+import psutil
 
 from stages.errors import ConfigError
 from stages.storage import Folder, is_remote
@@ -251,7 +254,14 @@ class RayTasks:
 
     def close(self) -> None:
         """Let go of the cluster; what still runs there for us ends."""
+        workers = []
+        if self._address is None:
+            raylets = [child for child in psutil.Process().children() if child.name() == "raylet"]
+            workers = [worker for raylet in raylets for worker in raylet.children(recursive=True)]
         self._ray.shutdown()
+        for worker in workers:  # now and then one hangs at its exit (Ray 2.60), for ever
+            with contextlib.suppress(psutil.Error):
+                worker.kill()
 
 
 def _set_environment(*, local: bool) -> None:
