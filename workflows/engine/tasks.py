@@ -137,14 +137,12 @@ class RayTasks:
         mark = f"probe-{secrets.token_hex(8)}"
         store.put(mark, b"stillhouse")
         try:
-            look = self._ray.remote(num_cpus=0)(Folder.has)
-            sees = {
-                node["NodeManagerHostname"]: look.options(
-                    scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-                ).remote(store, mark)
-                for node in nodes
-            }
-            blind = [host for host, ref in sees.items() if not self._ray.get(ref)]
+            look = self._ray.remote(num_cpus=0)(_sees)
+            placed = [
+                look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(n["NodeID"], soft=False)) for n in nodes
+            ]
+            sees = self._ray.get([task.remote(store, mark) for task in placed])
+            blind = [node["NodeManagerHostname"] for node, seen in zip(nodes, sees, strict=True) if not seen]
         finally:
             store.delete([mark])
         if blind:
@@ -294,3 +292,8 @@ def _package(name: str) -> str:
     file = sys.modules[name].__file__ if name in sys.modules else importlib.import_module(name).__file__
     assert file is not None
     return os.path.dirname(file)
+
+
+def _sees(store: Folder, name: str) -> bool:
+    """Run on a node: tell whether it finds a file."""
+    return store.has(name)
