@@ -5,6 +5,7 @@
     │   └── OutsideError     data from outside is missing or out of reach   (exit code 2)
     └── StageFailed          a step's work failed; trying again gives the same
         ├── Transient        trying again may work (a lost connection, a busy device)
+        │   └── WorkerLost   a process or node of it went away
         └── OutOfMemory      trying again with a smaller micro-batch may work
 
 Each takes one message, so that default pickling carries it across Ray unchanged.
@@ -31,6 +32,10 @@ class StageFailed(StillhouseError):
 
 class Transient(StageFailed):
     """A step's work failed in a way that trying again may mend."""
+
+
+class WorkerLost(Transient):
+    """A process or node that worked on a step went away."""
 
 
 class OutOfMemory(StageFailed):

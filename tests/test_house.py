@@ -23,6 +23,7 @@ STAGES = sorted(path.parent.name for path in ROOT.glob("stages/*/stage.py"))
 SHARED = {
     "stages.contract",
     "stages.processes",
+    "stages.translation",
     "stages.storage",
     "stages.outside",
     "stages.checkpoints",

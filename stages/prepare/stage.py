@@ -11,8 +11,9 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from stages.contract import Config, Context, Input, Kind, Outcome, Outside, Shards, Stage
-from stages.errors import ConfigError, StageFailed, StillhouseError
+from stages.errors import ConfigError, StageFailed
 from stages.outside import PretrainedTokenizer, Source
+from stages.translation import translate
 
 
 class ByteLevelBPE(Config):
@@ -180,14 +181,11 @@ def _prepare(part: Any, written: frozenset[str], *, job: Any) -> Any:
 
 
 def _apply(row: dict[str, bytes], *, function: Any, num_cpus: float, fixed: dict[str, Any]) -> dict[str, bytes]:
-    """Apply a function to an item in a worker; an error of ours is a result, since Ray Data keeps only its text."""
+    """Apply a function to an item in a worker."""
     from stages.prepare.encoding import set_tokenizer_threads
 
     set_tokenizer_threads(num_cpus)
-    try:
-        return {"result": pickle.dumps(function(*pickle.loads(row["item"]), **fixed))}
-    except StillhouseError as error:
-        return {"result": pickle.dumps(error)}
+    return {"result": pickle.dumps(function(*pickle.loads(row["item"]), **fixed))}
 
 
 def _map_parts(function: Any, items: list[tuple[Any, ...]], fixed: dict[str, Any], context: Context) -> Iterator[Any]:
@@ -206,6 +204,7 @@ def _map_parts(function: Any, items: list[tuple[Any, ...]], fixed: dict[str, Any
         return
     quiet = DataContext.get_current()
     quiet.enable_progress_bars = quiet.enable_operator_progress_bars = False
+    quiet.raise_original_map_exception = True  # its own wrapper keeps only the text
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it warns that there are no progress bars
     resources = context.resources
@@ -221,11 +220,11 @@ def _map_parts(function: Any, items: list[tuple[Any, ...]], fixed: dict[str, Any
             memory=resources.memory_bytes_per_worker,
             max_retries=0,
         )
-    for row in data.iter_rows():
-        result = pickle.loads(row["result"])
-        if isinstance(result, StillhouseError):
-            raise result
-        yield result
+    try:
+        for row in data.iter_rows():
+            yield pickle.loads(row["result"])
+    except ray.exceptions.RayError as error:
+        raise translate(error) from error
 
 
 MAX_BLOCKS = 10_000

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import Field, field_validator
 
 from stages.contract import Artifact, Context, Input, Kind, Outcome, Resources, Stage
-from stages.errors import OutOfMemory, StageFailed, StillhouseError, Transient
+from stages.errors import OutOfMemory, StageFailed, Transient
 from stages.processes import environment
 from stages.quantize.finalists import publish
 from stages.quantize.imports import import_for_measuring, import_for_quantizing
@@ -34,6 +34,7 @@ from stages.quantize.records import (
 from stages.quantize.schemes import DEFAULT_SCHEMES, Scheme
 from stages.quantize.selection import Point, Verdict, pareto_front, preference, verify
 from stages.storage import File
+from stages.translation import translate
 
 if TYPE_CHECKING:
     from stages.quantize.job import Job, Survey
@@ -201,15 +202,13 @@ def _task(function: Callable[..., Any], resources: Resources, num_returns: int =
 
 
 def _get(ref: Any) -> Any:
-    """Return a task's result; raise its own error where it is one of ours, not Ray's wrapper around it."""
+    """Return a task's result; raise an error of ours, not Ray's wrapper around one."""
     import ray
 
     try:
         return ray.get(ref)
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, StillhouseError):
-            raise error.cause from error
-        raise
+    except ray.exceptions.RayError as error:
+        raise translate(error) from error
 
 
 def _survey(job: "Job", evaluation: "Rows") -> Any:

@@ -5,13 +5,15 @@ so that after a crash only shards without one are done. Only small facts travel 
 """
 
 import logging
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
 from stages.contract import Artifact, Config, Context, Input, Outcome, Shards, Split, Stage
-from stages.errors import ConfigError, StageFailed, StillhouseError, Transient
+from stages.errors import ConfigError, StageFailed
+from stages.translation import translate
 
 logger = logging.getLogger(__name__)
 
@@ -192,48 +194,31 @@ def _map_shards(names: list[str], job: dict[str, Any], context: Context) -> Iter
     starved by it. Actors are not restarted, since retries are the engine's.
     """
     import ray
+    from ray.util.annotations import RayDeprecationWarning
 
     settings = ray.data.DataContext.get_current()
     settings.enable_progress_bars = False
     settings.enable_operator_progress_bars = False
     settings.print_on_execution_start = False
     settings.max_errored_blocks = 0
+    settings.raise_original_map_exception = True  # its own wrapper keeps only the text
     resources = context.resources
     workers = min(resources.workers, len(names))
     shards = ray.data.from_items([{"item": name} for name in names], override_num_blocks=len(names))
-    taught = shards.map_batches(
-        _ShardTeacher,
-        fn_constructor_args=({**job, "on_gpu": resources.gpus_per_worker > 0},),
-        batch_size=1,
-        compute=ray.data.ActorPoolStrategy(size=workers),
-        num_cpus=resources.cpus_per_worker,
-        num_gpus=resources.gpus_per_worker,
-        memory=resources.memory_bytes_per_worker,
-        max_restarts=0,
-    )
+    with warnings.catch_warnings():
+        # Ray 2.60 deprecates every way to pass `max_restarts`, and names none in their place.
+        warnings.simplefilter("ignore", RayDeprecationWarning)
+        taught = shards.map_batches(
+            _ShardTeacher,
+            fn_constructor_args=({**job, "on_gpu": resources.gpus_per_worker > 0},),
+            batch_size=1,
+            compute=ray.data.ActorPoolStrategy(size=workers),
+            num_cpus=resources.cpus_per_worker,
+            num_gpus=resources.gpus_per_worker,
+            memory=resources.memory_bytes_per_worker,
+            max_restarts=0,
+        )
     try:
         yield from taught.iter_rows()
     except ray.exceptions.RayError as error:
-        raise _cause_of(error) from error
-
-
-def _cause_of(error: BaseException) -> StillhouseError:
-    """Return the error of ours inside of one of Ray's; a lost worker is `Transient`."""
-    import ray
-
-    seen: BaseException | None = error
-    while seen is not None:
-        inner = getattr(seen, "cause", None)
-        for candidate in (seen, inner):
-            if isinstance(candidate, StillhouseError):
-                return type(candidate)(*candidate.args)
-            if isinstance(
-                candidate,
-                (ray.exceptions.ActorDiedError, ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError),
-            ):
-                return Transient(
-                    f"a teacher worker was lost: {str(candidate).splitlines()[0]}; "
-                    f"trying again goes on from the receipts"
-                )
-        seen = seen.__cause__
-    return StageFailed(f"teacher inference failed: {error}")
+        raise translate(error) from error

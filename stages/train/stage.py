@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from stages.contract import Context, Input, Outcome, Outside, Split, Stage
-from stages.errors import ConfigError, StageFailed, StillhouseError, Transient
+from stages.errors import ConfigError, StageFailed
 from stages.processes import environment
 from stages.train.objectives import CrossEntropy, Objective, SoftTarget
 from stages.train.students import Continue, Llama, Smaller, Student
+from stages.translation import translate
 
 if TYPE_CHECKING:
     from stages.train.reader import SignalsLayout
@@ -214,56 +215,8 @@ def _fit(job: "Job") -> None:
         )
         try:
             trainer.fit()
-        except TrainingFailedError as error:
-            raise _cause_of(error) from error
-        except ray.exceptions.ActorDiedError as error:
-            raise Transient(
-                f"Ray Train's controller was lost: {error}; trying again goes on from the newest snapshot"
-            ) from error
-
-
-def _cause_of(error: BaseException) -> StillhouseError:
-    """Return the error of ours inside of one of Ray Train's; a lost or late worker is `Transient`."""
-    waiting, lost = [error], None
-    while waiting:
-        seen = waiting.pop(0)
-        if isinstance(seen, StillhouseError):
-            return type(seen)(*seen.args)
-        if _is_loss(seen):
-            lost = seen
-        inner = [
-            getattr(seen, name, None) for name in ("cause", "health_check_failure", "controller_failure", "_base_exc")
-        ]
-        inner += [seen.__cause__, *getattr(seen, "worker_failures", {}).values()]
-        waiting.extend(item for item in inner if isinstance(item, BaseException))
-    if lost is not None:
-        return Transient(
-            f"a training worker was lost: {str(lost).splitlines()[0]}; the newest snapshot is where to go on"
-        )
-    return StageFailed(f"training failed: {error}")
-
-
-def _is_loss(error: BaseException) -> bool:
-    """Tell whether a worker, its node or its peers went away; Gloo has no exception type of its own for the latter."""
-    import torch
-    from ray import exceptions
-    from ray.train.v2._internal import exceptions as train_exceptions
-    from ray.train.v2.api.exceptions import PreemptionError
-
-    kinds = (
-        exceptions.ActorDiedError,
-        exceptions.ActorUnavailableError,
-        exceptions.WorkerCrashedError,
-        exceptions.NodeDiedError,
-        exceptions.OutOfMemoryError,
-        PreemptionError,
-        train_exceptions.WorkerGroupStartupFailedError,
-        train_exceptions.WorkerGroupStartupTimeoutError,
-        train_exceptions.WorkerHealthCheckFailedError,
-        train_exceptions.WorkerHealthCheckTimeoutError,
-        torch.distributed.DistError,
-    )
-    return isinstance(error, kinds) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+        except (TrainingFailedError, ray.exceptions.RayError) as error:
+            raise translate(error) from error
 
 
 def _work(config: dict[str, Any]) -> None:

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from stages.contract import Context
-from stages.errors import OutOfMemory, StillhouseError, Transient
+from stages.errors import OutOfMemory, StillhouseError, Transient, WorkerLost
+from stages.translation import translate
 from workflows.engine.attempts import Done, Reports, Request
 from workflows.engine.failures import Failure, FailureKind
 from workflows.engine.provenance import environment
@@ -25,24 +26,12 @@ from workflows.engine.store import seal
 PROGRESS_SECONDS = 0.2
 """At most one progress report so often from each process, but for the first and the last."""
 
-LOST = {
-    "ActorDiedError",
-    "ActorUnavailableError",
-    "ControllerError",
-    "NodeDiedError",
-    "ObjectLostError",
-    "OwnerDiedError",
-    "RayActorError",
-    "RayChannelError",
-    "WorkerCrashedError",
-    "WorkerHealthCheckFailedError",
-    "WorkerHealthCheckTimeoutError",
-}
-"""Ray's error types that mean a process or node died, by name: this file works without importing ray."""
-MEMORY = {"OutOfMemoryError", "MemoryError", "OutOfMemory"}
-CONNECTION = ("Connection closed by peer", "Connection reset by peer", "Connection refused")
-"""What gloo and NCCL say on the living ranks when another died."""
-DISK_FULL_ERRNO = 28
+KINDS = (
+    (OutOfMemory, FailureKind.OUT_OF_MEMORY),
+    (WorkerLost, FailureKind.WORKER_LOST),
+    (Transient, FailureKind.TRANSIENT),
+    (StillhouseError, FailureKind.PERMANENT),
+)
 
 
 class ReportBox:
@@ -136,53 +125,8 @@ class FreshWorker:
 
 def classify(error: BaseException) -> Failure:
     """Return what kind of failure an error means, by it and everything that it wraps."""
-    chain = list(_causes(error))
-    names = {type(link).__name__ for link in chain}
-    # Ray raises an error of a task as one that is of its type too, whose text is a whole traceback: take what it wraps.
-    ours = next((link for link in chain if isinstance(link, StillhouseError) and not hasattr(link, "cause")), None)
-    if any(isinstance(link, OutOfMemory) for link in chain) or names & MEMORY:
-        return Failure(FailureKind.OUT_OF_MEMORY, _text(ours or error))
-    if isinstance(ours, Transient):
-        return Failure(FailureKind.TRANSIENT, _text(ours))
-    if ours is not None:
-        return Failure(FailureKind.PERMANENT, _text(ours))
-    if names & LOST or any(sign in str(link) for sign in CONNECTION for link in chain):
-        return Failure(FailureKind.WORKER_LOST, _text(error))
-    if any(
-        isinstance(link, OSError) and link.errno == DISK_FULL_ERRNO for link in chain
-    ) or "No space left on device" in str(error):
-        return Failure(
-            FailureKind.PERMANENT,
-            f"the disk is full ({_text(error)}); free space (`stillhouse artifacts gc`) and run the same command again",
-        )
-    if any(isinstance(link, ConnectionError | TimeoutError) for link in chain) or type(error).__module__.startswith(
-        "obstore"
-    ):
-        return Failure(FailureKind.TRANSIENT, _text(error))
-    return Failure(FailureKind.PERMANENT, _text(chain[-1]))
-
-
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    """Yield an error and what it wraps, the way Python, Ray's tasks and Ray Train's worker groups wrap."""
-    seen: set[int] = set()
-    todo: list[Any] = [error]
-    while todo:
-        link = todo.pop(0)
-        if not isinstance(link, BaseException) or id(link) in seen:
-            continue
-        seen.add(id(link))
-        yield link
-        todo += [link.__cause__, getattr(link, "cause", None), *getattr(link, "worker_failures", {}).values()]
-        todo += [link.__context__] if not link.__suppress_context__ else []
-
-
-def _text(error: BaseException) -> str:
-    text = str(error).strip()
-    return (
-        text
-        if isinstance(error, StillhouseError)
-        else f"{type(error).__name__}: {text.splitlines()[-1] if text else 'no message'}"
-    )
+    ours = translate(error)
+    return Failure(next(kind for of, kind in KINDS if isinstance(ours, of)), str(ours))
 
 
 @contextlib.contextmanager

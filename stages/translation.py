@@ -1,0 +1,110 @@
+"""From what libraries raise to errors of ours. Knows their types by name: imports neither ray nor torch."""
+
+from collections.abc import Iterator
+
+from stages.errors import OutOfMemory, StageFailed, StillhouseError, Transient, WorkerLost
+
+__all__ = ["causes", "one_line", "translate"]
+
+LOST = {
+    "ActorDiedError",
+    "ActorUnavailableError",
+    "ControllerError",
+    "DistBackendError",
+    "DistNetworkError",
+    "DistStoreError",
+    "NodeDiedError",
+    "ObjectLostError",
+    "OwnerDiedError",
+    "PreemptionError",
+    "RayActorError",
+    "RayChannelError",
+    "WorkerCrashedError",
+    "WorkerGroupStartupFailedError",
+    "WorkerGroupStartupTimeoutError",
+    "WorkerHealthCheckFailedError",
+    "WorkerHealthCheckTimeoutError",
+}
+"""Types of Ray and torch.distributed that mean that a process or node went away."""
+LOST_SIGNS = ("Connection closed by peer", "Connection reset by peer", "Connection refused", "/gloo/")
+"""What gloo and NCCL say on the living ranks when another died; they raise a plain RuntimeError."""
+MEMORY = {"OutOfMemoryError", "MemoryError"}
+DISK_FULL_ERRNO = 28
+DISK_FULL_SIGN = "No space left on device"
+LINE_CHARACTERS = 300
+RAY_DATA_TAIL = "\nFailed to apply UDF transform"
+"""Where Ray Data's own advice begins, which it writes into the message of what a function of ours raised."""
+
+
+def translate(error: BaseException) -> StillhouseError:
+    """Return the error of ours that an error means, by it and everything that it wraps; its message is for people."""
+    if isinstance(error, StillhouseError) and not hasattr(error, "cause"):
+        return error
+    chain = list(causes(error))
+    names = {type(link).__name__ for link in chain}
+    full = next((link for link in reversed(chain) if _is_disk_full(link)), None)
+    if full is not None:
+        line = next((text for text in str(full).splitlines() if DISK_FULL_SIGN in text), one_line(full))
+        return StageFailed(
+            f"the disk is full ({line.strip()[:LINE_CHARACTERS]}); free space (`stillhouse artifacts gc`) and run the "
+            "same command again"
+        )
+    # Ray raises an error of a task as one that is of its type too, whose text is a whole traceback: take what it wraps.
+    ours = next((link for link in chain if isinstance(link, StillhouseError) and not hasattr(link, "cause")), None)
+    if names & MEMORY and not isinstance(ours, OutOfMemory):
+        return OutOfMemory(one_line(next(link for link in chain if type(link).__name__ in MEMORY)))
+    if ours is not None:
+        return type(ours)(str(ours).partition(RAY_DATA_TAIL)[0])
+    lost = next((link for link in chain if _is_loss(link)), None)
+    if lost is not None:
+        return WorkerLost(f"a process or node that worked on it was lost ({one_line(lost)})")
+    if any(isinstance(link, ConnectionError | TimeoutError) or type(link).__module__ == "obstore" for link in chain):
+        return Transient(one_line(_root(error)))
+    return StageFailed(one_line(_root(error)))
+
+
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """Yield an error and what it wraps, the way Python, Ray's tasks and Ray Train's worker groups wrap."""
+    seen: set[int] = set()
+    todo = [error]
+    while todo:
+        link = todo.pop(0)
+        if id(link) in seen:
+            continue
+        seen.add(id(link))
+        yield link
+        todo += _wrapped(link)
+        if link.__context__ is not None and not link.__suppress_context__:
+            todo.append(link.__context__)
+
+
+def one_line(error: BaseException) -> str:
+    """Return an error's type and the first line of its message; of one of ours the whole message."""
+    text = str(error).strip()
+    if isinstance(error, StillhouseError):
+        return text
+    return f"{type(error).__name__}: {text.splitlines()[0][:LINE_CHARACTERS] if text else 'no message'}"
+
+
+def _wrapped(error: BaseException) -> list[BaseException]:
+    names = ("cause", "health_check_failure", "controller_failure", "_base_exc")
+    found = [error.__cause__, *(getattr(error, name, None) for name in names)]
+    found += getattr(error, "worker_failures", {}).values()
+    return [link for link in found if isinstance(link, BaseException)]
+
+
+def _root(error: BaseException) -> BaseException:
+    """Return the innermost error that was wrapped on purpose."""
+    seen: set[int] = set()
+    while (inner := _wrapped(error)) and id(error) not in seen:
+        seen.add(id(error))
+        error = inner[-1]
+    return error
+
+
+def _is_disk_full(error: BaseException) -> bool:
+    return (isinstance(error, OSError) and error.errno == DISK_FULL_ERRNO) or DISK_FULL_SIGN in str(error)
+
+
+def _is_loss(error: BaseException) -> bool:
+    return type(error).__name__ in LOST or any(sign in str(error) for sign in LOST_SIGNS)

@@ -1,0 +1,51 @@
+"""Errors of libraries become errors of ours, with a message of one line."""
+
+import pytest
+
+from stages.errors import OutOfMemory, StageFailed, Transient, WorkerLost
+from stages.translation import translate
+
+
+class RayTaskError(Exception):
+    """Shaped like Ray's: its text is a whole traceback, what was raised is its cause."""
+
+    def __init__(self, cause: Exception) -> None:
+        super().__init__(f"ray::task()\n  Traceback (most recent call last):\n    …\n{cause!r}")
+        self.cause = cause
+
+
+class WorkerGroupError(Exception):
+    """Shaped like Ray Train's."""
+
+    def __init__(self, *failures: Exception) -> None:
+        super().__init__("Training failed due to worker errors:\n[Rank 0 Error Snippet]:\n…")
+        self.worker_failures = dict(enumerate(failures))
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (RayTaskError(StageFailed("the flask broke")), StageFailed("the flask broke")),
+        (WorkerGroupError(RuntimeError("peer"), Transient("503")), Transient("503")),
+        (RayTaskError(KeyError("rows")), StageFailed("KeyError: 'rows'")),
+        (RayTaskError(ValueError("first\nsecond")), StageFailed("ValueError: first")),
+        (RayTaskError(ConnectionError("reset")), Transient("ConnectionError: reset")),
+        (RayTaskError(MemoryError("4 GB")), OutOfMemory("MemoryError: 4 GB")),
+    ],
+)
+def test_translate_names_what_was_raised_not_the_wrapper(error: Exception, expected: Exception) -> None:
+    found = translate(error)
+    assert (type(found), found.args) == (type(expected), expected.args)
+
+
+def test_translate_full_disk_says_so_once_and_what_to_do() -> None:
+    inner = RuntimeError("Error while serializing:\nNo space left on device (os error 28)\nDebug source: …")
+    found = translate(translate(WorkerGroupError(RayTaskError(inner))))
+    assert type(found) is StageFailed
+    assert str(found).count("the disk is full (No space left on device (os error 28))") == 1
+    assert "stillhouse artifacts gc" in str(found)
+    assert "\n" not in str(found)
+
+
+def test_translate_peers_that_lost_a_rank_is_a_lost_worker() -> None:
+    assert type(translate(WorkerGroupError(RuntimeError("[../gloo/transport/tcp/pair.cc] timed out")))) is WorkerLost
