@@ -60,9 +60,9 @@ FIRST_MICRO_BATCH = 8
 def decide(failure: Failure, *, attempt: int, retry: Retry, resources: Resources) -> TryAgain | GiveUp:
     """Decide what follows a failed attempt (counted from 1)."""
     if not failure.kind.retriable:
-        return GiveUp(f"it {failure.kind.value}, which trying again would repeat")
+        return GiveUp("not tried again, since the same would happen")
     if attempt >= retry.attempts:
-        return GiveUp(f"it {failure.kind.value} at attempt {attempt} of {retry.attempts}")
+        return GiveUp(f"given up: it {failure.kind.value} at attempt {attempt} of {retry.attempts}")
     wait = (
         0.0
         if failure.kind is FailureKind.PREEMPTED
@@ -72,7 +72,9 @@ def decide(failure: Failure, *, attempt: int, retry: Retry, resources: Resources
     if failure.kind is not FailureKind.OUT_OF_MEMORY:
         return TryAgain(wait, resources, reason)
     if resources.micro_batch == SMALLEST_MICRO_BATCH:
-        return GiveUp(f"{reason} with a micro-batch of {SMALLEST_MICRO_BATCH} row, which cannot be made smaller")
+        return GiveUp(
+            f"given up: {reason} with a micro-batch of {SMALLEST_MICRO_BATCH} row, which cannot be made smaller"
+        )
     smaller = resources.micro_batch // 2 if resources.micro_batch else FIRST_MICRO_BATCH
     return TryAgain(
         wait,

@@ -247,7 +247,7 @@ def _fail(draft: _Draft, name: str, at: float, failure: Failure) -> None:
         return
     decision = decide(failure, attempt=state.attempt, retry=state.retry, resources=state.resources)
     if isinstance(decision, TryAgain):
-        reason = f"deciding to try again in {decision.wait_seconds:.0f} s, since {decision.reason}: {failure.message}"
+        reason = f"{decision.reason}, next in {decision.wait_seconds:.0f} s: {failure.message}"
         draft.settle(
             name,
             Phase.BACKING_OFF,
@@ -258,9 +258,7 @@ def _fail(draft: _Draft, name: str, at: float, failure: Failure) -> None:
             began_at=None,
         )
     else:
-        draft.settle(
-            name, Phase.FAILED, f"deciding to give up, since {decision.reason}: {failure.message}", stopping=None
-        )
+        draft.settle(name, Phase.FAILED, f"{failure.message} ({decision.reason})", stopping=None)
 
 
 def _interrupt(draft: _Draft) -> None:
