@@ -118,4 +118,5 @@ def plain(message: str) -> str:
     """Return a parser's message without pydantic's header, its links and its type names."""
     lines = [line for line in message.strip().splitlines() if "For further information" not in line]
     text = re.sub(r"\d+ validation errors? for [\w\[\], -]+\s*", "", "\n".join(lines))
-    return re.sub(r"\s*\[type=\w+, input_value=(.*), input_type=\w+\]", r"; got \1", text)
+    text = re.sub(r"\s*\[type=\w+, input_value=(.*), input_type=\w+\]", r"; got \1", text)
+    return re.sub(r"\n\s+", ": ", text.replace("Value error, ", ""))

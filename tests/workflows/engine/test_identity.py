@@ -147,6 +147,12 @@ def test_differences_name_the_field_and_both_values() -> None:
     assert differences(old.record, new.record) == ['config.text: "x" → "y"']
 
 
+def test_differences_go_into_lists_of_equal_length() -> None:
+    old, new = {"losses": [{"w": 1.0}, {"t": 1.0}]}, {"losses": [{"w": 1.0}, {"t": 2.0}]}
+    assert differences(old, new) == ["losses[1].t: 1.0 → 2.0"]
+    assert differences(old, {"losses": []}) == ['losses: [{"w": 1.0}, {"t": 1.0}] → []']
+
+
 def test_stage_without_run_cannot_be_made() -> None:
     class Idle(Stage):
         KIND = "model"
