@@ -1,6 +1,7 @@
 """A user's own checkpoints and texts: two other architectures, made with plain transformers; text, chats, Parquet."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -101,3 +102,18 @@ def test_compress_qwen3_on_chats_with_another_checkpoint_and_its_own_evaluation(
     assert quantized
     assert all(metrics["final/size_bytes"] < found["small"]["final/size_bytes"] for metrics in quantized.values())
     assert "evaluation" in {step["name"] for step in document["steps"]}
+
+
+def test_readme_example_of_compress_plans_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    readme = (commands.ROOT / "README.md").read_text()
+    block = next(block for block in readme.split("```") if block.strip().startswith("stillhouse run compress"))
+    command = shlex.split(block.replace("\\\n", " "))
+    monkeypatch.chdir(tmp_path)
+    qwen3(Path("PATH_OR_HUB_ID"), layers=8)
+    qwen3(Path("path/or/hub-id"), layers=1)
+    Path("texts").mkdir()
+    Path("texts/one.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in SENTENCES))
+    plan = run("plan", *command[2:], cwd=tmp_path)
+    steps = {step["name"]: step["status"] for step in plan["steps"]}
+    assert {"train.half", "train.small"} <= steps.keys()
+    assert set(steps.values()) == {"MISS"}

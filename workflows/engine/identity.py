@@ -141,7 +141,10 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
         if isinstance(before, Mapping) and isinstance(after, Mapping):
             found += differences(before, after, f"{name}.")
         elif isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
-            found += differences(*({f"{name}[{i}]": value for i, value in enumerate(v)} for v in (before, after)))
+            first, second = (
+                {f"[{index}]": value for index, value in enumerate(entries)} for entries in (before, after)
+            )
+            found += differences(first, second, name)
         elif key not in old or key not in new:
             found.append(f"{name} {'added' if key not in old else 'removed'}")
         else:
