@@ -147,6 +147,8 @@ class LiveWatcher(Watcher):
             mark, style = PHASE_MARK[row.phase]
             took = row.took if row.took is not None else now - row.began if row.began is not None else None
             detail = self._detail(row, now) if row.phase is Phase.RUNNING else row.text
+            if row.phase is Phase.COMMITTED and row.took is not None:  # its text is how long it took: that has a column
+                detail = row.note
             table.add_row(
                 Text(mark, style=style),
                 Text(name, style=style),
