@@ -1,5 +1,6 @@
 """From what libraries raise to errors of ours. Knows their types by name: imports neither ray nor torch."""
 
+import re
 from collections.abc import Iterator
 
 from stages.errors import OutOfMemory, StageFailed, StillhouseError, Transient, WorkerLost
@@ -9,7 +10,6 @@ __all__ = ["causes", "one_line", "translate"]
 LOST = {
     "ActorDiedError",
     "ActorUnavailableError",
-    "ControllerError",
     "DistBackendError",
     "DistNetworkError",
     "DistStoreError",
@@ -32,16 +32,18 @@ MEMORY = {"OutOfMemoryError", "MemoryError"}
 DISK_FULL_ERRNO = 28
 DISK_FULL_SIGN = "No space left on device"
 LINE_CHARACTERS = 300
-RAY_DATA_TAIL = "\nFailed to apply UDF transform"
-"""Where Ray Data's own advice begins, which it writes into the message of what a function of ours raised."""
+RAY_DATA_TAIL = re.compile(r"(\n|\\n)?Failed to apply UDF transform.*", re.DOTALL)
+"""Ray Data's own advice, which it writes into the message of what a function of ours raised."""
+RAY_DATA_MARK = "SystemException"
+"""What Ray Data raises its errors from, without a message, to tell its own from a user's."""
 
 
 def translate(error: BaseException) -> StillhouseError:
     """Return the error of ours that an error means, by it and everything that it wraps; its message is for people."""
-    if isinstance(error, StillhouseError) and not hasattr(error, "cause"):
-        return error
     chain = list(causes(error))
     names = {type(link).__name__ for link in chain}
+    if isinstance(error, OutOfMemory if names & MEMORY else StillhouseError) and not hasattr(error, "cause"):
+        return error
     full = next((link for link in reversed(chain) if _is_disk_full(link)), None)
     if full is not None:
         line = next((text for text in str(full).splitlines() if DISK_FULL_SIGN in text), one_line(full))
@@ -54,11 +56,14 @@ def translate(error: BaseException) -> StillhouseError:
     if names & MEMORY and not isinstance(ours, OutOfMemory):
         return OutOfMemory(one_line(next(link for link in chain if type(link).__name__ in MEMORY)))
     if ours is not None:
-        return type(ours)(str(ours).partition(RAY_DATA_TAIL)[0])
+        return type(ours)(_own_text(ours))
     lost = next((link for link in chain if _is_loss(link)), None)
     if lost is not None:
         return WorkerLost(f"a process or node that worked on it was lost ({one_line(lost)})")
-    if any(isinstance(link, ConnectionError | TimeoutError) or type(link).__module__ == "obstore" for link in chain):
+    if any(
+        isinstance(link, ConnectionError | TimeoutError) or type(link).__module__.startswith("obstore")
+        for link in chain
+    ):
         return Transient(one_line(_root(error)))
     return StageFailed(one_line(_root(error)))
 
@@ -80,17 +85,21 @@ def causes(error: BaseException) -> Iterator[BaseException]:
 
 def one_line(error: BaseException) -> str:
     """Return an error's type and the first line of its message; of one of ours the whole message."""
-    text = str(error).strip()
+    text = _own_text(error).strip()
     if isinstance(error, StillhouseError):
         return text
     return f"{type(error).__name__}: {text.splitlines()[0][:LINE_CHARACTERS] if text else 'no message'}"
+
+
+def _own_text(error: BaseException) -> str:
+    return RAY_DATA_TAIL.sub("", str(error))
 
 
 def _wrapped(error: BaseException) -> list[BaseException]:
     names = ("cause", "health_check_failure", "controller_failure", "_base_exc")
     found = [error.__cause__, *(getattr(error, name, None) for name in names)]
     found += getattr(error, "worker_failures", {}).values()
-    return [link for link in found if isinstance(link, BaseException)]
+    return [link for link in found if isinstance(link, BaseException) and type(link).__name__ != RAY_DATA_MARK]
 
 
 def _root(error: BaseException) -> BaseException:
@@ -104,6 +113,10 @@ def _root(error: BaseException) -> BaseException:
 
 def _is_disk_full(error: BaseException) -> bool:
     return (isinstance(error, OSError) and error.errno == DISK_FULL_ERRNO) or DISK_FULL_SIGN in str(error)
+
+
+def _is_of_the_store(error: BaseException) -> bool:
+    return type(error).__module__.startswith("obstore")
 
 
 def _is_loss(error: BaseException) -> bool:

@@ -12,16 +12,20 @@ def publish(record: Record, resume: Folder, out: Folder) -> tuple[File, ...]:
     """Copy one trial's checkpoint from `resume` to `finalists/<scheme>` of `out`.
 
     Raises:
-        StageFailed: its bytes are not those of its receipt; nothing of it stays in `out`.
+        StageFailed: its bytes are not those of its receipt.
+        FileNotFoundError: a file of it is gone. Either way nothing of it stays in `out`.
     """
     source = resume / record["folder"]
     written: list[File] = []
-    with tempfile.TemporaryDirectory(prefix="stillhouse-publish-") as scratch:
-        for entry in record["files"]:
-            file = File(entry["name"], source.uri_of(entry["name"]), entry["size_bytes"], entry["sha256"])
-            target = f"finalists/{record['scheme']}/{file.name}"
-            written.append(out.upload(fetch(file, Path(scratch)), target))
-            if written[-1].sha256 != file.sha256:
-                out.delete([done.name for done in written])
-                raise StageFailed(f"{file.uri} has changed since its trial")
+    try:
+        with tempfile.TemporaryDirectory(prefix="stillhouse-publish-") as scratch:
+            for entry in record["files"]:
+                file = File(entry["name"], source.uri_of(entry["name"]), entry["size_bytes"], entry["sha256"])
+                target = f"finalists/{record['scheme']}/{file.name}"
+                written.append(out.upload(fetch(file, Path(scratch)), target))
+                if written[-1].sha256 != file.sha256:
+                    raise StageFailed(f"{file.uri} has changed since its trial")
+    except BaseException:
+        out.delete([done.name for done in written])
+        raise
     return tuple(written)

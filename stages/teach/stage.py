@@ -7,13 +7,16 @@ so that after a crash only shards without one are done. Only small facts travel 
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from stages.contract import Artifact, Config, Context, Input, Outcome, Shards, Split, Stage
 from stages.errors import ConfigError, StageFailed
 from stages.translation import translate
+
+if TYPE_CHECKING:
+    from stages.teach.engines.local import LocalTeacher
 
 logger = logging.getLogger(__name__)
 
@@ -146,20 +149,26 @@ def _check_fit(teacher: Artifact, facts: Mapping[str, Any], k: int) -> None:
 
 
 class _ShardTeacher:
-    """One actor: loads the teacher once, then turns token shards into signals shards."""
+    """One actor: loads the teacher once, then turns token shards into signals shards.
+
+    It loads with its first shard: what an actor's constructor raises comes back as the text of a lost actor.
+    """
 
     def __init__(self, job: dict[str, Any]) -> None:
+        self.job = job
+        self.engine: LocalTeacher | None = None
+
+    def _load(self) -> "LocalTeacher":
         import torch
 
         from stages.checkpoints import load_model
         from stages.teach.engines.local import LocalTeacher
 
+        job = self.job
         torch.set_num_threads(job["threads"])
-        device = "cuda" if torch.cuda.is_available() and job["on_gpu"] else "cpu"
-        model = load_model(job["teacher"].folder("model"), dtype=job["dtype"], device=device).eval()
+        model = load_model(job["teacher"].folder("model"), dtype=job["dtype"], device=job["device"]).eval()
         method = job["method"]
-        self.job, self.device = job, device
-        self.engine = LocalTeacher(model, vocabulary=job["vocabulary"], k=method.k, temperatures=method.temperatures)
+        return LocalTeacher(model, vocabulary=job["vocabulary"], k=method.k, temperatures=method.temperatures)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Teach the shards that a batch names; return facts."""
@@ -171,9 +180,10 @@ class _ShardTeacher:
 
         from stages.teach.shards import teach_shard
 
+        self.engine = self.engine or self._load()
         (path,) = self.job["data"].paths(name)
         started = time.monotonic()
-        batch_rows = self.job["micro_batch"] or max(1, BATCH_TOKENS[self.device] // _row_tokens(path))
+        batch_rows = self.job["micro_batch"] or max(1, BATCH_TOKENS[self.job["device"]] // _row_tokens(path))
         done = teach_shard(path, self.engine.signals, batch_rows=batch_rows, dtype=self.job["dtype"])
         seconds = time.monotonic() - started
         facts = {"rows": done.rows, "tokens": done.tokens, "bytes": len(done.data), "seconds": seconds}
@@ -210,7 +220,7 @@ def _map_shards(names: list[str], job: dict[str, Any], context: Context) -> Iter
         warnings.simplefilter("ignore", RayDeprecationWarning)
         taught = shards.map_batches(
             _ShardTeacher,
-            fn_constructor_args=({**job, "on_gpu": resources.gpus_per_worker > 0},),
+            fn_constructor_args=({**job, "device": "cuda" if resources.gpus_per_worker > 0 else "cpu"},),
             batch_size=1,
             compute=ray.data.ActorPoolStrategy(size=workers),
             num_cpus=resources.cpus_per_worker,

@@ -6,18 +6,16 @@ checkpoints and its reports are not used.
 
 import logging
 import secrets
-import signal
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from stages.contract import Context, Input, Outcome, Outside, Split, Stage
 from stages.errors import ConfigError, StageFailed
-from stages.processes import environment
+from stages.processes import environment, own_handlers
 from stages.train.objectives import CrossEntropy, Objective, SoftTarget
 from stages.train.students import Continue, Llama, Smaller, Student
 from stages.translation import translate
@@ -153,18 +151,6 @@ def _layout(stage: Train, context: Context) -> "SignalsLayout | None":
     return SignalsLayout(facts["k"], temperatures)
 
 
-@contextmanager
-def _own_handlers() -> Iterator[None]:
-    """Give back the signal handlers that Ray Train's `fit` replaces and keeps."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            if signal.getsignal(number) != handler:
-                signal.signal(number, handler)
-
-
 def _trainer_class() -> Any:
     """Return Ray Train's trainer without the two helpers that cost time and give nothing here.
 
@@ -188,7 +174,7 @@ def _fit(job: "Job") -> None:
     """Run `_work` on every worker; raise what went wrong as an error of ours."""
     with (
         environment(RAY_TRAIN_ENVIRONMENT),
-        _own_handlers(),
+        own_handlers(),
         tempfile.TemporaryDirectory(prefix="train-") as storage,
     ):
         import ray

@@ -1,6 +1,7 @@
 """Errors of libraries become errors of ours, with a message of one line."""
 
 import pytest
+from obstore.exceptions import GenericError
 
 from stages.errors import OutOfMemory, StageFailed, Transient, WorkerLost
 from stages.translation import translate
@@ -22,6 +23,14 @@ class WorkerGroupError(Exception):
         self.worker_failures = dict(enumerate(failures))
 
 
+class ControllerError(Exception):
+    """Shaped like Ray Train's."""
+
+    def __init__(self, failure: Exception) -> None:
+        super().__init__(f"Training failed due to controller error:\n{failure}")
+        self.controller_failure = failure
+
+
 @pytest.mark.parametrize(
     ("error", "expected"),
     [
@@ -31,6 +40,10 @@ class WorkerGroupError(Exception):
         (RayTaskError(ValueError("first\nsecond")), StageFailed("ValueError: first")),
         (RayTaskError(ConnectionError("reset")), Transient("ConnectionError: reset")),
         (RayTaskError(MemoryError("4 GB")), OutOfMemory("MemoryError: 4 GB")),
+        (GenericError("503 Slow Down\nDebug source: …"), Transient("GenericError: 503 Slow Down")),
+        (RayTaskError(KeyError("rows\nFailed to apply UDF transform after 1/1")), StageFailed("KeyError: 'rows")),
+        (RayTaskError(StageFailed("broke\nFailed to apply UDF transform after 1/1")), StageFailed("broke")),
+        (ControllerError(ModuleNotFoundError("No module 'x'")), StageFailed("ModuleNotFoundError: No module 'x'")),
     ],
 )
 def test_translate_names_what_was_raised_not_the_wrapper(error: Exception, expected: Exception) -> None:
@@ -49,3 +62,9 @@ def test_translate_full_disk_says_so_once_and_what_to_do() -> None:
 
 def test_translate_peers_that_lost_a_rank_is_a_lost_worker() -> None:
     assert type(translate(WorkerGroupError(RuntimeError("[../gloo/transport/tcp/pair.cc] timed out")))) is WorkerLost
+
+
+def test_translate_error_of_ours_made_from_a_lack_of_memory_is_one() -> None:
+    error = StageFailed("the checkpoint cannot be loaded")
+    error.__cause__ = MemoryError("4 GB")
+    assert type(translate(error)) is OutOfMemory

@@ -69,10 +69,13 @@ def test_driver_killed_at_random_moments_then_the_same_command_pours_no_shard_ag
     assert fingerprints(again) == fingerprints(document)
 
 
-def test_ctrl_c_stops_within_seconds_and_the_same_command_goes_on(flow: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "terminated"])
+def test_signal_stops_within_seconds_and_the_same_command_goes_on(
+    number: signal.Signals, flow: list[str], tmp_path: Path
+) -> None:
     process = start("run", *flow, "--seconds-each", "0.5", "--json")
     until(lambda: len(poured(tmp_path, "second")) >= 2, of=process)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     pressed = time.monotonic()
     document = finish(process, exit_code=130, timeout_seconds=60)
     assert time.monotonic() - pressed < 20

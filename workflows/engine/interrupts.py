@@ -14,11 +14,14 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def _leave() -> None:
-    """End this process and all below it: a Ray started here would leave its agents behind."""
-    for child in psutil.Process().children(recursive=True):
-        with suppress(psutil.Error):
-            child.kill()
-    os._exit(INTERRUPTED_EXIT_CODE)
+    """End this process and a Ray started here, which would leave its agents behind; the ledger's tells what it has."""
+    try:
+        for child in psutil.Process().children(recursive=True):
+            with suppress(psutil.Error):
+                if "workflows.engine.ledger" not in child.cmdline():
+                    child.kill()
+    finally:
+        os._exit(INTERRUPTED_EXIT_CODE)
 
 
 @contextmanager
@@ -26,8 +29,8 @@ def interruptible(say: Callable[[], None]) -> Iterator[threading.Event]:
     """Yield a flag that the first signal sets; the handlers that were there before come back at the end.
 
     A thread counts the signals, by the descriptor that Python writes each to as it comes: a handler would have to wait
-    until the main thread is back from C, and Ray's shutdown is there for seconds. Libraries install handlers of their
-    own (Ray Train and Tune do, and leave them), but in workers, never in this process.
+    until the main thread is back from C, and Ray's shutdown is there for seconds. Handlers that a library installs
+    meanwhile must be given back (`stages.processes.own_handlers`).
     """
     flag = threading.Event()
     if threading.current_thread() is not threading.main_thread():
@@ -41,7 +44,7 @@ def interruptible(say: Callable[[], None]) -> Iterator[threading.Event]:
             if flag.is_set():
                 _leave()
             flag.set()
-            say()
+            threading.Thread(target=say, daemon=True).start()  # a terminal that is gone must not stop the counting
 
     arrivals, written = socket.socketpair()
     written.setblocking(False)

@@ -19,6 +19,7 @@ from typing import Any
 import psutil
 
 from stages.errors import ConfigError
+from stages.processes import own_handlers
 from stages.storage import Folder, is_remote
 from workflows.engine.attempts import Done, Reports, Request
 from workflows.engine.failures import Failure, FailureKind
@@ -95,13 +96,14 @@ class RayTasks:
                 "_node_ip_address": "127.0.0.1",
             }
         level = logging.INFO if verbose else logging.ERROR
-        ray.init(
-            log_to_driver=verbose,
-            logging_level=level,
-            configure_logging=verbose,
-            namespace=f"stillhouse-{secrets.token_hex(4)}",
-            **where,
-        )
+        with own_handlers():
+            ray.init(
+                log_to_driver=verbose,
+                logging_level=level,
+                configure_logging=verbose,
+                namespace=f"stillhouse-{secrets.token_hex(4)}",
+                **where,
+            )
         if not verbose:
             _hush()
         if by_value is not None:
@@ -164,7 +166,10 @@ class RayTasks:
     def poll(self, timeout_seconds: float) -> list[tuple[str, Done | Failure]]:
         """Wait for attempts to end, at most so long, and return those that did, by step."""
         if time.monotonic() < self._orphans_until:
-            self._remove_orphans()
+            try:
+                self._remove_orphans()
+            except self._ray.exceptions.RayError as error:
+                logger.warning("cannot look for placement groups that a lost step left: %s", error)
         if not self._running:
             time.sleep(timeout_seconds)
             return []
@@ -222,7 +227,9 @@ class RayTasks:
         for raw in state._connect_and_get_accessor().get_placement_group_table():
             group = Group.FromString(raw)
             if (
-                group.creator_actor_dead
+                group.creator_actor_dead  # also of those that no actor made
+                and group.creator_actor_id != self._ray.ActorID.nil().binary()
+                and not group.is_detached
                 and group.state != Group.REMOVED
                 and group.ray_namespace == self._ray.get_runtime_context().namespace
             ):
@@ -253,8 +260,9 @@ class RayTasks:
     def close(self) -> None:
         """Let go of the cluster; what still runs there for us ends."""
         workers = []
-        if self._address is None:
-            raylets = [child for child in psutil.Process().children() if child.name() == "raylet"]
+        with contextlib.suppress(psutil.Error):
+            children = psutil.Process().children() if self._address is None else []
+            raylets = [child for child in children if child.name() == "raylet"]
             workers = [worker for raylet in raylets for worker in raylet.children(recursive=True)]
         self._ray.shutdown()
         for worker in workers:  # now and then one hangs at its exit (Ray 2.60), for ever
