@@ -1,34 +1,24 @@
-"""Data from outside: what it is (digests, hub revisions) and where it lies; checkpoints, tokenizers and documents.
+"""Checkpoints and tokenizers from outside: what they are (digests, hub revisions) and where their files lie.
 
 Promises: equal data has an equal identity wherever it lies (a path, an object store) and whatever its folder is
 called; a hub id is pinned to the commit that it names at the moment. Pickled weights are never listed, so nothing
 downstream can open one.
-Does not: read documents (that is `stages.prepare`) or load models (that is `stages.checkpoints`).
+Does not: load models (that is `stages.checkpoints`).
 """
 
 import json
-import platform
 import re
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
-from glob import glob, has_magic
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
-
-from pydantic import Field
+from typing import Any, Literal, Self
 
 from stages.contract import Artifact, Outside
 from stages.digests import digest_files, digest_objects, list_objects, nearest_path
 from stages.errors import OutsideError
 from stages.storage import File, Folder, is_remote
 
-PYTHON_DOCS_REVISION = "2026-11-21 topics and docstrings by ast"
-"""Changed with each edit of `stages/prepare/python_docs.py` that changes what it extracts."""
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-TEXT_SUFFIXES = (".txt", ".text", ".md", ".markdown", ".rst")
-LINE_SUFFIXES = (".jsonl", ".ndjson", ".json")
-PARQUET_SUFFIXES = (".parquet",)
-DOCUMENT_SUFFIXES = TEXT_SUFFIXES + LINE_SUFFIXES + PARQUET_SUFFIXES
 VOCABULARY_FILES = frozenset(
     {"tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"}
 )
@@ -40,14 +30,12 @@ TOKENIZER_FILES = VOCABULARY_FILES | {
     "chat_template.jinja",
     "chat_template.json",
 }
-_COMMIT = re.compile(r"[0-9a-f]{40}")
+COMMIT = re.compile(r"[0-9a-f]{40}")
+"""A revision that is a commit already."""
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
-# ---------------------------------------------------------------- the hub
-
-
-def _hub_info(kind: Literal["model", "dataset"], repo_id: str, revision: str | None) -> Any:
+def hub_info(kind: Literal["model", "dataset"], repo_id: str, revision: str | None) -> Any:
     """Ask the hub for a repository's commit and files.
 
     Raises:
@@ -108,7 +96,7 @@ class _Repository:
 
     def _open_hub(self, revision: str | None) -> None:
         try:
-            info = _hub_info("model", self.source, revision)
+            info = hub_info("model", self.source, revision)
         except OutsideError as error:
             cached = _cached_snapshot(self.source, revision)
             if cached is None:
@@ -163,7 +151,7 @@ def _cached_snapshot(repo_id: str, revision: str | None) -> Path | None:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    if revision is None or not _COMMIT.fullmatch(revision):
+    if revision is None or not COMMIT.fullmatch(revision):
         return None
     try:
         return Path(snapshot_download(repo_id, revision=revision, local_files_only=True))
@@ -253,198 +241,3 @@ class PretrainedTokenizer(Outside):
         """Return it as an artifact with files `tokenizer/…` that lie where they are."""
         found, names = self._open()
         return Artifact("dataset", fingerprint, found.files(names, "tokenizer"))
-
-
-# ---------------------------------------------------------------- documents
-
-
-class PythonDocs(Outside):
-    """The documentation that Python brings along: about 2 MB of English in which nothing need be downloaded."""
-
-    kind: Literal["python-docs"] = "python-docs"
-
-    def identity(self) -> dict[str, Any]:
-        """Return Python's version and the extractor's revision: what the text follows from, without reading it."""
-        return {"kind": self.kind, "python": platform.python_version(), "revision": PYTHON_DOCS_REVISION}
-
-
-class Files(Outside):
-    """Files of text (.txt, .md, .rst), of JSON lines (.jsonl, .ndjson, .json) or Parquet."""
-
-    kind: Literal["files"] = "files"
-    paths: tuple[str, ...] = Field(min_length=1)
-    """Paths, folders (taken with all below), globs (`**` too), on local disk or `s3://`, `gs://`, `az://`."""
-
-    def files(self) -> tuple[File, ...]:
-        """Return the files under names relative to the folder or the glob's fixed part, sorted by name and digest.
-
-        Raises:
-            OutsideError: a path is missing, a glob matches nothing, or a file's format is not known.
-        """
-        found: dict[str, File] = {}
-        for path in self.paths:
-            for file in _remote_files(path) if is_remote(path) else _local_files(path):
-                found.setdefault(file.uri, file)
-        return tuple(sorted(found.values(), key=lambda file: (file.name, file.sha256)))
-
-    def identity(self) -> dict[str, Any]:
-        """Return names and digests."""
-        return {"kind": self.kind, "files": [[file.name, file.sha256] for file in self.files()]}
-
-    def resolved(self) -> Self:
-        """Return it with absolute paths."""
-        return self.model_copy(update={"paths": tuple(map(_absolute, self.paths))})
-
-
-def _absolute(path: str) -> str:
-    return path if is_remote(path) else str(Path(path.removeprefix("file://")).expanduser().absolute())
-
-
-def _fixed_part(pattern: str) -> tuple[str, str]:
-    """Divide a glob into the folder before its first wildcard and the rest."""
-    parts = pattern.split("/")
-    first = next(i for i, part in enumerate(parts) if has_magic(part))
-    return "/".join(parts[:first]), "/".join(parts[first:])
-
-
-def _local_files(text: str) -> tuple[File, ...]:
-    path = Path(text.removeprefix("file://")).expanduser()
-    if has_magic(str(path)) and not path.exists():
-        base, pattern = _fixed_part(str(path.absolute()))
-        root = Path(base or "/")
-        names = [name for name in glob(pattern, root_dir=root, recursive=True) if (root / name).is_file()]
-    elif path.is_dir():
-        root, names = (
-            path,
-            [str(p.relative_to(path)) for p in path.rglob("*") if p.is_file() and not _is_hidden(p, path)],
-        )
-    elif path.exists():
-        _check_suffix(text)
-        root, names = path.parent, [path.name]
-    else:
-        raise OutsideError(f"the source {text!r} does not exist; {nearest_path(path.absolute())}")
-    chosen = _readable(names, text, lambda: nearest_path(root / "*") if not root.exists() else "")
-    return digest_files({name: root / name for name in chosen})
-
-
-def _is_hidden(path: Path, root: Path) -> bool:
-    return any(part.startswith(".") for part in path.relative_to(root).parts)
-
-
-def _remote_files(uri: str) -> tuple[File, ...]:
-    if has_magic(uri):
-        base, pattern = _fixed_part(uri)
-        folder, matches = Folder.at(base), _glob_regex(pattern)
-        names = [entry.name for entry in list_objects(folder) if matches.fullmatch(entry.name)]
-    elif uri.endswith(DOCUMENT_SUFFIXES):
-        parent, _, name = uri.rpartition("/")
-        folder = Folder.at(parent)
-        siblings = [entry.name for entry in list_objects(folder)]
-        names = [n for n in siblings if n == name]
-        if not names:
-            close = get_close_matches(name, siblings, n=1, cutoff=0.5)
-            hint = f"; did you mean {folder.uri_of(close[0])!r}?" if close else ""
-            raise OutsideError(f"the source {uri!r} does not exist{hint}")
-    else:
-        folder = Folder.at(uri)
-        names = [entry.name for entry in list_objects(folder)]
-    return digest_objects(folder, _readable(names, uri, lambda: ""))
-
-
-def _glob_regex(pattern: str) -> re.Pattern[str]:
-    """Translate a glob as `glob.glob(recursive=True)` reads it: `*` stays within a folder, `**/` spans folders."""
-    out = ""
-    for token in re.findall(r"\*\*/|\*\*|\*|\?|\[[^\]]*\]|[^*?\[]+|\[", pattern):
-        known = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
-        is_class = len(token) > 1 and token.startswith("[")
-        out += known.get(token) or (token.replace("[!", "[^") if is_class else re.escape(token))
-    return re.compile(out)
-
-
-def _check_suffix(text: str) -> None:
-    if not text.endswith(DOCUMENT_SUFFIXES):
-        raise OutsideError(f"cannot read documents from {text!r}; expected one of {', '.join(DOCUMENT_SUFFIXES)}")
-
-
-def _readable(names: list[str], text: str, hint: Callable[[], str]) -> list[str]:
-    """Keep the names whose format is known; refuse a source that has none."""
-    chosen = sorted(name for name in names if name.endswith(DOCUMENT_SUFFIXES))
-    if not chosen:
-        others = f" ({len(names)} other files, such as {sorted(names)[0]!r})" if names else ""
-        more = f"; {hint()}" if hint() else ""
-        raise OutsideError(
-            f"the source {text!r} matches no file to read{others}; expected {', '.join(DOCUMENT_SUFFIXES)}{more}"
-        )
-    return chosen
-
-
-class HubDataset(Outside):
-    """A dataset of the Hugging Face hub, one split of one configuration."""
-
-    kind: Literal["hub-dataset"] = "hub-dataset"
-    id: str
-    """The hub's id, e.g. `Salesforce/wikitext`."""
-    config: str | None = None
-    """The dataset's configuration, e.g. `wikitext-2-raw-v1`; None is its default."""
-    split: str = "train"
-    """The hub's split to read; stillhouse makes its own three splits of it."""
-    revision: str | None = None
-    """Branch, tag or commit; None is the default branch. Resolved to its commit in the identity."""
-
-    def resolved(self) -> Self:
-        """Return it pinned to the commit; a revision that is a commit already needs no network."""
-        if self.revision is not None and _COMMIT.fullmatch(self.revision):
-            return self
-        return self.model_copy(update={"revision": _hub_info("dataset", self.id, self.revision).sha})
-
-    def identity(self) -> dict[str, Any]:
-        """Return the id, configuration, split and commit."""
-        return self.resolved().model_dump()
-
-
-class LocalDataset(Outside):
-    """A folder that `datasets.Dataset.save_to_disk` wrote."""
-
-    kind: Literal["local-dataset"] = "local-dataset"
-    path: str
-    """The folder; of a `DatasetDict` with `split`."""
-    split: str | None = None
-    """The split to read of a `DatasetDict`; None for a plain `Dataset`."""
-
-    def resolved(self) -> Self:
-        """Return it with an absolute path."""
-        return self.model_copy(update={"path": _absolute(self.path)})
-
-    def folder(self) -> Path:
-        """Return the folder of the Arrow files.
-
-        Raises:
-            OutsideError: no such folder, no dataset in it, or a `DatasetDict` without a known split.
-        """
-        root = Path(self.path).expanduser().absolute()
-        if not root.is_dir():
-            raise OutsideError(f"the dataset folder {self.path!r} does not exist; {nearest_path(root)}")
-        if (root / "dataset_dict.json").exists():
-            splits = json.loads((root / "dataset_dict.json").read_text())["splits"]
-            if self.split not in splits:
-                raise OutsideError(
-                    f"{self.path!r} is a DatasetDict, but split={self.split!r} is none of {splits}; set split"
-                )
-            return root / str(self.split)
-        if self.split is not None:
-            raise OutsideError(f"{self.path!r} is a plain Dataset, but split={self.split!r} is set; leave split out")
-        if not (root / "state.json").exists():
-            raise OutsideError(
-                f"{self.path!r} is no dataset: expected what `Dataset.save_to_disk` wrote; for other files use `files`"
-            )
-        return root
-
-    def identity(self) -> dict[str, Any]:
-        """Return names and digests of the Arrow files: `state.json` holds a random fingerprint besides."""
-        folder = self.folder()
-        names = sorted(entry["filename"] for entry in json.loads((folder / "state.json").read_text())["_data_files"])
-        return {"kind": self.kind, "files": [[f.name, f.sha256] for f in digest_files({n: folder / n for n in names})]}
-
-
-Source = Annotated[PythonDocs | Files | HubDataset | LocalDataset, Field(discriminator="kind")]
-"""Where documents come from."""

@@ -13,11 +13,12 @@ from stages.errors import ConfigError
 from stages.evaluate.stage import Evaluate
 from stages.measure.device import describe_device
 from stages.measure.stage import Measure
-from stages.outside import Checkpoint, Files
+from stages.outside import Checkpoint
 from stages.prepare.stage import Prepare
 from stages.promote.stage import Gate, Promote
 from stages.quantize.schemes import DEFAULT_SCHEMES, Scheme
 from stages.quantize.stage import Quantize
+from stages.sources import Files
 from stages.teach.stage import Teach, TopK
 from stages.train.objectives import CrossEntropy, Objective, SoftTarget
 from stages.train.stage import Continue, Smaller, Train

@@ -13,11 +13,11 @@ from stages.errors import ConfigError
 from stages.evaluate.stage import Evaluate
 from stages.measure.device import describe_device
 from stages.measure.stage import Measure
-from stages.outside import PythonDocs
 from stages.prepare.stage import ByteLevelBPE, Prepare
 from stages.promote.stage import Gate, Promote
 from stages.quantize.schemes import DEFAULT_SCHEMES, Scheme
 from stages.quantize.stage import Quantize
+from stages.sources import PythonDocs
 from stages.teach.stage import Teach, TopK
 from stages.train.objectives import CrossEntropy, Objective, SoftTarget
 from stages.train.stage import Llama, Train

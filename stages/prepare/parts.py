@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
 
-from stages.outside import LINE_SUFFIXES, PARQUET_SUFFIXES, Files, HubDataset, LocalDataset, PythonDocs, Source
+from stages.sources import LINE_SUFFIXES, PARQUET_SUFFIXES, Files, HubDataset, LocalDataset, PythonDocs, Source
 from stages.storage import File
 
 PieceKind = Literal["text", "lines", "parquet", "rows", "topics", "module"]

@@ -4,7 +4,7 @@ Promise: the same Python version gives the same documents, in a few seconds, wit
 One document a topic, one a module (its docstrings, in the order of the source). About 2 MB in all.
 Does not: read tests, generated tables or third-party packages.
 
-A result-changing edit here needs a new `PYTHON_DOCS_REVISION` in `stages/outside.py`.
+A result-changing edit here needs a new `PYTHON_DOCS_REVISION` in `stages/sources.py`.
 """
 
 import ast

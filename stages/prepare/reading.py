@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from stages.errors import StageFailed, Transient
-from stages.outside import HubDataset, LocalDataset
 from stages.prepare.parts import Piece
+from stages.sources import HubDataset, LocalDataset
 from stages.storage import cache_root, fetch
 
 TEXT_DOCUMENT_CHARACTERS = 20_000

@@ -12,7 +12,8 @@ from pydantic import Field, model_validator
 
 from stages.contract import Config, Context, Input, Kind, Outcome, Outside, Shards, Stage
 from stages.errors import ConfigError, StageFailed
-from stages.outside import PretrainedTokenizer, Source
+from stages.outside import PretrainedTokenizer
+from stages.sources import Source
 from stages.translation import translate
 
 

@@ -19,7 +19,7 @@ from pydantic import Field
 
 from stages.contract import Resources
 from stages.evaluate.stage import Evaluate
-from stages.outside import PythonDocs  # or Files(paths=("my/texts/*.jsonl",))
+from stages.sources import PythonDocs  # or Files(paths=("my/texts/*.jsonl",))
 from stages.prepare.stage import ByteLevelBPE, Prepare
 from stages.teach.stage import Teach, TopK
 from stages.train.objectives import CrossEntropy, SoftTarget

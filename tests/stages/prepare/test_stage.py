@@ -12,8 +12,9 @@ from transformers import AutoTokenizer
 
 from stages.contract import Context, Outcome, read_receipts
 from stages.errors import ConfigError, StageFailed
-from stages.outside import Files, PretrainedTokenizer, PythonDocs
+from stages.outside import PretrainedTokenizer
 from stages.prepare.stage import ByteLevelBPE, Prepare
+from stages.sources import Files, PythonDocs
 from stages.storage import Folder
 from tests.fakes import RecordingReport, artifact_of, fake_context
 from tests.stages.prepare.tokenizers import gpt2_like, qwen_like, saved
