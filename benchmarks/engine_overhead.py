@@ -16,7 +16,8 @@ from pathlib import Path
 from stages.contract import Context, Outcome, Stage
 from workflows.engine.execute import Settings, execute, silent
 from workflows.engine.graph import Workflow
-from workflows.engine.ledger import Ledger, default_tracking_uri
+from workflows.engine.ledger.ledger import Ledger
+from workflows.engine.ledger.tracking import default_tracking_uri
 from workflows.engine.plan import make_plan
 from workflows.engine.store import ArtifactStore
 

@@ -12,8 +12,8 @@ from workflows.engine.attempts import Done, Reports, Request, Tasks
 from workflows.engine.driver import Driver, RunResult
 from workflows.engine.failures import Failure
 from workflows.engine.graph import Workflow
+from workflows.engine.ledger.records import Record
 from workflows.engine.plan import ClusterShape, make_plan
-from workflows.engine.records import Record
 from workflows.engine.schedule import Phase
 from workflows.engine.store import ArtifactStore
 from workflows.engine.worker import ReportBox, run_attempt

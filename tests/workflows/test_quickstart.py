@@ -8,7 +8,7 @@ import pytest
 from mlflow import MlflowClient
 
 from tests.workflows.commands import fingerprints, run, short_quickstart
-from workflows.engine.entries import RUN
+from workflows.engine.ledger.entries import RUN
 
 pytestmark = [pytest.mark.quickstart, pytest.mark.timeout(600)]
 

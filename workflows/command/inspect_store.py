@@ -15,7 +15,8 @@ from workflows.engine.check import check, find_step
 from workflows.engine.execute import Settings
 from workflows.engine.graph import Workflow
 from workflows.engine.identity import Fingerprint, Identity, differences, identities
-from workflows.engine.ledger import CANDIDATES_PATH, read_candidates, registered_fingerprints
+from workflows.engine.ledger.page import CANDIDATES_PATH
+from workflows.engine.ledger.reading import read_candidates, registered_fingerprints
 from workflows.engine.store import ArtifactStore, Commit, reachable
 
 COLUMNS = (

@@ -14,16 +14,16 @@ from typing import Any, Literal, Protocol
 
 from stages.contract import Artifact
 from stages.storage import Folder
-from workflows.engine import records
 from workflows.engine.attempts import Done, Reports, Request, Tasks
 from workflows.engine.failures import Failure, FailureKind
 from workflows.engine.graph import Given, Handle, Source, Step, Wiring
 from workflows.engine.heartbeat import Heartbeat, Holder
 from workflows.engine.identity import given_identity
+from workflows.engine.ledger import records
+from workflows.engine.ledger.records import Record
 from workflows.engine.manifest import build_manifest
 from workflows.engine.plan import Plan
 from workflows.engine.recorder import Recorder
-from workflows.engine.records import Record
 from workflows.engine.schedule import (
     Began,
     Capacity,

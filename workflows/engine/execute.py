@@ -12,13 +12,15 @@ from typing import Any
 
 from stages.errors import ConfigError
 from stages.storage import Folder
-from workflows.engine import records
 from workflows.engine.attempts import Done, Reports, Request, Tasks
 from workflows.engine.driver import Driver, RunResult, StepResult, Watcher
 from workflows.engine.failures import Failure
 from workflows.engine.graph import Workflow
 from workflows.engine.identity import Fingerprint
-from workflows.engine.ledger import Ledger, LedgerState, default_tracking_uri, replay
+from workflows.engine.ledger import records
+from workflows.engine.ledger.ledger import Ledger, LedgerState
+from workflows.engine.ledger.telling import replay
+from workflows.engine.ledger.tracking import default_tracking_uri
 from workflows.engine.manifest import cost_seconds
 from workflows.engine.plan import ClusterShape, Plan, make_plan
 from workflows.engine.provenance import git_commit

@@ -9,6 +9,8 @@ from contextlib import contextmanager, suppress
 
 import psutil
 
+from workflows.engine.ledger.ledger import TELLER
+
 INTERRUPTED_EXIT_CODE = 130
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -18,7 +20,7 @@ def _leave() -> None:
     try:
         for child in psutil.Process().children(recursive=True):
             with suppress(psutil.Error):
-                if "workflows.engine.ledger" not in child.cmdline():
+                if TELLER not in child.cmdline():
                     child.kill()
     finally:
         os._exit(INTERRUPTED_EXIT_CODE)

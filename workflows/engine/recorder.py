@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from stages.contract import Stage
-from workflows.engine import records
+from workflows.engine.ledger import records
+from workflows.engine.ledger.records import Record
 from workflows.engine.plan import Plan
-from workflows.engine.records import Record
 from workflows.engine.store import Commit
 
 NUM_PARAMS = 12

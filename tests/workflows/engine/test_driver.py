@@ -8,10 +8,10 @@ import pytest
 from stages.contract import Resources
 from tests.fakes import InlineTasks, SilentWatcher, drive
 from tests.stages_for_tests import Join, Pour, Stumble, Write
-from workflows.engine import records
 from workflows.engine.driver import Driver
 from workflows.engine.failures import Failure, FailureKind
 from workflows.engine.graph import Retry, Workflow
+from workflows.engine.ledger import records
 from workflows.engine.manifest import cost_seconds
 from workflows.engine.plan import make_plan
 from workflows.engine.store import ArtifactStore, Claim

@@ -14,11 +14,11 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from workflows.engine.books import Books
-from workflows.engine.entries import Entry, Row, coalesce
-from workflows.engine.journal import Journal
+from workflows.engine.ledger.books import Books
+from workflows.engine.ledger.entries import Entry, Row, coalesce
+from workflows.engine.ledger.journal import Journal
+from workflows.engine.ledger.records import CandidateFound, Record, RunClosed, VerdictReached
 from workflows.engine.masking import masked
-from workflows.engine.records import CandidateFound, Record, RunClosed, VerdictReached
 
 __all__ = ["Sender", "follow"]
 

@@ -18,9 +18,9 @@ from numbers import Real
 from typing import Any
 
 from stages.storage import AlreadyExists, Folder
+from workflows.engine.ledger.records import Record, from_json, to_json
+from workflows.engine.ledger.turns import Terms, numbered
 from workflows.engine.masking import masked_tree
-from workflows.engine.records import Record, from_json, to_json
-from workflows.engine.turns import Terms, numbered
 
 __all__ = ["Journal", "unfinished"]
 

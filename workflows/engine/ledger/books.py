@@ -7,23 +7,22 @@ with their record's time, so that MLflow keeps them once. Does not: batch, retry
 MLflow is addressed by explicit run ids only: a "current run" would leak between tasks of one process.
 """
 
-import json
 import logging
 import re
 import tempfile
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 from urllib.parse import urlsplit
 
 from stages.storage import Folder
-from workflows.engine.entries import (
+from workflows.engine.ledger.connection import Connection
+from workflows.engine.ledger.entries import (
     KEY,
     RUN,
     SHORT_FINGERPRINT,
     Entry,
-    Point,
     Row,
     candidate_key,
     finite,
@@ -32,60 +31,16 @@ from workflows.engine.entries import (
     legal_tags,
     seen_by,
 )
-from workflows.engine.records import CandidateFound, Record, RunOpened, VerdictReached
+from workflows.engine.ledger.page import PRIMARY_METRIC, VIEW, view
+from workflows.engine.ledger.records import CandidateFound, Record, RunOpened, VerdictReached
 
-__all__ = ["CANDIDATES_PATH", "Books", "Connection"]
+__all__ = ["Books"]
 
 logger = logging.getLogger(__name__)
 
-PRIMARY_METRIC = "final/kl_to_teacher"
 CHAMPION = "champion"
 REACHABLE = ("", "file", "s3", "gs", "az")
 """Schemes of artifact URIs that are written without MLflow; a server that keeps them has `mlflow-artifacts:/…`."""
-CANDIDATES_PATH = "#/experiments/{experiment_id}/runs?viewStateShareKey=candidates"
-"""Where MLflow's UI shows an experiment's candidates side by side; with `&compareRunsMode=CHART` as charts."""
-VIEW = "mlflow.sharedViewState.candidates"
-"""Experiment tag in which MLflow's UI looks for the columns, filter and order of that page."""
-COLUMNS = (
-    "final/kl_to_teacher",
-    "final/agreement",
-    "final/perplexity",
-    "final/size_bytes",
-    "final/compression_x",
-    "final/bits_per_weight",
-    "final/latency_p50_ms",
-    "final/tokens_per_second",
-    "final/peak_memory_bytes",
-    "final/cost_seconds",
-)
-"""The candidates' figures that a reader sees without choosing columns."""
-
-
-class Connection(Protocol):
-    """MLflow, as the books need it."""
-
-    uri: str
-    artifact_location: str | None
-    """Where artifacts lie where no server keeps them."""
-    client: Any
-    """An `MlflowClient`."""
-
-    def log(
-        self,
-        run_id: str,
-        *,
-        points: Iterable[Point] = (),
-        params: Mapping[str, str],
-        tags: Mapping[str, str],
-        model_id: str | None = None,
-    ) -> None:
-        """Write points, params and tags of an MLflow run, and the points of its logged model too."""
-
-    def link(self, run_id: str, model_id: str) -> None:
-        """Make a logged model an output of an MLflow run."""
-
-    def point_globals(self) -> None:
-        """Set MLflow's global URIs."""
 
 
 class Books:
@@ -181,8 +136,8 @@ class Books:
             return None
         if found.lifecycle_stage == "deleted":
             self._client.restore_experiment(found.experiment_id)
-        if found.tags.get(VIEW) != _view():
-            self._client.set_experiment_tag(found.experiment_id, VIEW, _view())
+        if found.tags.get(VIEW) != view():
+            self._client.set_experiment_tag(found.experiment_id, VIEW, view())
         return str(found.experiment_id)
 
     def _make_experiment(self, name: str) -> str:
@@ -190,7 +145,7 @@ class Books:
             "mlflow.experimentKind": "custom_model_development",
             "mlflow.experiment.primaryMetric.name": PRIMARY_METRIC,
             "mlflow.experiment.primaryMetric.greaterIsBetter": "false",
-            VIEW: _view(),
+            VIEW: view(),
         }
         root = self._mlflow.artifact_location
         location = root and f"{root}/{re.sub(r'[^A-Za-z0-9._-]+', '-', name)}"
@@ -326,25 +281,6 @@ class Books:
     def _versions(self, name: str, key: str) -> list[int]:
         found = self._client.search_model_versions(f"name = '{name}'", max_results=1000)
         return sorted(int(version.version) for version in found if version.tags.get(KEY) == key)
-
-
-def _view() -> str:
-    """Return the state of MLflow's run table in which the candidates stand side by side, best first."""
-    columns = [f"metrics.`{name}`" for name in COLUMNS]
-    return json.dumps(
-        {
-            "searchFilter": "tags.kind = 'candidate'",
-            "orderByKey": f"metrics.`{PRIMARY_METRIC}`",
-            "orderByAsc": True,
-            "startTime": "ALL",
-            "lifecycleFilter": "Active",
-            "modelVersionFilter": "All Runs",
-            "datasetsFilter": [],
-            "selectedColumns": ["attributes.`Models`", *columns],
-            "columnOrder": columns,
-            "columnWidths": dict.fromkeys(columns, 150),
-        }
-    )
 
 
 def _candidate_tags(record: CandidateFound, opened: RunOpened) -> dict[str, str]:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from workflows.engine.records import (
+from workflows.engine.ledger.records import (
     CandidateFound,
     CurvePoints,
     Record,

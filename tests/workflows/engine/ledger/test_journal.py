@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from stages.storage import AlreadyExists, Folder
-from tests.workflows.engine.ledger_records import night
-from workflows.engine import turns
+from tests.workflows.engine.ledger.nights import night
 from workflows.engine.heartbeat import Liveness
-from workflows.engine.journal import Journal, unfinished
-from workflows.engine.records import StepClosed
-from workflows.engine.turns import Terms, holder_of
+from workflows.engine.ledger import turns
+from workflows.engine.ledger.journal import Journal, unfinished
+from workflows.engine.ledger.records import StepClosed
+from workflows.engine.ledger.turns import Terms, holder_of
 
 
 @pytest.fixture

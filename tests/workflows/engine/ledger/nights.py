@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from workflows.engine.records import (
+from workflows.engine.ledger.records import (
     CandidateFound,
     CurvePoints,
     Record,
@@ -68,3 +68,7 @@ def night(
     records.append(verdict(run, champion, at_ms + 1001))
     records.append(RunClosed(run, at_ms + 1002, "FINISHED", "**finished**: all is well", tuple(str(f) for f in files)))
     return records
+
+
+def short_night() -> list[Record]:
+    return night("r", steps=2, candidates=["student-w8a8"])

@@ -5,9 +5,9 @@ import posixpath
 
 import pytest
 
-from tests.workflows.engine.ledger_records import night, opened, step
-from workflows.engine.entries import Row, candidate_key, coalesce, finite, legal_name, legal_params, legal_tags
-from workflows.engine.records import StepClosed
+from tests.workflows.engine.ledger.nights import night, opened, step
+from workflows.engine.ledger.entries import Row, candidate_key, coalesce, finite, legal_name, legal_params, legal_tags
+from workflows.engine.ledger.records import StepClosed
 
 
 def test_coalesce_records_of_one_attempt_become_one_row() -> None:

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 
 from stages.storage import Folder
-from tests.workflows.engine.ledger_records import night
-from workflows.engine import sender as sender_module
-from workflows.engine.entries import Entry, Row
-from workflows.engine.journal import Journal
-from workflows.engine.records import Record, RunOpened
-from workflows.engine.sender import Sender, follow
+from tests.workflows.engine.ledger.nights import night
+from workflows.engine.ledger import sender as sender_module
+from workflows.engine.ledger.entries import Entry, Row
+from workflows.engine.ledger.journal import Journal
+from workflows.engine.ledger.records import Record, RunOpened
+from workflows.engine.ledger.sender import Sender, follow
 
 
 class FakeBooks:
