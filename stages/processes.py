@@ -1,10 +1,12 @@
-"""What a library changes in our process while it runs there, given back."""
+"""What a library changes in our process while it runs there, given back or kept from changing."""
 
+import logging
 import os
 import signal
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 
 @contextmanager
@@ -35,3 +37,16 @@ def own_handlers() -> Iterator[None]:
         for number, handler in handlers.items():
             if signal.getsignal(number) != handler:
                 signal.signal(number, handler)
+
+
+def quiet_data(settings: Any) -> None:
+    """Have Ray Data show nothing of its own in this process, and raise what a task raised, not its text.
+
+    Args:
+        settings: Ray Data's `DataContext` of this process.
+    """
+    settings.enable_progress_bars = settings.enable_operator_progress_bars = False
+    settings.print_on_execution_start = False
+    settings.raise_original_map_exception = True
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it warns that there are no progress bars

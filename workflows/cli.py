@@ -36,7 +36,7 @@ from workflows.command.options import (
     TrackingUri,
 )
 from workflows.command.output import console, execution_json, plan_json, print_fields, print_json
-from workflows.command.parameters import changed_parameters, plain, sentence, with_parameters
+from workflows.command.parameters import changed_parameters, with_parameters, worded
 from workflows.command.terminal import plan_summary, plan_table, print_outcome, watching
 from workflows.engine.execute import Settings, execute, plan_only
 from workflows.engine.graph import Workflow
@@ -63,9 +63,12 @@ def run_command(argv: Sequence[str]) -> int:
     try:
         result = app(list(argv), exit_on_error=False, print_error=False)
     except ValidationError as error:
-        return _fail("ConfigError", "; ".join(sentence(problem) for problem in error.errors()), WRONG, as_json)
+        return _fail("ConfigError", worded(error, error.title), WRONG, as_json)
     except CycloptsError as error:
-        return _fail("ConfigError", plain(str(error)), WRONG, as_json)
+        cause, argument = error.__cause__, error.argument
+        if isinstance(cause, ValidationError) and argument is not None:
+            return _fail("ConfigError", worded(cause, argument.name), WRONG, as_json)
+        return _fail("ConfigError", str(error), WRONG, as_json)
     except ConfigError as error:
         return _fail(type(error).__name__, str(error), WRONG, as_json)
     except StillhouseError as error:

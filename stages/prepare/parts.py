@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
 
+from stages.prepare.opening import open_dataset
 from stages.sources import LINE_SUFFIXES, PARQUET_SUFFIXES, Files, HubDataset, LocalDataset, PythonDocs, Source
 from stages.storage import File
 
@@ -90,8 +91,6 @@ def _file_pieces(files: Iterable[File], part_bytes: int) -> Iterator[Piece]:
 
 
 def _dataset_pieces(source: HubDataset | LocalDataset, part_bytes: int) -> Iterator[Piece]:
-    from stages.prepare.reading import open_dataset
-
     pinned = source.resolved() if isinstance(source, HubDataset) else source
     data = open_dataset(pinned)
     name = pinned.id if isinstance(pinned, HubDataset) else pinned.folder().name

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stages.errors import StageFailed, Transient
+from stages.errors import StageFailed
+from stages.prepare.opening import open_dataset
 from stages.prepare.parts import Piece
-from stages.sources import HubDataset, LocalDataset
 from stages.storage import cache_root, fetch
 
 TEXT_DOCUMENT_CHARACTERS = 20_000
@@ -163,28 +163,6 @@ def _read_rows(piece: Piece) -> Iterator[Row]:
     assert piece.dataset is not None
     data = open_dataset(piece.dataset).select(range(piece.start, piece.stop))
     return (Row(number, value) for number, value in enumerate(data, 1))
-
-
-def open_dataset(source: HubDataset | LocalDataset) -> Any:
-    """Open a `datasets.Dataset`; one of the hub is downloaded into the hub's cache.
-
-    Raises:
-        StageFailed: it cannot be opened; `Transient` where the hub cannot be reached.
-    """
-    import datasets
-    import httpx
-
-    datasets.disable_progress_bars()
-    try:
-        if isinstance(source, LocalDataset):
-            return datasets.load_from_disk(str(source.folder()))
-        return datasets.load_dataset(source.id, source.config, split=source.split, revision=source.revision)
-    except (ConnectionError, httpx.HTTPError) as error:
-        raise Transient(f"cannot download {source!r}: {error}; check the network and HF_TOKEN") from error
-    except (ValueError, OSError, RuntimeError, KeyError) as error:
-        raise StageFailed(
-            f"cannot open {source!r} ({type(error).__name__}: {error}); check id, config, split and revision"
-        ) from error
 
 
 def first_row_number(piece: Piece) -> int:

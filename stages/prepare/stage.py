@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 from stages.contract import Config, Context, Input, Kind, Outcome, Outside, Shards, Stage
 from stages.errors import ConfigError, StageFailed
 from stages.outside import PretrainedTokenizer
+from stages.processes import quiet_data
 from stages.sources import Source
 from stages.translation import translate
 
@@ -195,19 +196,13 @@ def _map_parts(function: Any, items: list[tuple[Any, ...]], fixed: dict[str, Any
     No retries: they are the engine's, and a shard written twice under one name by one attempt would take the
     receipt's file away (`Shards.write`).
     """
-    import logging
-
     import ray
     from ray.data import DataContext, TaskPoolStrategy
     from ray.util.annotations import RayDeprecationWarning
 
     if not items:
         return
-    quiet = DataContext.get_current()
-    quiet.enable_progress_bars = quiet.enable_operator_progress_bars = False
-    quiet.raise_original_map_exception = True  # its own wrapper keeps only the text
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
-    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it warns that there are no progress bars
+    quiet_data(DataContext.get_current())
     resources = context.resources
     rows = [{"item": pickle.dumps(item)} for item in items]
     with warnings.catch_warnings():

@@ -10,6 +10,7 @@ Shape letters: R rows, T tokens of a row.
 import contextlib
 import io
 import logging
+import os
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -18,7 +19,6 @@ import numpy as np
 import torch
 
 from stages.errors import OutOfMemory, StageFailed
-from stages.quantize.imports import silence_libraries
 from stages.quantize.job import Layers
 from stages.quantize.schemes import Scheme
 
@@ -39,6 +39,12 @@ def find_layers(model: Any) -> Layers:
             in_features[name] = module.in_features
             num_weights += module.weight.numel()
     return Layers(in_features, num_weights, tuple(ignored))
+
+
+def silence_libraries() -> None:
+    """Keep llm-compressor's log off standard output (it reads this while it is imported), and a tokenizer's warning."""
+    os.environ.setdefault("LLM_COMPRESSOR_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 @contextlib.contextmanager

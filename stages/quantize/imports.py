@@ -6,7 +6,6 @@ walks again and again over modules that stay, takes more than a second of them (
 
 import contextlib
 import gc
-import os
 from collections.abc import Iterator
 
 
@@ -20,12 +19,6 @@ def swift_imports() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
-
-
-def silence_libraries() -> None:
-    """Keep llm-compressor's log off standard output (it reads this while it is imported), and a tokenizer's warning."""
-    os.environ.setdefault("LLM_COMPRESSOR_LOG_LEVEL", "ERROR")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 def import_for_measuring() -> None:
@@ -42,9 +35,11 @@ def import_for_measuring() -> None:
 
 def import_for_quantizing() -> None:
     """Import what a trial needs."""
-    silence_libraries()
     with swift_imports():
         import_for_measuring()
+        from stages.quantize.compress import silence_libraries
+
+        silence_libraries()
         import llmcompressor
         from llmcompressor.modifiers.transform import smoothquant
 

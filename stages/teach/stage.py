@@ -13,6 +13,7 @@ from pydantic import Field
 
 from stages.contract import Artifact, Config, Context, Input, Outcome, Shards, Split, Stage
 from stages.errors import ConfigError, StageFailed
+from stages.processes import quiet_data
 from stages.translation import translate
 
 if TYPE_CHECKING:
@@ -206,12 +207,7 @@ def _map_shards(names: list[str], job: dict[str, Any], context: Context) -> Iter
     import ray
     from ray.util.annotations import RayDeprecationWarning
 
-    settings = ray.data.DataContext.get_current()
-    settings.enable_progress_bars = False
-    settings.enable_operator_progress_bars = False
-    settings.print_on_execution_start = False
-    settings.max_errored_blocks = 0
-    settings.raise_original_map_exception = True  # its own wrapper keeps only the text
+    quiet_data(ray.data.DataContext.get_current())
     resources = context.resources
     workers = min(resources.workers, len(names))
     shards = ray.data.from_items([{"item": name} for name in names], override_num_blocks=len(names))

@@ -5,14 +5,13 @@ models, and messages without a parser's jargon.
 """
 
 import inspect
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from cyclopts import App
 from cyclopts.config import Yaml
-from pydantic import BaseModel, Field, create_model
+from pydantic import BaseModel, Field, ValidationError, create_model
 
 from stages.errors import ConfigError
 from workflows.command.find import FoundWorkflow
@@ -73,7 +72,7 @@ def _with_defaults_inside(parameter: inspect.Parameter, hint: Any) -> inspect.Pa
     if not isinstance(default, BaseModel) or hint is not type(default):
         return parameter.replace(annotation=hint)
     fields: dict[str, Any] = {
-        name: (field.annotation, Field(getattr(default, name), description=field.description))
+        name: (field.rebuild_annotation(), Field(getattr(default, name), description=field.description))
         for name, field in hint.model_fields.items()
     }
     model = create_model(hint.__name__, __base__=hint, **fields)
@@ -106,17 +105,13 @@ def changed_parameters(found: FoundWorkflow, parameters: Mapping[str, Any]) -> d
     return {name: str(value)[:250] for name, value in parameters.items() if value != defaults[name]}
 
 
-def sentence(problem: Mapping[str, Any]) -> str:
-    """Return one of pydantic's problems as a sentence."""
-    where = ".".join(map(str, problem["loc"]))
-    text = f"{where}: " if where else ""
-    text += str(problem["msg"]).removeprefix("Value error, ")
+def worded(error: ValidationError, owner: str) -> str:
+    """Return what pydantic found wrong with a value of `owner` (a stage, or `--teacher`) in one line."""
+    return "; ".join(_sentence(problem, owner) for problem in error.errors())
+
+
+def _sentence(problem: Mapping[str, Any], owner: str) -> str:
+    where = ".".join([owner, *map(str, problem["loc"])])
+    where = where.replace("_", "-") if owner.startswith("--") else where
+    text = f"{where}: " + str(problem["msg"]).removeprefix("Value error, ")
     return text + ("" if problem["type"] in ("missing", "value_error") else f"; got {problem['input']!r}")
-
-
-def plain(message: str) -> str:
-    """Return a parser's message without pydantic's header, its links and its type names."""
-    lines = [line for line in message.strip().splitlines() if "For further information" not in line]
-    text = re.sub(r"\d+ validation errors? for [\w\[\], -]+\s*", "", "\n".join(lines))
-    text = re.sub(r"\s*\[type=\w+, input_value=(.*), input_type=\w+\]", r"; got \1", text)
-    return re.sub(r"\n\s+", ": ", text.replace("Value error, ", ""))
