@@ -9,6 +9,7 @@ import secrets
 import tempfile
 import time
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -98,6 +99,7 @@ class Train(Stage):
     def run(self, context: Context) -> Outcome:
         """Train with Ray Train, going on from the newest snapshot; read back what rank 0 wrote."""
         from stages.train import snapshots
+        from stages.train.loop import Recipe
         from stages.train.work import Job
 
         if context.resources.workers > self.batch_rows:
@@ -106,7 +108,17 @@ class Train(Stage):
                 f"each of {context.resources.workers} workers; use fewer workers"
             )
         snapshot = snapshots.newest(context.resume)
-        job = Job(self, context, _layout(self, context), snapshot, started=time.time())
+        job = Job(
+            context,
+            model=self.model,
+            objectives=self.objectives,
+            recipe=Recipe(**{field.name: getattr(self, field.name) for field in fields(Recipe)}),
+            batch_rows=self.batch_rows,
+            split=self.split,
+            layout=_layout(self, context),
+            snapshot=snapshot,
+            started=time.time(),
+        )
         if snapshot:
             logger.info(
                 "deciding to go on from step %d of %d, since a snapshot is there", snapshot.step, self.optimizer_steps

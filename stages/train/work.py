@@ -2,7 +2,7 @@
 
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -11,11 +11,9 @@ from stages.contract import Artifact, Context
 from stages.errors import StageFailed
 from stages.train import snapshots
 from stages.train.loop import Progress, Ranks, Recipe, Training
+from stages.train.objectives import Objective
 from stages.train.reader import Reader, ShardPair, SignalsLayout
-from stages.train.students import Llama, Smaller, build_student
-
-if TYPE_CHECKING:
-    from stages.train.stage import Train
+from stages.train.students import Llama, Smaller, Student, build_student
 
 MICRO_BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
 """Tokens in one forward pass where `micro_batch` is not set."""
@@ -25,11 +23,18 @@ MICRO_BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
 class Job:
     """What travels to the workers."""
 
-    stage: "Train"
     context: Context
+    model: Student
+    objectives: tuple[Objective, ...]
+    recipe: Recipe
+    batch_rows: int
+    split: str
     layout: SignalsLayout | None
-    snapshot: Any
+    """None where no objective learns from signals."""
+    snapshot: snapshots.Snapshot | None
+    """What to go on from."""
     started: float
+    """Unix time."""
 
 
 def train_rank(job: Job, ranks: Ranks) -> None:
@@ -38,11 +43,11 @@ def train_rank(job: Job, ranks: Ranks) -> None:
     Raises:
         StageFailed: the inputs do not fit the stage.
     """
-    stage, context = job.stage, job.context
+    context = job.context
     torch.set_num_threads(max(1, int(context.resources.cpus_per_worker)))
     data = context.one("data")
     facts = data.read_json("dataset.json")
-    model = build_student(stage.model, facts, origin=_origin(stage, context), seed=stage.seed).to(ranks.device)
+    model = build_student(job.model, facts, origin=_origin(job), seed=job.recipe.seed).to(ranks.device)
     progress, tensors = Progress(), None
     if job.snapshot:
         progress, tensors = (
@@ -51,9 +56,9 @@ def train_rank(job: Job, ranks: Ranks) -> None:
         )
     training = Training(
         model=model,
-        reader=_reader(stage, context, job.layout, ranks, facts["sequence_length"]),
-        objectives=stage.objectives,
-        recipe=_recipe(stage),
+        reader=_reader(job, ranks, facts["sequence_length"]),
+        objectives=job.objectives,
+        recipe=job.recipe,
         vocabulary=facts["vocabulary_size"],
         report=context.report,
         ranks=ranks,
@@ -64,36 +69,24 @@ def train_rank(job: Job, ranks: Ranks) -> None:
         _leave(context, model, progress, data, time.time() - job.started)
 
 
-def _origin(stage: "Train", context: Context) -> Any:
+def _origin(job: Job) -> Any:
     """Return the folder of the checkpoint that the student comes from, None for a fresh one."""
-    if isinstance(stage.model, Llama):
+    if isinstance(job.model, Llama):
         return None
-    first: Artifact | None = None if isinstance(stage.model, Smaller) else context.optional("start")
-    origin = first or context.optional("teacher")
+    first: Artifact | None = None if isinstance(job.model, Smaller) else job.context.optional("start")
+    origin = first or job.context.optional("teacher")
     if origin is None:
-        raise StageFailed(f"model is {stage.model.kind!r}, which needs a checkpoint, and none is wired; pass teacher=")
+        raise StageFailed(f"model is {job.model.kind!r}, which needs a checkpoint, and none is wired; pass teacher=")
     return origin.folder("model")
 
 
-def _recipe(stage: "Train") -> Recipe:
-    return Recipe(
-        optimizer_steps=stage.optimizer_steps,
-        learning_rate=stage.learning_rate,
-        warmup_fraction=stage.warmup_fraction,
-        final_fraction=stage.final_fraction,
-        weight_decay=stage.weight_decay,
-        gradient_clip=stage.gradient_clip,
-        dtype=stage.dtype,
-        seed=stage.seed,
-    )
-
-
-def _reader(stage: "Train", context: Context, layout: SignalsLayout | None, ranks: Ranks, length: int) -> Reader:
-    tokens = context.one("data").paths(f"tokens/{stage.split}-*.parquet")
+def _reader(job: Job, ranks: Ranks, length: int) -> Reader:
+    context = job.context
+    tokens = context.one("data").paths(f"tokens/{job.split}-*.parquet")
     if not tokens:
-        raise StageFailed(f"the dataset has no shards of split {stage.split!r}; set Train.split")
+        raise StageFailed(f"the dataset has no shards of split {job.split!r}; set Train.split")
     known = {}
-    if layout is not None:
+    if job.layout is not None:
         known = {path.name: path for path in context.one("signals").paths("signals/*.parquet")}
         absent = [path.name for path in tokens if path.name not in known]
         if absent:
@@ -102,13 +95,13 @@ def _reader(stage: "Train", context: Context, layout: SignalsLayout | None, rank
                 f"expected one for each; run Teach on this dataset and split"
             )
     largest = max(1, MICRO_BATCH_TOKENS[ranks.device.type] // length)
-    rows = -(-stage.batch_rows // ranks.world_size)
+    rows = -(-job.batch_rows // ranks.world_size)
     return Reader(
         shards=tuple(ShardPair(path, known.get(path.name)) for path in tokens),
-        layout=layout,
-        batch_rows=stage.batch_rows,
+        layout=job.layout,
+        batch_rows=job.batch_rows,
         micro_batch=context.resources.micro_batch or min(rows, largest),
-        seed=stage.seed,
+        seed=job.recipe.seed,
         rank=ranks.rank,
         world_size=ranks.world_size,
     )
