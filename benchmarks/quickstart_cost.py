@@ -4,11 +4,13 @@ Memory is the largest sum of the proportional set sizes (PSS) of the command and
 second; shared pages count once.
 """
 
+import json
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -41,10 +43,11 @@ def measure(*argv: str) -> tuple[float, int]:
     return time.perf_counter() - began, peak
 
 
-def seconds(*argv: str) -> float:
+def answer(*argv: str) -> tuple[float, dict[str, Any]]:
+    """Run `stillhouse … --json` and return its seconds and what it says."""
     began = time.perf_counter()
-    subprocess.run([sys.executable, "-m", "workflows.cli", *argv], stdout=subprocess.DEVNULL, check=True)
-    return time.perf_counter() - began
+    text = subprocess.run([sys.executable, "-m", "workflows.cli", *argv, "--json"], stdout=subprocess.PIPE, check=True)
+    return time.perf_counter() - began, json.loads(text.stdout)
 
 
 def main() -> None:
@@ -52,8 +55,10 @@ def main() -> None:
         store = ("--store", folder)
         first, peak = measure("run", "quickstart", *store)
         print(f"first run: {first:.0f} s, peak memory {peak / 1e9:.2f} GB (summed PSS); asked: at most 300 s, 6 GB")
-        print(f"second run: {seconds('run', 'quickstart', *store):.1f} s, 0 steps; asked: at most 8 s")
-        print(f"plan: {seconds('plan', 'quickstart', *store):.2f} s; asked: at most 2 s")
+        again, document = answer("run", "quickstart", *store)
+        print(f"second run: {again:.1f} s, {document['executed']} steps run; asked: at most 8 s, 0 steps")
+        plan, _ = answer("plan", "quickstart", *store)
+        print(f"plan: {plan:.2f} s; asked: at most 2 s")
 
 
 if __name__ == "__main__":
