@@ -1,13 +1,18 @@
 """The whole quickstart, made short by its parameters: run, read back, run again, harmed, run again."""
 
 import os
+import re
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from mlflow import MlflowClient
 
-from tests.workflows.commands import fingerprints, run, short_quickstart
+from tests.workflows.commands import fingerprints, run, short_quickstart, start, until
+from tests.workflows.engine.ledger.place import answers, free_port
 from workflows.engine.ledger.entries import RUN
 
 pytestmark = [pytest.mark.quickstart, pytest.mark.timeout(600)]
@@ -83,6 +88,32 @@ def test_quickstart_is_in_mlflow_as_it_was(document: Any, folder: Path) -> None:
     assert told == {c["name"]: pytest.approx(c["metrics"], rel=1e-6) for c in document["candidates"]}
     trained = next(step for step in steps if step.data.tags["step"] == "teacher")
     assert trained.data.metrics["train/parameters"] > 0
+
+
+def shown_by_chromium(url: str, profile: Path) -> str:
+    """Return the page as Chromium has drawn it after some seconds."""
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
+    options += ["--disable-component-update", "--disable-sync", "--disable-quic", "--window-size=1900,900"]
+    command = ["chromium", *options, f"--user-data-dir={profile}", "--virtual-time-budget=20000", "--dump-dom", url]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Chromium")
+def test_ui_shows_the_candidates_side_by_side_and_ends_when_told(document: Any, folder: Path, tmp_path: Path) -> None:
+    port = free_port()
+    process = start("ui", "--store", str(folder / "store"), "--port", str(port))
+    try:
+        until(lambda: answers(f"http://127.0.0.1:{port}/health"), of=process)
+        assert process.stdout is not None
+        page = next(found[0] for line in process.stdout if (found := re.search(r"http://\S+=candidates", line)))
+        wanted = {candidate["name"] for candidate in document["candidates"]}
+        wanted |= {f"final/{figure}" for figure in ("kl_to_teacher", "agreement", "perplexity", "size_bytes")}
+        until(lambda: wanted <= set(re.findall(r">([^<>]+)<", shown_by_chromium(page, tmp_path / "profile"))))
+    finally:
+        server = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+        process.terminate()
+        _, alive = psutil.wait_procs(server, timeout=20)
+    assert not alive
 
 
 def test_second_run_runs_nothing_and_changes_no_candidate(

@@ -1,7 +1,7 @@
 """What the store and the ledger hold, for the commands that look rather than run."""
 
 import os
-import subprocess
+import socket
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -264,13 +264,21 @@ def _cell(metric: str, form: str, metrics: Mapping[str, float]) -> str:
 
 
 def serve_ui(settings: Settings, port: int, console: Console) -> int:
-    """Serve the MLflow UI until it is stopped; return its exit code."""
+    """Become the MLflow UI's server, so that whoever stops this process stops it; return where it needs none."""
     tracking = settings.tracking(ArtifactStore(settings.store))
     if tracking.startswith(("http://", "https://")):
         console.print(f"the tracking server has its own UI: {tracking}", highlight=False)
         return 0
     if tracking.startswith("sqlite:///") and not os.path.exists(tracking.removeprefix("sqlite:///")):
         raise ConfigError(f"there is no ledger at {tracking} yet; run a workflow first, or name its store with --store")
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise ConfigError(
+                f"port {port} of 127.0.0.1 cannot be used ({error}); choose another with --port"
+            ) from error
     address = f"http://127.0.0.1:{port}"
     console.print("candidates side by side, once the server is up (Ctrl-C ends it):", highlight=False)
     for name, experiment_id in sorted({(row["experiment"], row["experiment_id"]) for row in read_candidates(tracking)}):
@@ -290,7 +298,11 @@ def serve_ui(settings: Settings, port: int, console: Console) -> int:
         "--workers",
         "1",
     ]
-    try:
-        return subprocess.run(command, check=False, env={**os.environ, "MLFLOW_LOGGING_LEVEL": "WARNING"}).returncode
-    except KeyboardInterrupt:
-        return 0
+    sys.stdout.flush()
+    # Its runner of jobs, for what stillhouse has none of, would be eight more processes of 240 MB each.
+    quiet = {
+        "MLFLOW_LOGGING_LEVEL": "WARNING",
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        "PYTHONWARNINGS": "ignore",
+    }
+    os.execve(sys.executable, command, {**os.environ, **quiet})
