@@ -138,6 +138,9 @@ class Artifact:
 class Report(Protocol):
     """Where a stage tells how far it is. Picklable; may be called from any Ray worker; never blocks, never raises."""
 
+    def begun(self) -> None:
+        """Tell that the work has the resources that it asked for: the wait for them is over."""
+
     def progress(self, done: float, total: float, unit: str) -> None:
         """Tell how much of the work is done, e.g. `progress(12, 40, "steps")`."""
 
@@ -198,6 +201,8 @@ class Stage(Config, ABC):
     INPUTS: ClassVar[Mapping[str, Input]] = {}
     FRESH_PROCESS: ClassVar[bool] = False
     """Needs a worker process of its own, since its library leaves state behind (costs about 230 ms)."""
+    PLACES_WORKERS: ClassVar[bool] = False
+    """Hands its work to Ray, which may let it wait for resources: its workers call `report.begun()` as they start."""
 
     def check(self, sources: "Mapping[str, Stage | Outside | Mapping[str, Stage | Outside]]") -> None:
         """Check what can be known before anything runs: this config against those of the steps that feed it.

@@ -8,7 +8,7 @@
         │   └── WorkerLost   a process or node of it went away
         └── OutOfMemory      trying again with a smaller micro-batch may work
 
-Each takes one message, so that default pickling carries it across Ray unchanged.
+Each takes one message, and at most keywords beside it, so that default pickling carries it across Ray unchanged.
 """
 
 from difflib import get_close_matches
@@ -40,6 +40,11 @@ class WorkerLost(Transient):
 
 class OutOfMemory(StageFailed):
     """The device's memory did not suffice; a smaller micro-batch may."""
+
+    def __init__(self, message: str, *, micro_batch: int | None = None) -> None:
+        """Say what failed, and with how many rows in one forward pass where that is known."""
+        super().__init__(message)
+        self.micro_batch = micro_batch
 
 
 def nearest(name: str, known: list[str]) -> str:

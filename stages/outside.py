@@ -189,6 +189,14 @@ def _checkpoint_names(names: set[str], read_json: Callable[[str], Any], source: 
     return plain | weights | (names & TOKENIZER_FILES) | (names & {index})
 
 
+def _pinned(found: _Repository) -> dict[str, str]:
+    """Return the fields that name it for good: the hub's commit, or a folder's absolute path."""
+    if found.commit is not None:
+        return {"revision": found.commit}
+    path = Path(found.source).expanduser()
+    return {"source": str(path.absolute())} if path.is_dir() else {}
+
+
 class Checkpoint(Outside):
     """A model from outside: a folder, an `s3://`, `gs://` or `az://` prefix, or a hub id. Safetensors only."""
 
@@ -201,6 +209,10 @@ class Checkpoint(Outside):
         """Return names and digests of the files, or the hub's commit."""
         found = _Repository(self.source, self.revision)
         return found.identity("checkpoint", _checkpoint_names(found.names, found.read_json, self.source))
+
+    def resolved(self) -> Self:
+        """Return it with an absolute path, or pinned to the hub's commit."""
+        return self.model_copy(update=_pinned(_Repository(self.source, self.revision)))
 
     def artifact(self, fingerprint: str) -> Artifact:
         """Return it as a model artifact whose files lie where they are."""
@@ -231,11 +243,7 @@ class PretrainedTokenizer(Outside):
 
     def resolved(self) -> Self:
         """Return it with an absolute path, or pinned to the hub's commit."""
-        found, _ = self._open()
-        path = Path(self.source).expanduser()
-        if found.commit is not None:
-            return self.model_copy(update={"revision": found.commit})
-        return self.model_copy(update={"source": str(path.absolute())}) if path.is_dir() else self
+        return self.model_copy(update=_pinned(self._open()[0]))
 
     def artifact(self, fingerprint: str) -> Artifact:
         """Return it as an artifact with files `tokenizer/…` that lie where they are."""

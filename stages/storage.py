@@ -7,6 +7,7 @@ Does not: rename, append or lock: nothing in the store is ever changed in place 
 Credentials and endpoints come from the environment only (`AWS_*`, `GOOGLE_*`, `AZURE_*`).
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -181,6 +182,14 @@ class Folder:
         for name in names:
             store, key = self._key(name)
             obstore.delete(store, key)
+
+    def prune(self) -> None:
+        """Remove the empty folders that deleting leaves on a local disk, this one included; object stores have none."""
+        root = self.local_path()
+        for path in [*sorted(root.rglob("*"), reverse=True), root] if root is not None else []:
+            if path.is_dir():
+                with contextlib.suppress(OSError):  # not empty, or gone already
+                    path.rmdir()
 
     def local_path(self) -> Path | None:
         """Return the folder's path where it lies on a local disk, else None."""

@@ -55,6 +55,8 @@ def translate(error: BaseException) -> StillhouseError:
     ours = next((link for link in chain if isinstance(link, StillhouseError) and not hasattr(link, "cause")), None)
     if names & MEMORY and not isinstance(ours, OutOfMemory):
         return OutOfMemory(one_line(next(link for link in chain if type(link).__name__ in MEMORY)))
+    if isinstance(ours, OutOfMemory):
+        return OutOfMemory(_own_text(ours), micro_batch=ours.micro_batch)
     if ours is not None:
         return type(ours)(_own_text(ours))
     lost = next((link for link in chain if _is_loss(link)), None)

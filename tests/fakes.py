@@ -9,11 +9,12 @@ from typing import Any
 from stages.contract import Artifact, Context, Kind, Resources
 from stages.storage import File, Folder
 from workflows.engine.attempts import Done, Reports, Request, Tasks
-from workflows.engine.driver import Driver, RunResult
+from workflows.engine.driver import Driver
 from workflows.engine.failures import Failure
 from workflows.engine.graph import Workflow
 from workflows.engine.ledger.records import Record
 from workflows.engine.plan import ClusterShape, make_plan
+from workflows.engine.results import RunResult
 from workflows.engine.schedule import Phase
 from workflows.engine.store import ArtifactStore
 from workflows.engine.worker import ReportBox, run_attempt
@@ -26,6 +27,10 @@ class RecordingReport:
     progressed: list[tuple[float, float, str]] = field(default_factory=list)
     points: list[tuple[int, dict[str, float]]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    has_begun: bool = False
+
+    def begun(self) -> None:
+        self.has_begun = True
 
     def progress(self, done: float, total: float, unit: str) -> None:
         self.progressed.append((done, total, unit))
@@ -91,7 +96,7 @@ class InlineTasks:
         if self.deaths.get(request.step):
             self._ended.append((request.step, self.deaths[request.step].pop(0)))
             return
-        names = ("progress", "curve", "note")
+        names = ("begun", "progress", "curve", "note")
         box = type("Box", (), {name: _Method(getattr(self._box, name)) for name in names})()
         self._ended.append((request.step, run_attempt(request, box)))
 

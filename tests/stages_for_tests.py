@@ -42,6 +42,17 @@ class Join(Stage):
         return Outcome({"parts": float(len(texts))})
 
 
+class Odd(Stage):
+    """Leaves a dataset and a metric that is no number."""
+
+    KIND = "dataset"
+    REVISION = "2026-11-21 first"
+
+    def run(self, context: Context) -> Outcome:
+        context.out.put("text.txt", b"odd")
+        return Outcome({"loss": float("nan")})
+
+
 class Stumble(Stage):
     """Fails as told until a file says that it has failed so often."""
 

@@ -8,6 +8,7 @@ import functools
 import logging
 import shlex
 import sys
+import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -73,6 +74,9 @@ def run_command(argv: Sequence[str]) -> int:
         return _fail(type(error).__name__, str(error), WRONG, as_json)
     except StillhouseError as error:
         return _fail(type(error).__name__, str(error), FAILED, as_json)
+    except Exception as error:  # noqa: BLE001  the border of the command: a flaw of ours, or of a user's own workflow
+        logging.getLogger(__name__).error("%s", traceback.format_exc())
+        return _fail(type(error).__name__, str(error) or "no message", FAILED, as_json)
     except KeyboardInterrupt:
         return _fail("Interrupted", "interrupted; run the same command again to go on", INTERRUPTED, as_json)
     return result if isinstance(result, int) else OK
@@ -122,10 +126,12 @@ def _help(verb: str) -> int:
 def _run(
     label: str, found: FoundWorkflow, parameters: Mapping[str, Any], options: Mapping[str, Any], tokens: Sequence[str]
 ) -> int:
-    graph, as_json = found.build(**parameters), options["json"]
+    graph, as_json = found.graph(parameters), options["json"]
     settings = _settings(options)
     out = console(stderr=as_json, quiet=as_json)
-    with interruptible(lambda: out.print("\n[yellow]stopping; press Ctrl-C again to leave at once[/]")) as interrupt:
+    with interruptible(
+        lambda: out.print("\nstopping; press Ctrl-C again to leave at once", style="yellow")
+    ) as interrupt:
         execution = execute(
             graph,
             settings,
@@ -145,7 +151,7 @@ def _run(
 def _plan(
     found: FoundWorkflow, parameters: Mapping[str, Any], options: Mapping[str, Any], tokens: Sequence[str]
 ) -> int:
-    planned = plan_only(found.build(**parameters), _settings(options))
+    planned = plan_only(found.graph(parameters), _settings(options))
     if options["json"]:
         print_json(plan_json(planned))
     else:
@@ -177,7 +183,7 @@ def workflows(*, json: AsJson = False) -> int:
         return OK
     out = console()
     for name, summary in described.items():
-        out.print(f"[bold]{name:12}[/] {summary}")
+        out.print(Text.assemble((f"{name:12}", "bold"), f" {summary}"))
     out.print("\nparameters: stillhouse run WORKFLOW --help · a file of your own: stillhouse init DIR", style="dim")
     return OK
 
@@ -202,7 +208,7 @@ def explain(workflow: str, step: str, *tokens: Tokens) -> int:
 def _explain(
     step: str, found: FoundWorkflow, parameters: Mapping[str, Any], options: Mapping[str, Any], tokens: Sequence[str]
 ) -> int:
-    graph: Workflow = found.build(**parameters)
+    graph: Workflow = found.graph(parameters)
     answer = inspect_store.explain(graph, options["store"], step, against=options["against"])
     if options["json"]:
         print_json(answer)

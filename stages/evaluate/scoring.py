@@ -155,7 +155,9 @@ def score_batches(
                 figures = _compare(head, states_ND, targets_N, others, vocabulary_size)
         except torch.OutOfMemoryError as error:
             rows = len(batch.input_ids_BT)
-            raise OutOfMemory(f"{name!r} ran out of device memory with {rows} rows at once: {error}") from error
+            raise OutOfMemory(
+                f"{name!r} ran out of device memory with {rows} rows at once: {error}", micro_batch=rows
+            ) from error
         for column, values_N in figures.items():
             if not np.isfinite(values_N).all():
                 num_bad = int((~np.isfinite(values_N)).sum())

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from stages.contract import Artifact, Context, Input, Kind, Outcome, Split, Stage
+from stages.contract import Artifact, Context, Input, Kind, Outcome, Report, Split, Stage
 
 if TYPE_CHECKING:
     from stages.evaluate.passes import Pass
@@ -28,6 +28,7 @@ class Evaluate(Stage):
 
     KIND: ClassVar[Kind] = "scores"
     REVISION: ClassVar[str] = "2026-11-21 first"
+    PLACES_WORKERS: ClassVar = True
     INPUTS: ClassVar[Mapping[str, Input]] = {
         "data": Input(("dataset",)),
         "reference": Input(("model",)),
@@ -93,13 +94,14 @@ class _Work:
     micro_batch: int | None
     num_threads: int
     device: str
+    report: Report
 
 
 def _work(config: Evaluate, context: Context) -> _Work:
     resources = context.resources
     device = "cuda" if resources.gpus_per_worker > 0 else "cpu"
     threads = max(1, int(resources.cpus_per_worker))
-    return _Work(config, context.one("data"), resources.micro_batch, threads, device)
+    return _Work(config, context.one("data"), resources.micro_batch, threads, device, context.report)
 
 
 def _run_passes(passes: "list[Pass]", work: _Work, context: Context) -> "list[Scored]":
@@ -152,6 +154,7 @@ def _score(one: "Pass", work: _Work, kept: Mapping[str, list[Any]]) -> Iterator[
     from stages.evaluate.scores import Scored
     from stages.evaluate.scoring import DocumentSums, kept_from, output_layer, score_batches, store_head
 
+    work.report.begun()
     torch.set_num_threads(work.num_threads)
     candidate = one.candidate
     folder = candidate.artifact.folder(candidate.folder)

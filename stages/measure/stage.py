@@ -35,6 +35,7 @@ class Measure(Stage):
 
     KIND: ClassVar[Kind] = "speed"
     REVISION: ClassVar[str] = "2026-11-21 first"
+    PLACES_WORKERS: ClassVar = True
     INPUTS: ClassVar[Mapping[str, Input]] = {"models": Input(("model", "search"), many=True)}
 
     device: str
@@ -104,6 +105,7 @@ def _measure(config: Measure, candidates: "list[Candidate]", gpu: bool, report: 
     from stages.checkpoints import load_model
     from stages.measure.generation import Load, measure_memory, summarize, time_in_turns
 
+    report.begun()
     _check_device(config, gpu)
     torch.set_num_threads(config.threads)
     load = Load(config.batch_size, config.prompt_tokens, config.new_tokens)

@@ -10,11 +10,11 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from stages.contract import Config, Context, Input, Kind, Outcome, Outside, Shards, Stage
+from stages.contract import Config, Context, Input, Kind, Outcome, Outside, Report, Shards, Stage
 from stages.errors import ConfigError, StageFailed
 from stages.outside import PretrainedTokenizer
 from stages.processes import quiet_data
-from stages.sources import Source
+from stages.sources import HubDataset, Source
 from stages.translation import translate
 
 
@@ -33,6 +33,7 @@ class Prepare(Stage):
 
     KIND: ClassVar[Kind] = "dataset"
     REVISION: ClassVar[str] = "2026-11-21 first"
+    PLACES_WORKERS: ClassVar = True
     INPUTS: ClassVar[Mapping[str, Input]] = {"tokenizer": Input(("model", "dataset"), required=False)}
 
     source: Source
@@ -102,6 +103,8 @@ class Prepare(Stage):
         from stages.prepare.tokenizer import describe_tokenizer
 
         set_tokenizer_threads(context.resources.total_cpus)
+        if isinstance(self.source, HubDataset):
+            context.report.begun()  # downloading is work, and needs none of the workers' resources
         parts = plan_parts(self.source, self.part_bytes)
         schema = detect_schema(parts, self.text_field) if self.row_schema == "auto" else self.row_schema
         rows: dict[str, Any] = {"schema": schema, "text_field": self.text_field}
@@ -182,8 +185,11 @@ def _prepare(part: Any, written: frozenset[str], *, job: Any) -> Any:
     return prepare_part(part, job, written)
 
 
-def _apply(row: dict[str, bytes], *, function: Any, num_cpus: float, fixed: dict[str, Any]) -> dict[str, bytes]:
+def _apply(
+    row: dict[str, bytes], *, function: Any, num_cpus: float, fixed: dict[str, Any], report: Report
+) -> dict[str, bytes]:
     """Apply a function to an item in a worker."""
+    report.begun()
     from stages.prepare.encoding import set_tokenizer_threads
 
     set_tokenizer_threads(num_cpus)
@@ -210,7 +216,12 @@ def _map_parts(function: Any, items: list[tuple[Any, ...]], fixed: dict[str, Any
         warnings.simplefilter("ignore", RayDeprecationWarning)
         data = ray.data.from_items(rows, override_num_blocks=min(len(rows), MAX_BLOCKS)).map(
             _apply,
-            fn_kwargs={"function": function, "num_cpus": resources.cpus_per_worker, "fixed": fixed},
+            fn_kwargs={
+                "function": function,
+                "num_cpus": resources.cpus_per_worker,
+                "fixed": fixed,
+                "report": context.report,
+            },
             compute=TaskPoolStrategy(size=resources.workers),
             num_cpus=resources.cpus_per_worker,
             memory=resources.memory_bytes_per_worker,

@@ -75,7 +75,8 @@ def naming_out_of_memory(what: str, micro_batch: int) -> Iterator[None]:
         if not refused:
             raise
         first_line = str(error).partition("\n")[0]
-        raise OutOfMemory(f"{what} ran out of memory with micro_batch={micro_batch}: {first_line}; lower it") from error
+        message = f"{what} ran out of memory with micro_batch={micro_batch}: {first_line}; lower it"
+        raise OutOfMemory(message, micro_batch=micro_batch) from error
 
 
 def quantize_model(

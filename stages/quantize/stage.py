@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field, field_validator
 
-from stages.contract import Artifact, Context, Input, Kind, Outcome, Resources, Stage
+from stages.contract import Artifact, Context, Input, Kind, Outcome, Report, Resources, Stage
 from stages.errors import OutOfMemory, StageFailed, Transient
 from stages.processes import environment
 from stages.quantize.finalists import publish
@@ -54,6 +54,7 @@ class Quantize(Stage):
 
     KIND: ClassVar[Kind] = "search"
     REVISION: ClassVar[str] = "2026-11-21 first"
+    PLACES_WORKERS: ClassVar = True
     INPUTS: ClassVar[Mapping[str, Input]] = {"model": Input(("model",)), "data": Input(("dataset",))}
     FRESH_PROCESS: ClassVar[bool] = True
 
@@ -105,7 +106,7 @@ class Quantize(Stage):
                 f"a small calibration split: {len(calibration)} rows to calibrate on, {len(evaluation)} to measure on"
             )
         job = ray.put(self._job(context, calibration))
-        survey_ref, reference = _task(_survey, context.resources, num_returns=2).remote(job, evaluation)
+        survey_ref, reference = _task(_survey, context.resources, num_returns=2).remote(job, evaluation, context.report)
         survey = _get(survey_ref)
         records = self._search(context, job, survey, reference)
         front = pareto_front(points_of(records))
@@ -211,8 +212,9 @@ def _get(ref: Any) -> Any:
         raise translate(error) from error
 
 
-def _survey(job: "Job", evaluation: "Rows") -> Any:
+def _survey(job: "Job", evaluation: "Rows", report: Report) -> Any:
     """Run in a worker: see `survey_model`."""
+    report.begun()
     import_for_measuring()
     from stages.quantize.trial import survey_model
 
@@ -279,11 +281,11 @@ def _run_trials(
                 callbacks=[Watch()],
             ),
         ).fit()
-        _check_lost([name for name in schemes if name not in records], results)
+        _check_lost([name for name in schemes if name not in records], results, survey)
     return records
 
 
-def _check_lost(missing: Sequence[str], results: Any) -> None:
+def _check_lost(missing: Sequence[str], results: Any, survey: "Survey") -> None:
     """Raise where trials left no receipt: something that another attempt may mend."""
     if not missing:
         return
@@ -292,7 +294,7 @@ def _check_lost(missing: Sequence[str], results: Any) -> None:
     # Ray's memory monitor kills the worker before the kernel does, and says so.
     starved += [reason for reason in reasons if "OutOfMemoryError" in reason or "low on memory" in reason]
     if starved:
-        raise OutOfMemory(starved[0])
+        raise OutOfMemory(starved[0], micro_batch=survey.micro_batch)
     shown = "; ".join(reason.rpartition("\n")[2] for reason in reasons)
     raise Transient(
         f"{len(missing)} trials ended without a receipt ({', '.join(missing)}): {shown}; the others stay done"

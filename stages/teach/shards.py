@@ -107,7 +107,8 @@ def teach_shard(path: Path, teach: Callable[[torch.Tensor], Signals], *, batch_r
             except torch.cuda.OutOfMemoryError as error:
                 raise OutOfMemory(
                     f"the teacher ran out of GPU memory with {len(digests)} rows of {input_ids_BT.shape[1]} tokens; "
-                    f"set resources.micro_batch below {len(digests)}"
+                    f"set resources.micro_batch below {len(digests)}",
+                    micro_batch=len(digests),
                 ) from error
             _refuse_broken(signals, digests, dtype)
             writer.write_batch(record(digests, signals))

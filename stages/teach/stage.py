@@ -45,6 +45,7 @@ class Teach(Stage):
 
     KIND: ClassVar = "signals"
     REVISION: ClassVar = "2026-11-21 first"
+    PLACES_WORKERS: ClassVar = True
     INPUTS: ClassVar = {"teacher": Input(("model",)), "data": Input(("dataset",))}
 
     method: TopK = TopK(k=32)
@@ -81,6 +82,7 @@ class Teach(Stage):
             "teacher": context.one("teacher"),
             "data": context.one("data"),
             "shards": shards,
+            "report": context.report,
             "method": self.method,
             "dtype": self.dtype,
             "vocabulary": facts["vocabulary_size"],
@@ -157,6 +159,7 @@ class _ShardTeacher:
 
     def __init__(self, job: dict[str, Any]) -> None:
         self.job = job
+        job["report"].begun()
         self.engine: LocalTeacher | None = None
 
     def _load(self) -> "LocalTeacher":

@@ -207,7 +207,8 @@ class Training:
             rows = len(batch.micro_batches[0].input_ids_BT)
             raise OutOfMemory(
                 f"training ran out of GPU memory at step {step} with a micro-batch of {rows} rows; "
-                f"set resources.micro_batch below {rows}"
+                f"set resources.micro_batch below {rows}",
+                micro_batch=rows,
             ) from error
         if self.recipe.gradient_clip:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.gradient_clip)

@@ -43,6 +43,7 @@ class Train(Stage):
 
     KIND: ClassVar = "model"
     REVISION: ClassVar = "2026-11-21 first"
+    PLACES_WORKERS: ClassVar = True
     FRESH_PROCESS: ClassVar = True
     INPUTS: ClassVar = {
         "data": Input(("dataset",)),

@@ -44,6 +44,7 @@ def train_rank(job: Job, ranks: Ranks) -> None:
         StageFailed: the inputs do not fit the stage.
     """
     context = job.context
+    context.report.begun()
     torch.set_num_threads(max(1, int(context.resources.cpus_per_worker)))
     data = context.one("data")
     facts = data.read_json("dataset.json")

@@ -4,12 +4,15 @@ import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
-from stages.errors import ConfigError, nearest
+from pydantic import ValidationError
+
+from stages.errors import ConfigError, StillhouseError, nearest
 from workflows.engine.graph import Workflow
 
 WORKFLOWS = Path(__file__).parents[1]
@@ -22,6 +25,19 @@ class FoundWorkflow:
     name: str
     build: Callable[..., Workflow]
     by_value: ModuleType | None
+
+    def graph(self, parameters: Mapping[str, Any]) -> Workflow:
+        """Return the workflow's graph for some parameters.
+
+        Raises:
+            ConfigError: the function refuses them, or is flawed.
+        """
+        try:
+            return self.build(**parameters)
+        except (StillhouseError, ValidationError):
+            raise
+        except Exception as error:
+            raise ConfigError(f"the workflow {self.name!r} cannot be built: {type(error).__name__}: {error}") from error
 
 
 def workflow_names() -> list[str]:

@@ -17,6 +17,7 @@ from workflows.engine.graph import Workflow
 from workflows.engine.identity import Fingerprint, Identity, differences, identities
 from workflows.engine.ledger.page import CANDIDATES_PATH
 from workflows.engine.ledger.reading import read_candidates, registered_fingerprints
+from workflows.engine.masking import masked
 from workflows.engine.store import ArtifactStore, Commit, reachable
 
 COLUMNS = (
@@ -198,7 +199,8 @@ def collect(settings: Settings, *, keep_runs: int, delete: bool) -> dict[str, An
     store = ArtifactStore(settings.store)
     registered = registered_fingerprints(settings.tracking(store))
     runs = sorted((store.root / "runs").children())
-    kept_runs = runs[-keep_runs:] if keep_runs > 0 else []
+    newest = runs[-keep_runs:] if keep_runs > 0 else []
+    kept_runs = [run for run in runs if run in newest or store.liveness.run_alive(run)]
     roots = {*registered, *store.pins()}
     for run in kept_runs:
         if (store.root / "runs" / run).has("steps.json"):
@@ -219,6 +221,7 @@ def collect(settings: Settings, *, keep_runs: int, delete: bool) -> dict[str, An
             # Commits go first: cut short, this leaves files that nobody reads, never a manifest without files.
             names = sorted((entry.name for entry in entries), key=lambda name: not name.startswith("commits/"))
             store.folder(fingerprint).delete(names)
+            store.folder(fingerprint).prune()
     return {"collected": rows, "size_bytes": freed, "kept": len(kept), "kept_runs": kept_runs, "deleted": delete}
 
 
@@ -267,7 +270,7 @@ def serve_ui(settings: Settings, port: int, console: Console) -> int:
     """Become the MLflow UI's server, so that whoever stops this process stops it; return where it needs none."""
     tracking = settings.tracking(ArtifactStore(settings.store))
     if tracking.startswith(("http://", "https://")):
-        console.print(f"the tracking server has its own UI: {tracking}", highlight=False)
+        console.print(f"the tracking server has its own UI: {masked(tracking)}", highlight=False)
         return 0
     if tracking.startswith("sqlite:///") and not os.path.exists(tracking.removeprefix("sqlite:///")):
         raise ConfigError(f"there is no ledger at {tracking} yet; run a workflow first, or name its store with --store")

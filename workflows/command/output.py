@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from workflows.engine.execute import Execution
+from workflows.engine.masking import masked
 from workflows.engine.plan import Plan
 
 PIPE_COLUMNS = 140
@@ -16,8 +17,10 @@ PIPE_COLUMNS = 140
 
 def console(*, stderr: bool = False, quiet: bool = False) -> Console:
     """Return a console that fits the terminal; a file or pipe gets lines of a fixed width."""
-    made = Console(stderr=stderr, quiet=quiet)
-    return made if made.is_terminal else Console(stderr=stderr, quiet=quiet, width=PIPE_COLUMNS)
+    # No markup: errors and names hold brackets of their own, as gloo's "[/pytorch/…]".
+    plain: dict[str, Any] = {"stderr": stderr, "quiet": quiet, "markup": False, "emoji": False}
+    made = Console(**plain)
+    return made if made.is_terminal else Console(**plain, width=PIPE_COLUMNS)
 
 
 def print_json(value: Any) -> None:
@@ -79,5 +82,5 @@ def execution_json(execution: Execution) -> dict[str, Any]:
         "candidates": candidates,
         "verdict": reports[-1]["verdict"] if reports else None,
         "seconds": round(execution.seconds, 3),
-        "tracking_uri": execution.tracking_uri,
+        "tracking_uri": masked(execution.tracking_uri),
     }

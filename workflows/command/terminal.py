@@ -12,9 +12,10 @@ from rich.table import Table
 from rich.text import Text
 
 from stages.promote.leaderboard import leaderboard
-from workflows.engine.driver import StepResult, Watcher
 from workflows.engine.execute import Execution
+from workflows.engine.masking import masked
 from workflows.engine.plan import Plan, StepPlan
+from workflows.engine.results import StepResult, Watcher
 from workflows.engine.schedule import Phase
 
 STATUS_STYLE = {"HIT": "green", "MISS": "yellow", "BLOCKED": "bold red"}
@@ -103,11 +104,11 @@ class LiveWatcher(Watcher):
     live: Live | None = None
 
     def __post_init__(self) -> None:
-        """Take the plan's hits as committed."""
-        self.rows = {
-            name: _Row(Phase.COMMITTED, "found") if step.status == "HIT" else _Row()
-            for name, step in self.plan.steps.items()
-        }
+        """Take the plan's hits as committed, and what it has blocked as skipped."""
+        first = {"HIT": (Phase.COMMITTED, "found"), "BLOCKED": (Phase.SKIPPED, ""), "MISS": (Phase.WAITING, "")}
+        self.rows = {name: _Row(*first[step.status]) for name, step in self.plan.steps.items()}
+        for step in self.plan.having("BLOCKED"):
+            self.step(step.step.name, Phase.SKIPPED, step.reason)
 
     def step(self, name: str, phase: Phase, text: str) -> None:
         """Show a step's new phase."""
@@ -248,12 +249,13 @@ def print_outcome(console: Console, execution: Execution, *, store: str, trackin
         highlight=False,
     )
     if execution.ledger is not None and execution.ledger.waiting:
-        console.print(
-            f"[yellow]{execution.ledger.waiting} records wait for MLflow at {execution.tracking_uri}: "
-            f"{execution.ledger.error}; the next run sends them[/]"
+        text = (
+            f"{execution.ledger.waiting} records wait for MLflow at {masked(execution.tracking_uri)}: "
+            f"{execution.ledger.error}; the next run sends them"
         )
+        console.print(Text(text, style="yellow"))
     where = "" if store == "./.stillhouse" else f" --store {store}"
-    ledger = where + (f" --tracking-uri {tracking_uri}" if tracking_uri else "")
+    ledger = where + (f" --tracking-uri {masked(tracking_uri)}" if tracking_uri else "")
     look = f"look: stillhouse ui{ledger} · stillhouse compare{ledger} · stillhouse artifacts list{where}"
     console.print(look, highlight=False, soft_wrap=True)
     if not result.succeeded:

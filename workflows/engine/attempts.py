@@ -45,16 +45,14 @@ class Done:
 class Reports:
     """What stages told since the last drain."""
 
+    begun: set[tuple[str, int]] = field(default_factory=set)
+    """(step, attempt) whose work has its resources."""
     progress: Mapping[tuple[str, int], tuple[float, float, str]] = field(default_factory=dict)
     """(step, attempt) → (done, total, unit)."""
     curves: Mapping[tuple[str, int], list[tuple[str, float, int, int]]] = field(default_factory=dict)
     """(step, attempt) → [(metric, value, step, at_ms)]."""
     notes: list[tuple[str, int, str]] = field(default_factory=list)
     """(step, attempt, text)."""
-
-    def speakers(self) -> set[tuple[str, int]]:
-        """Return which attempts told anything."""
-        return {*self.progress, *self.curves, *((step, attempt) for step, attempt, _ in self.notes)}
 
 
 class Tasks(Protocol):

@@ -10,20 +10,22 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from threading import Event as Flag
-from typing import Any, Literal, Protocol
+from typing import Any
 
 from stages.contract import Artifact
+from stages.errors import OutsideError, StillhouseError
 from stages.storage import Folder
 from workflows.engine.attempts import Done, Reports, Request, Tasks
 from workflows.engine.failures import Failure, FailureKind
-from workflows.engine.graph import Given, Handle, Source, Step, Wiring
+from workflows.engine.graph import Handle, Source, Wiring
 from workflows.engine.heartbeat import Heartbeat, Holder
-from workflows.engine.identity import given_identity
 from workflows.engine.ledger import records
 from workflows.engine.ledger.records import Record
 from workflows.engine.manifest import build_manifest
-from workflows.engine.plan import Plan
+from workflows.engine.pinning import Pinned, pin
+from workflows.engine.plan import Plan, StepPlan
 from workflows.engine.recorder import Recorder
+from workflows.engine.results import OUTCOME_OF, Outcome, RunResult, StepResult, Watcher
 from workflows.engine.schedule import (
     Began,
     Capacity,
@@ -53,49 +55,6 @@ REPORT_SECONDS = 0.5
 IDLE_SECONDS = 0.05
 """How long a turn waits while steps wait for another run or a backoff, and nothing runs."""
 
-Outcome = Literal["hit", "committed", "shared", "failed", "skipped", "cancelled"]
-
-
-class Watcher(Protocol):
-    """Who is told how the run goes: the terminal."""
-
-    def step(self, name: str, phase: Phase, text: str) -> None:
-        """A step changed its phase."""
-
-    def progress(self, name: str, done: float, total: float, unit: str) -> None:
-        """A step told how far it is."""
-
-    def note(self, name: str, text: str) -> None:
-        """A step told a line."""
-
-
-@dataclass(frozen=True, slots=True)
-class StepResult:
-    """How a step of a run ended."""
-
-    name: str
-    outcome: Outcome
-    reason: str
-    commit: Commit | None
-    log: str | None
-    """URI of the last attempt's log."""
-    attempts: int
-
-
-@dataclass(frozen=True, slots=True)
-class RunResult:
-    """How a run ended."""
-
-    run: str
-    steps: Mapping[str, StepResult]
-    succeeded: bool
-    interrupted: bool
-
-    @property
-    def executed(self) -> int:
-        """Steps that this run ran and committed."""
-        return sum(step.outcome == "committed" for step in self.steps.values())
-
 
 @dataclass(slots=True)
 class Driver:
@@ -113,6 +72,7 @@ class Driver:
     _schedule: Schedule = field(init=False)
     _claims: dict[str, Claim] = field(init=False, default_factory=dict)
     _commits: dict[str, Commit] = field(init=False, default_factory=dict)
+    _outside: dict[str, Pinned] = field(init=False, default_factory=dict)
     _shared: set[str] = field(init=False, default_factory=set)
     _hits: frozenset[str] = field(init=False)
     _next_reports: float = field(init=False, default=0.0)
@@ -127,7 +87,12 @@ class Driver:
         self._hits = frozenset(self._commits)
         shape = self.tasks.shape()
         steps = {name: planned.step for name, planned in self.plan.steps.items()}
-        self._schedule = new_schedule(steps, committed=self._hits, capacity=Capacity(shape.cpus, shape.gpus))
+        self._schedule = new_schedule(
+            steps,
+            committed=self._hits,
+            capacity=Capacity(shape.cpus, shape.gpus),
+            blocked={planned.step.name: planned.reason for planned in self.plan.having("BLOCKED")},
+        )
 
     def go(self) -> RunResult:
         """Run everything that is not committed; return how each step ended."""
@@ -143,6 +108,8 @@ class Driver:
                     self._take(Interrupted(self.clock()))
                 self._turn()
         finally:
+            for name in self._claims:
+                self._release(name)
             heartbeat.stop()
         return self._result()
 
@@ -177,6 +144,8 @@ class Driver:
             case Settle(step, phase, reason):
                 logger.info("%s: %s", step, reason)
                 self.watcher.step(step, phase, reason)
+                if phase.over:
+                    self._release(step)
 
     # Starting an attempt --------------------------------------------------------------------------------------------
 
@@ -184,6 +153,13 @@ class Driver:
         planned = self.plan.steps[launch.step]
         assert planned.fingerprint is not None
         if self._share(launch):
+            return
+        try:
+            pinned = self._outside[launch.step] = pin(planned)
+        except StillhouseError as error:  # out of reach for now, or no longer what was planned
+            self._recorder.opened(launch.step, launch.attempt, "miss")
+            kind = FailureKind.TRANSIENT if isinstance(error, OutsideError) else FailureKind.PERMANENT
+            self._settle_failed(launch.step, launch.attempt, Failure(kind, str(error)))
             return
         claim = self.store.claim(planned.fingerprint, self.run)
         if isinstance(claim, Holder):
@@ -195,16 +171,15 @@ class Driver:
         if self._share(launch):  # committed between our look and our claim
             return
         self._claims[launch.step] = claim
-        stage = planned.step.stage
         request = Request(
             step=launch.step,
             attempt=launch.attempt,
-            stage=stage.resolved(),
+            stage=pinned.stage,
             fingerprint=planned.fingerprint,
-            inputs={name: self._resolve(wiring) for name, wiring in planned.step.inputs.items()},
+            inputs={name: self._resolve(wiring, pinned) for name, wiring in planned.step.inputs.items()},
             root=self.store.folder(planned.fingerprint),
             out=self.store.out(claim),
-            resume=self.store.resume(claim),
+            resume=self.store.resume(claim, self._input_commits(planned)),
             logs=self._logs(),
             resources=launch.resources,
         )
@@ -220,7 +195,7 @@ class Driver:
         if (
             newest is None
             or newest.generation <= planned.seen_generation
-            or newest.manifest["inputs"] != self._input_commits(planned.step)
+            or newest.manifest["inputs"] != self._input_commits(planned)
         ):
             return False
         self._commits[launch.step] = newest
@@ -237,20 +212,17 @@ class Driver:
         self._take(Committed(launch.step, self.clock()))
         return True
 
-    def _input_commits(self, step: Step) -> dict[str, dict[str, Any]]:
-        return {name: self._commit_of(source) for name, source in step.sources()}
+    def _input_commits(self, planned: StepPlan) -> dict[str, dict[str, Any]]:
+        assert planned.identity is not None
+        found = {}
+        for name, source in planned.step.sources():
+            generation = self._commits[source.step].generation if isinstance(source, Handle) else 0
+            found[name] = {"fingerprint": planned.identity.record["inputs"][name], "generation": generation}
+        return found
 
-    def _commit_of(self, source: Source) -> dict[str, Any]:
-        if isinstance(source, Given):
-            return {"fingerprint": given_identity(source).fingerprint, "generation": 0}
-        commit = self._commits[source.step]
-        return {"fingerprint": commit.fingerprint, "generation": commit.generation}
-
-    def _resolve(self, wiring: Wiring) -> Artifact | Mapping[str, Artifact]:
+    def _resolve(self, wiring: Wiring, pinned: Pinned) -> Artifact | Mapping[str, Artifact]:
         def artifact(source: Source) -> Artifact:
-            if isinstance(source, Handle):
-                return self._commits[source.step].artifact
-            return source.checkpoint.artifact(given_identity(source).fingerprint)
+            return self._commits[source.step].artifact if isinstance(source, Handle) else pinned.artifact(source)
 
         return {key: artifact(s) for key, s in wiring.items()} if isinstance(wiring, Mapping) else artifact(wiring)
 
@@ -278,18 +250,31 @@ class Driver:
             self._take(Committed(name, self.clock()))
             return
         status: records.Status = "KILLED" if state.phase is Phase.STOPPING else "FAILED"
-        self._recorder.closed(name, state.attempt, status, {}, {"error": ended.message[:500]})
-        self._take(Failed(name, self.clock(), ended))
+        self._settle_failed(name, state.attempt, ended, status)
+
+    def _settle_failed(self, name: str, attempt: int, failure: Failure, status: records.Status = "FAILED") -> None:
+        self._recorder.closed(name, attempt, status, {}, {"error": failure.message[:500]})
+        self._take(Failed(name, self.clock(), failure))
+
+    def _release(self, name: str) -> None:
+        """Let other runs have a step's claim without waiting for this run's end."""
+        if name in self._claims:
+            try:
+                self.store.release(self._claims[name])
+            except Exception as error:  # noqa: BLE001  the claim dies with this process anyway
+                logger.warning("cannot release the claim on %s: %s", name, error)
 
     def _commit(self, name: str, done: Done) -> Commit | Failure:
         planned, claim = self.plan.steps[name], self._claims[name]
+        if moved := self._outside[name].moved():
+            return Failure(FailureKind.PERMANENT, moved)
         manifest = build_manifest(
             planned,
             claim,
             done,
             workflow=self.plan.workflow.name,
             run=self.run,
-            inputs=self._input_commits(planned.step),
+            inputs=self._input_commits(planned),
             resources=self._schedule.steps[name].resources,
         )
         try:
@@ -297,10 +282,11 @@ class Driver:
         except Fenced as error:
             return Failure(FailureKind.FENCED, str(error))
         self.store.forget_resume(claim)
+        self._release(name)
         return commit
 
     def _pass_on(self, reports: Reports) -> None:
-        for name, attempt in sorted(reports.speakers()):
+        for name, attempt in sorted(reports.begun):
             state = self._schedule.steps[name]
             if state.phase is Phase.RUNNING and state.attempt == attempt and state.began_at is None:
                 self._take(Began(name, self.clock()))
@@ -315,7 +301,7 @@ class Driver:
         results = {}
         for name, state in self._schedule.steps.items():
             outcome: Outcome = (
-                "hit" if name in self._hits else "shared" if name in self._shared else _OUTCOMES[state.phase]
+                "hit" if name in self._hits else "shared" if name in self._shared else OUTCOME_OF[state.phase]
             )
             log = (
                 self._logs().uri_of(f"{name}.{state.attempt}.log")
@@ -324,11 +310,3 @@ class Driver:
             )
             results[name] = StepResult(name, outcome, state.reason, self._commits.get(name), log, state.attempt)
         return RunResult(self.run, results, self._schedule.succeeded, self._schedule.interrupted)
-
-
-_OUTCOMES: Mapping[Phase, Outcome] = {
-    Phase.COMMITTED: "committed",
-    Phase.FAILED: "failed",
-    Phase.SKIPPED: "skipped",
-    Phase.CANCELLED: "cancelled",
-}

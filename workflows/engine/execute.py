@@ -13,7 +13,7 @@ from typing import Any
 from stages.errors import ConfigError
 from stages.storage import Folder
 from workflows.engine.attempts import Done, Reports, Request, Tasks
-from workflows.engine.driver import Driver, RunResult, StepResult, Watcher
+from workflows.engine.driver import Driver
 from workflows.engine.failures import Failure
 from workflows.engine.graph import Workflow
 from workflows.engine.identity import Fingerprint
@@ -24,6 +24,7 @@ from workflows.engine.ledger.tracking import default_tracking_uri
 from workflows.engine.manifest import cost_seconds
 from workflows.engine.plan import ClusterShape, Plan, make_plan
 from workflows.engine.provenance import git_commit
+from workflows.engine.results import RunResult, StepResult, Watcher
 from workflows.engine.store import ArtifactStore
 from workflows.engine.tasks import RayTasks, local_shape
 

@@ -32,6 +32,8 @@ class Failure:
     kind: FailureKind
     message: str
     """For people: what failed and what to do."""
+    micro_batch: int | None = None
+    """Rows in one forward pass with which memory did not suffice, where that is known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,32 +54,31 @@ class GiveUp:
 
 LONGEST_BACKOFF_SECONDS = 300.0
 """Backoff stops doubling here: an outage of an hour costs a dozen tries, not a night."""
-SMALLEST_MICRO_BATCH = 1
-FIRST_MICRO_BATCH = 8
-"""Where shrinking starts when the stage had chosen its own micro-batch."""
 
 
 def decide(failure: Failure, *, attempt: int, retry: Retry, resources: Resources) -> TryAgain | GiveUp:
-    """Decide what follows a failed attempt (counted from 1)."""
+    """Decide what follows a failed attempt (counted from 1).
+
+    Out of memory is tried again with half the rows until one row does not fit, however many attempts that takes.
+    """
     if not failure.kind.retriable:
         return GiveUp("not tried again, since the same would happen")
+    wait = min(retry.backoff_seconds * 2 ** (attempt - 1), LONGEST_BACKOFF_SECONDS)
+    reason = f"it {failure.kind.value} at attempt {attempt}"
+    if failure.kind is FailureKind.OUT_OF_MEMORY:
+        return _shrink(failure, resources, wait, reason)
     if attempt >= retry.attempts:
-        return GiveUp(f"given up: it {failure.kind.value} at attempt {attempt} of {retry.attempts}")
-    wait = (
-        0.0
-        if failure.kind is FailureKind.PREEMPTED
-        else min(retry.backoff_seconds * 2 ** (attempt - 1), LONGEST_BACKOFF_SECONDS)
-    )
-    reason = f"it {failure.kind.value} at attempt {attempt} of {retry.attempts}"
-    if failure.kind is not FailureKind.OUT_OF_MEMORY:
-        return TryAgain(wait, resources, reason)
-    if resources.micro_batch == SMALLEST_MICRO_BATCH:
-        return GiveUp(
-            f"given up: {reason} with a micro-batch of {SMALLEST_MICRO_BATCH} row, which cannot be made smaller"
-        )
-    smaller = resources.micro_batch // 2 if resources.micro_batch else FIRST_MICRO_BATCH
+        return GiveUp(f"given up: {reason} of {retry.attempts}")
+    return TryAgain(0.0 if failure.kind is FailureKind.PREEMPTED else wait, resources, f"{reason} of {retry.attempts}")
+
+
+def _shrink(failure: Failure, resources: Resources, wait_seconds: float, reason: str) -> TryAgain | GiveUp:
+    tried = failure.micro_batch or resources.micro_batch
+    if tried == 1:
+        return GiveUp(f"given up: {reason} with a micro-batch of 1 row, which cannot be made smaller")
+    smaller = tried // 2 if tried else 1  # a worker that the system killed could not say how many rows it had
     return TryAgain(
-        wait,
+        wait_seconds,
         resources.model_copy(update={"micro_batch": smaller}),
-        f"{reason}; micro-batch {resources.micro_batch or 'of the stage'} → {smaller} rows",
+        f"{reason}; micro-batch {tried or 'of the stage'} → {smaller} rows",
     )

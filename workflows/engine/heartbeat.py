@@ -23,9 +23,10 @@ LONG_DEAD_SECONDS = 900.0
 
 @cache
 def boot_id() -> str:
-    """Return what changes when this host boots."""
-    path = Path("/proc/sys/kernel/random/boot_id")
-    return path.read_text().strip() if path.exists() else str(int(psutil.boot_time()))
+    """Return what changes when this host boots, and between containers: process ids mean something within it only."""
+    boot, processes = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
+    name = boot.read_text().strip() if boot.exists() else str(int(psutil.boot_time()))
+    return f"{name} {processes.readlink()}" if processes.is_symlink() else name
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +74,13 @@ class Liveness:
         self._runs = runs
         self._seen: dict[str, tuple[float, float]] = {}
         """run → (its heartbeat's modification time, when this process first saw that)."""
+
+    def run_alive(self, run: str) -> bool:
+        """Tell whether a run's driver lives."""
+        try:
+            return self.alive(Holder.from_json((self._runs / run).get_json("heartbeat.json")))
+        except FileNotFoundError:
+            return False
 
     def alive(self, holder: Holder) -> bool:
         """Tell whether a holder may still write."""

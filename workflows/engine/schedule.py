@@ -57,7 +57,7 @@ class StepState:
     not_before: float = 0.0
     launched_at: float = 0.0
     began_at: float | None = None
-    """When the attempt's stage first reported; None while it waits for its resources."""
+    """When the attempt's work had its resources; None while it waits for them."""
     stopping: Failure | None = None
     reason: str = ""
 
@@ -101,7 +101,7 @@ class Tick:
 
 @dataclass(frozen=True, slots=True)
 class Began:
-    """A running attempt's stage reported for the first time."""
+    """A running attempt's work has its resources."""
 
     step: str
     at: float
@@ -175,8 +175,15 @@ class Settle:
 Decision = Launch | Stop | Settle
 
 
-def new_schedule(steps: Mapping[str, Step], *, committed: frozenset[str], capacity: Capacity) -> Schedule:
-    """Return the schedule of a run that has some steps committed already."""
+def new_schedule(
+    steps: Mapping[str, Step],
+    *,
+    committed: frozenset[str],
+    capacity: Capacity,
+    blocked: Mapping[str, str] | None = None,
+) -> Schedule:
+    """Return the schedule of a run that has some steps committed already; `blocked` steps cannot run: name → why."""
+    blocked = blocked or {}
     states = {
         name: StepState(
             name=name,
@@ -184,7 +191,8 @@ def new_schedule(steps: Mapping[str, Step], *, committed: frozenset[str], capaci
             resources=step.resources,
             retry=step.retry,
             required=step.required,
-            phase=Phase.COMMITTED if name in committed else Phase.WAITING,
+            phase=Phase.COMMITTED if name in committed else Phase.SKIPPED if name in blocked else Phase.WAITING,
+            reason=blocked.get(name, ""),
         )
         for name, step in steps.items()
     }
@@ -280,9 +288,8 @@ def _stop_overdue(draft: _Draft, at: float) -> None:
             )
             failure = Failure(
                 FailureKind.PENDING,
-                f"after {waited:.0f} s its stage had not begun; it asks for {need}. Free these on the cluster, ask "
-                "for less, "
-                "or raise the step's pending_timeout_seconds",
+                f"after {waited:.0f} s its work had not begun; it asks for {need}. Free these on the cluster, ask "
+                "for less, or raise the step's pending_timeout_seconds",
             )
         elif state.began_at is not None and retry.timeout_seconds is not None and ran > retry.timeout_seconds:
             failure = Failure(

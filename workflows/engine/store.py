@@ -1,7 +1,8 @@
 """Claims, attempts, commits and withdrawals over `stages.storage`: the only state that the engine has.
 
     <store>/artifacts/<fingerprint>/claims/<epoch>.json        create-only; the highest epoch may write
-                                   /resume/<generation>/       snapshots and receipts, for going on
+                                   /released/<epoch>.json      its holder is done with it, though it may live on
+                                   /resume/<generation>/<inputs>/  snapshots and receipts, for going on
                                    /out/<epoch>/…              what this epoch's attempt wrote
                                    /commits/<generation>.json  create-only: the manifest
                                    /withdrawn/<generation>.json
@@ -13,8 +14,11 @@ Whatever must be unique is a create-only object, so that local disk and S3 give 
 one fingerprint one commits, and a writer that was overtaken cannot.
 """
 
+import hashlib
+import json
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -153,8 +157,8 @@ class ArtifactStore:
             epochs = [int(entry.name.removesuffix(".json")) for entry in (folder / "claims").entries()]
             highest = epochs[-1] if epochs else 0
             if highest:
-                holder = Holder.from_json(folder.get_json(f"claims/{highest:06d}.json"))
-                if holder.run != run and self.liveness.alive(holder):
+                holder = self._holder(fingerprint, highest)
+                if holder is not None and holder.run != run:
                     return holder
             epoch, generation = highest + 1, self._next_generation(fingerprint)
             try:
@@ -162,6 +166,19 @@ class ArtifactStore:
             except AlreadyExists:
                 continue  # another run was faster: look at it
             return Claim(fingerprint, epoch, generation)
+
+    def _holder(self, fingerprint: str, epoch: int) -> Holder | None:
+        """Return who holds an epoch's claim, or None where it was released or its holder is dead."""
+        folder = self.folder(fingerprint)
+        if folder.has(f"released/{epoch:06d}.json"):
+            return None
+        holder = Holder.from_json(folder.get_json(f"claims/{epoch:06d}.json"))
+        return holder if self.liveness.alive(holder) else None
+
+    def release(self, claim: Claim) -> None:
+        """Let go of a claim, so that another run need not wait for this one's end; again is as good as once."""
+        with suppress(AlreadyExists):
+            self.folder(claim.fingerprint).put_json(f"released/{claim.epoch:06d}.json", {}, create=True)
 
     def _next_generation(self, fingerprint: str) -> int:
         commits = (self.folder(fingerprint) / "commits").entries()
@@ -171,8 +188,12 @@ class ArtifactStore:
         """Return the folder that only this claim's attempt writes."""
         return self.folder(claim.fingerprint) / "out" / f"{claim.epoch:06d}"
 
-    def resume(self, claim: Claim) -> Folder:
-        """Return the folder that attempts at this generation share."""
+    def resume(self, claim: Claim, inputs: Mapping[str, Mapping[str, Any]] | None = None) -> Folder:
+        """Return the folder that attempts at this generation share, if they read the same commits of their inputs."""
+        text = json.dumps(inputs or {}, sort_keys=True)
+        return self._resume(claim) / hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    def _resume(self, claim: Claim) -> Folder:
         return self.folder(claim.fingerprint) / "resume" / f"{claim.generation:06d}"
 
     def commit(self, claim: Claim, manifest: Mapping[str, Any]) -> Commit:
@@ -196,13 +217,12 @@ class ArtifactStore:
 
     def held(self, fingerprint: str) -> bool:
         """Tell whether a live run holds the claim."""
-        claims = self.folder(fingerprint) / "claims"
-        entries = claims.entries()
-        return bool(entries) and self.liveness.alive(Holder.from_json(claims.get_json(entries[-1].name)))
+        entries = (self.folder(fingerprint) / "claims").entries()
+        return bool(entries) and self._holder(fingerprint, int(entries[-1].name.removesuffix(".json"))) is not None
 
     def forget_resume(self, claim: Claim) -> None:
         """Delete what attempts kept in order to go on: the commit names every file that counts."""
-        folder = self.resume(claim)
+        folder = self._resume(claim)
         folder.delete([entry.name for entry in folder.entries()])
 
     def withdraw(self, commit: Commit, reason: str) -> None:

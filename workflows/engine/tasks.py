@@ -81,6 +81,7 @@ class RayTasks:
             probe(address)
         _set_environment(local=address is None)
         import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         self._ray = ray
         where: dict[str, Any] = {
@@ -110,7 +111,9 @@ class RayTasks:
             ray.cloudpickle.register_pickle_by_value(by_value)
         remote = importlib.import_module("workflows.engine.worker")
         self._address = address
-        self._box = ray.remote(num_cpus=0, max_concurrency=1)(remote.ReportBox).remote()
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        box = ray.remote(num_cpus=0, max_concurrency=1, max_restarts=-1, scheduling_strategy=here)(remote.ReportBox)
+        self._box = box.remote()
         self._run = ray.remote(num_cpus=0, num_gpus=0, max_retries=0)(remote.run_attempt)
         self._fresh = ray.remote(num_cpus=0, num_gpus=0, max_restarts=0)(remote.FreshWorker)
         self._actors: dict[Any, Any] = {}

@@ -5,6 +5,7 @@ Imported by workers; imports no ray itself: the report actor's handle is passed 
 
 import contextlib
 import logging
+import math
 import os
 import resource
 import socket
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from stages.contract import Context
-from stages.errors import OutOfMemory, StillhouseError, Transient, WorkerLost
+from stages.errors import OutOfMemory, StageFailed, StillhouseError, Transient, WorkerLost
 from stages.translation import translate
 from workflows.engine.attempts import Done, Reports, Request
 from workflows.engine.failures import Failure, FailureKind
@@ -39,7 +40,11 @@ class ReportBox:
 
     def __init__(self) -> None:
         """Start empty."""
-        self._reports = Reports({}, {}, [])
+        self._reports = Reports()
+
+    def begun(self, key: tuple[str, int]) -> None:
+        """Keep that an attempt's work has its resources."""
+        self._reports.begun.add(key)
 
     def progress(self, key: tuple[str, int], done: float, total: float, unit: str) -> None:
         """Keep an attempt's latest progress."""
@@ -55,7 +60,7 @@ class ReportBox:
 
     def drain(self) -> Reports:
         """Return everything and start anew."""
-        reports, self._reports = self._reports, Reports({}, {}, [])
+        reports, self._reports = self._reports, Reports()
         return reports
 
 
@@ -66,6 +71,10 @@ class ActorReport:
         """Report for one attempt."""
         self._box, self._key = box, (step, attempt)
         self._last = 0.0
+
+    def begun(self) -> None:
+        """Tell that the work has its resources."""
+        self._send("begun")
 
     def progress(self, done: float, total: float, unit: str) -> None:
         """Tell how much of the work is done."""
@@ -96,8 +105,11 @@ def run_attempt(request: Request, box: Any) -> Done | Failure:
         logger = logging.getLogger(__name__)
         logger.info("%s attempt %d on %s: %r", request.step, request.attempt, socket.gethostname(), request.stage)
         context = Context(request.fingerprint, request.inputs, request.out, request.resume, request.resources, report)
+        if not request.stage.PLACES_WORKERS:
+            report.begun()
         try:
             outcome = request.stage.run(context)
+            metrics = _checked(outcome.metrics)
             files = seal(request.out, request.resume, request.root)
         except Exception as error:  # noqa: BLE001  the border of the step's process: every error becomes a decision of the engine
             log.write(traceback.format_exc())
@@ -108,7 +120,26 @@ def run_attempt(request: Request, box: Any) -> Done | Failure:
         logger.info(
             "%s done in %.1f s: %d files, %d bytes, peak memory %d bytes", request.step, seconds, len(files), size, peak
         )
-    return Done(files, dict(outcome.metrics), outcome.fallbacks, seconds, peak, environment())
+    return Done(files, metrics, outcome.fallbacks, seconds, peak, environment())
+
+
+def _checked(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Return final metrics as plain numbers, NumPy's too.
+
+    Raises:
+        StageFailed: one is no finite number, which neither a manifest nor a comparison can hold.
+    """
+    found = {}
+    for name, value in metrics.items():
+        try:
+            found[name] = float(value)
+        except (TypeError, ValueError):
+            found[name] = math.nan
+        if not math.isfinite(found[name]):
+            raise StageFailed(
+                f"its metric {name!r} is {value!r}, expected a finite number; leave it out if there is none"
+            )
+    return found
 
 
 class FreshWorker:
@@ -126,7 +157,8 @@ class FreshWorker:
 def classify(error: BaseException) -> Failure:
     """Return what kind of failure an error means, by it and everything that it wraps."""
     ours = translate(error)
-    return Failure(next(kind for of, kind in KINDS if isinstance(ours, of)), str(ours))
+    rows = ours.micro_batch if isinstance(ours, OutOfMemory) else None
+    return Failure(next(kind for of, kind in KINDS if isinstance(ours, of)), str(ours), micro_batch=rows)
 
 
 @contextlib.contextmanager

@@ -6,16 +6,19 @@ from threading import Event as Flag
 import pytest
 
 from stages.contract import Resources
+from stages.outside import Checkpoint
 from tests.fakes import InlineTasks, SilentWatcher, drive
-from tests.stages_for_tests import Join, Pour, Stumble, Write
+from tests.stages_for_tests import Join, Odd, Pour, Stumble, Write
 from workflows.engine.driver import Driver
 from workflows.engine.failures import Failure, FailureKind
-from workflows.engine.graph import Retry, Workflow
+from workflows.engine.graph import Handle, Retry, Workflow
+from workflows.engine.identity import Fingerprint
 from workflows.engine.ledger import records
 from workflows.engine.manifest import cost_seconds
 from workflows.engine.plan import make_plan
 from workflows.engine.store import ArtifactStore, Claim
 
+BROKEN = Failure(FailureKind.PERMANENT, "the flask broke")
 LOST = Failure(FailureKind.WORKER_LOST, "the node died")
 AT_ONCE = Retry(attempts=3, backoff_seconds=0)
 
@@ -225,6 +228,95 @@ def test_drive_rotten_input_is_made_again_before_it_is_read(store: ArtifactStore
     assert result.succeeded
     assert text(store, "second") == "2:malt+1:malt"
     assert store.generations(fingerprint) == [2]
+
+
+def test_drive_half_done_work_on_another_commit_of_an_input_is_not_gone_on_with(store: ArtifactStore) -> None:
+    before, after = InlineTasks({"first": [BROKEN]}), InlineTasks()
+    drive(graph(), store, before)
+    commit = store.newest(store.resolve("flow/data"))
+    assert commit is not None
+    Path(commit.artifact.files[0].uri).write_text("rot!")
+    drive(graph(), store, after)
+    (old,) = [request.resume for request in before.requests if request.step == "first"]
+    (new,) = [request.resume for request in after.requests if request.step == "first"]
+    assert old.uri != new.uri
+
+
+@pytest.mark.parametrize("harm", ["changed", "deleted"])
+def test_drive_data_from_outside_that_moves_meanwhile_fails_its_step_alone(
+    store: ArtifactStore, tmp_path: Path, harm: str
+) -> None:
+    teacher = tmp_path / "teacher"
+    teacher.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (teacher / name).write_text("{}")
+
+    class Meanwhile(InlineTasks):
+        def submit(self, request):  # type: ignore[no-untyped-def]
+            super().submit(request)
+            weights = teacher / "model.safetensors"
+            weights.write_text("other") if harm == "changed" else weights.unlink(missing_ok=True)
+
+    flow = graph()
+    given = flow.given("teacher", Checkpoint(source=str(teacher)))
+    flow.step("third", Join(), data=Handle("data", "dataset"), parts={"teacher": given}, retry=AT_ONCE)
+    result, _ = drive(flow, store, Meanwhile())
+    assert {name for name, step in result.steps.items() if step.outcome == "committed"} == {"data", "first", "second"}
+    assert ("has changed since" if harm == "changed" else "no weights") in result.steps["third"].reason
+    if harm == "changed":
+        assert drive(flow, store, InlineTasks())[0].executed == 1
+
+
+def test_drive_data_from_outside_that_changes_under_an_attempt_is_not_committed(
+    store: ArtifactStore, tmp_path: Path
+) -> None:
+    teacher = tmp_path / "teacher"
+    teacher.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (teacher / name).write_text("{}")
+
+    class Under(InlineTasks):
+        def submit(self, request):  # type: ignore[no-untyped-def]
+            super().submit(request)
+            if request.step == "third":
+                (teacher / "model.safetensors").write_text("other")
+
+    flow = graph()
+    given = flow.given("teacher", Checkpoint(source=str(teacher)))
+    flow.step("third", Join(), data=Handle("data", "dataset"), parts={"teacher": given}, retry=AT_ONCE)
+    result, _ = drive(flow, store, Under())
+    assert result.steps["third"].outcome == "failed"
+    assert "has changed since" in result.steps["third"].reason
+
+
+def test_drive_metric_that_is_no_number_fails_its_step_alone(store: ArtifactStore) -> None:
+    flow = graph()
+    flow.step("odd", Odd())
+    result, _ = drive(flow, store, InlineTasks())
+    assert result.executed == 3
+    assert "metric 'loss' is nan, expected a finite number" in result.steps["odd"].reason
+
+
+def test_drive_step_that_is_over_is_held_no_longer(store: ArtifactStore) -> None:
+    """Else two runs of which each waits for a step that failed in the other would wait for ever."""
+    result, _ = drive(graph(), store, tasks := InlineTasks({"first": [BROKEN]}), run="one")
+    assert result.steps["first"].outcome == "failed"
+    for request in tasks.requests:
+        assert isinstance(store.claim(Fingerprint(request.fingerprint), "another"), Claim)
+
+
+def test_drive_stage_that_tells_nothing_has_begun(store: ArtifactStore) -> None:
+    class Listening(InlineTasks):
+        begun: set[tuple[str, int]] = set()
+
+        def reports(self):  # type: ignore[no-untyped-def]
+            found = super().reports()
+            self.begun |= found.begun
+            return found
+
+    tasks = Listening()
+    drive(graph(), store, tasks)
+    assert tasks.begun == {("data", 1), ("first", 1), ("second", 1)}
 
 
 def test_cost_counts_each_step_before_a_result_once(store: ArtifactStore) -> None:

@@ -14,7 +14,9 @@ def after(kind: FailureKind, *, attempt: int = 1, resources: Resources | None = 
     return decide(Failure(kind, "m"), attempt=attempt, retry=retry, resources=resources or Resources(micro_batch=16))
 
 
-@pytest.mark.parametrize("kind", [kind for kind in FailureKind if kind.retriable])
+@pytest.mark.parametrize(
+    "kind", [kind for kind in FailureKind if kind.retriable and kind is not FailureKind.OUT_OF_MEMORY]
+)
 def test_decide_retriable_tries_until_attempts_are_spent(kind: FailureKind) -> None:
     assert isinstance(after(kind, attempt=2), TryAgain)
     assert isinstance(after(kind, attempt=3), GiveUp)
@@ -49,6 +51,26 @@ def test_decide_out_of_memory_halves_the_micro_batch_and_nothing_else() -> None:
 
 def test_decide_out_of_memory_with_one_row_gives_up() -> None:
     assert isinstance(after(FailureKind.OUT_OF_MEMORY, resources=Resources(micro_batch=1)), GiveUp)
+
+
+def test_decide_out_of_memory_of_the_stages_own_rows_halves_those_until_one_does_not_fit() -> None:
+    rows, tried = [4], Resources()
+    for attempt in range(1, 10):
+        full = classify(OutOfMemory("full", micro_batch=rows[-1]))
+        decision = decide(full, attempt=attempt, retry=Retry(attempts=2), resources=tried)
+        if isinstance(decision, GiveUp):
+            break
+        tried = decision.resources
+        assert tried.micro_batch is not None
+        rows.append(tried.micro_batch)
+    assert rows == [4, 2, 1]
+    assert "cannot be made smaller" in decision.reason
+
+
+def test_decide_out_of_memory_of_a_worker_that_could_not_say_its_rows_tries_one() -> None:
+    decision = after(FailureKind.OUT_OF_MEMORY, resources=Resources())
+    assert isinstance(decision, TryAgain)
+    assert decision.resources.micro_batch == 1
 
 
 @pytest.mark.parametrize(

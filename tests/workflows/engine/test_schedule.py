@@ -20,6 +20,7 @@ from workflows.engine.schedule import (
     Launch,
     Phase,
     Schedule,
+    Settle,
     Stop,
     Tick,
     advance,
@@ -110,7 +111,8 @@ def test_advance_attempt_past_its_timeout_is_stopped_and_tried_again() -> None:
     state, decisions = advance(state, Tick(41))
     assert [type(d) for d in decisions] == [Stop]
     state, decisions = advance(state, Failed("a", 42, Failure(FailureKind.TRANSIENT, "cancelled")))
-    assert "ran past its timeout" in state.steps["a"].reason or launched(decisions) == ["a"]
+    (settled,) = [d for d in decisions if isinstance(d, Settle)]
+    assert "ran past its timeout at attempt 1 of 2" in settled.reason
     assert launched(decisions) == ["a"]
 
 
@@ -121,6 +123,19 @@ def test_advance_attempt_that_never_begins_fails_naming_what_it_asks_for() -> No
     state, _ = advance(state, Failed("a", 62, Failure(FailureKind.TRANSIENT, "cancelled")))
     assert state.steps["a"].phase is Phase.FAILED
     assert "1 × 1 CPU" in state.steps["a"].reason
+
+
+def test_advance_blocked_optional_step_is_skipped_with_what_needs_it_and_the_rest_runs() -> None:
+    steps = {s.name: s for s in (step("a", required=False), step("b", "a", required=False), step("c"))}
+    blocked = {"a": "it needs 1 GPU"}
+    made = new_schedule(steps, committed=frozenset(), capacity=Capacity(2, 0), blocked=blocked)
+    state, decisions = advance(made, Tick(0))
+    assert launched(decisions) == ["c"]
+    assert (state.steps["a"].phase, state.steps["a"].reason) == (Phase.SKIPPED, "it needs 1 GPU")
+    state, _ = advance(state, Committed("c", 1))
+    assert state.steps["b"].phase is Phase.SKIPPED
+    assert state.over
+    assert state.succeeded
 
 
 def test_advance_held_step_waits_and_spends_no_attempt() -> None:

@@ -88,13 +88,15 @@ class Sender:
             self._books.careful = False
 
     def finish(self) -> None:
-        """End what the run has left open in MLflow, once everything is sent and its driver is gone.
+        """Send what is left and end what the run has left open in MLflow, once its driver is gone.
 
         Raises:
             Exception: MLflow or the journal cannot be reached.
         """
-        assert not self._waiting, "there are batches to send"
-        numbers = self._journal.numbers()
+        numbers, sent = self._journal.numbers(), self._journal.sent()
+        # Also what a driver that was killed had journaled and not told of.
+        self._waiting = deque(number for number in numbers if number > sent)
+        self.send()
         if numbers and not self._ended:
             self._note(self._journal.read(numbers[-1]))
         if numbers and not self._ended:

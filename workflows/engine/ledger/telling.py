@@ -48,7 +48,7 @@ def replay(runs: Folder, *, tracking_uri: str, artifact_root: str, connect: Conn
         ConfigError: the tracking URI is none that the ledger can use.
     """
     connection: Connection | None = None
-    num_sent = 0
+    num_sent, liveness = 0, Liveness(runs)
 
     def books() -> Books:
         nonlocal connection
@@ -57,14 +57,15 @@ def replay(runs: Folder, *, tracking_uri: str, artifact_root: str, connect: Conn
 
     for run, journal in unfinished(runs):
         numbers = journal.numbers()
-        term = journal.sender.take(holder_of(run, os.getpid()), Liveness(runs)) if numbers else None
+        term = journal.sender.take(holder_of(run, os.getpid()), liveness) if numbers else None
         if term is None:
             continue
         sender, sent = Sender(run, journal, books, _turn_of(runs, run)), journal.sent()
         try:
             sender.add(number for number in numbers if number > sent)
             sender.send()
-            sender.finish()
+            if not liveness.run_alive(run):  # its driver may live and journal on, though its own teller died
+                sender.finish()
         except ConfigError:
             raise
         except Exception as error:  # noqa: BLE001  MLflow must not keep a run from starting

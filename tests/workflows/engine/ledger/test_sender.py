@@ -103,3 +103,13 @@ def test_follow_killed_driver_leaves_no_run_open(journal: Journal) -> None:
     follow(sender_of(journal, books), [f"{number}\n"], lambda _: None)
     assert books.settled == [("r", 1290)]
     assert journal.finished()
+
+
+def test_follow_batches_journaled_by_a_killed_driver_and_not_told_of_are_sent(journal: Journal) -> None:
+    books = FakeBooks()
+    first = journal.append(night("r")[:6])
+    journal.append(night("r")[6:])
+    follow(sender_of(journal, books), [f"{first}\n"], lambda _: None)
+    assert journal.sent() == 2
+    assert books.settled == []
+    assert journal.finished()

@@ -8,7 +8,7 @@ import pytest
 
 from tests.workflows.engine.ledger.nights import EXPERIMENT, night, opened, short_night, step
 from tests.workflows.engine.ledger.place import Place, by_name
-from workflows.engine.heartbeat import Liveness
+from workflows.engine.heartbeat import Holder, Liveness
 from workflows.engine.ledger.connection import Connection, connect
 from workflows.engine.ledger.journal import Journal
 from workflows.engine.ledger.tracking import default_tracking_uri
@@ -118,6 +118,20 @@ def test_replay_dead_run_is_sent_and_ended(sqlite: Place) -> None:
         "teacher": ("KILLED", 1202),
         "corpus": ("FINISHED", 1190),
     }
+
+
+def test_replay_run_whose_driver_lives_is_sent_and_stays_open(sqlite: Place) -> None:
+    """Its own teller was killed: what it still journals is sent later, and it is not ended for it."""
+    journal = sqlite.journal("r", short_night()[:4])
+    beat = sqlite.runs / "r"
+    beat.put_json("heartbeat.json", Holder.of_this_process("r").to_json())
+    assert sqlite.replay() == 4
+    assert by_name(sqlite.mlflow_runs())["r"].info.status == "RUNNING"
+    journal.append(short_night()[4:])
+    beat.delete(["heartbeat.json"])
+    assert sqlite.replay() == len(short_night()) - 4
+    assert by_name(sqlite.mlflow_runs())["r"].info.status == "FINISHED"
+    assert journal.finished()
 
 
 def test_replay_living_sender_is_left_alone(sqlite: Place) -> None:

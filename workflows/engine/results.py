@@ -1,0 +1,59 @@
+"""How a run goes and how it ended: what the driver tells a watcher, and what it returns."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from workflows.engine.schedule import Phase
+from workflows.engine.store import Commit
+
+Outcome = Literal["hit", "committed", "shared", "failed", "skipped", "cancelled"]
+
+
+OUTCOME_OF: Mapping[Phase, Outcome] = {
+    Phase.COMMITTED: "committed",
+    Phase.FAILED: "failed",
+    Phase.SKIPPED: "skipped",
+    Phase.CANCELLED: "cancelled",
+}
+
+
+class Watcher(Protocol):
+    """Who is told how the run goes: the terminal."""
+
+    def step(self, name: str, phase: Phase, text: str) -> None:
+        """A step changed its phase."""
+
+    def progress(self, name: str, done: float, total: float, unit: str) -> None:
+        """A step told how far it is."""
+
+    def note(self, name: str, text: str) -> None:
+        """A step told a line."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """How a step of a run ended."""
+
+    name: str
+    outcome: Outcome
+    reason: str
+    commit: Commit | None
+    log: str | None
+    """URI of the last attempt's log."""
+    attempts: int
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """How a run ended."""
+
+    run: str
+    steps: Mapping[str, StepResult]
+    succeeded: bool
+    interrupted: bool
+
+    @property
+    def executed(self) -> int:
+        """Steps that this run ran and committed."""
+        return sum(step.outcome == "committed" for step in self.steps.values())
