@@ -5,17 +5,23 @@ warns); a tokenizer's digest depends on what it does to text, not on how its fil
 Does not: download (`stages.storage.fetch` does), or look into the weights (`stages.teach` finds NaN).
 """
 
+import errno
 import hashlib
 import json
+import math
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.errors import StageFailed
+from stages.errors import OutOfMemory, StageFailed, Transient
 from stages.storage import Folder
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+PASSING_ERRNOS = (errno.EAGAIN, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT)
+"""What an overloaded host or a network file system says, and may not say a minute later."""
 
 
 def _quiet() -> None:
@@ -35,6 +41,8 @@ def load_model(folder: Path, *, dtype: str = "float32", device: str = "cpu") -> 
         device: torch's name of the device.
 
     Raises:
+        OutOfMemory: it does not fit the host's or the device's memory.
+        Transient: its files cannot be read for now.
         StageFailed: no safetensors, an architecture that transformers does not know as a causal language model, or
             weights that are missing or of another shape than the config says.
     """
@@ -59,7 +67,12 @@ def load_model(folder: Path, *, dtype: str = "float32", device: str = "cpu") -> 
             output_loading_info=True,
         )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-        raise StageFailed(f"cannot load the model in {folder}: {type(error).__name__}: {error}") from error
+        text = f"cannot load the model in {folder}: {type(error).__name__}: {error}"
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            raise OutOfMemory(text) from error
+        if isinstance(error, OSError) and error.errno in PASSING_ERRNOS:
+            raise Transient(text) from error
+        raise StageFailed(text) from error
     problems = {name: sorted(map(str, loading[name])) for name in ("missing_keys", "mismatched_keys") if loading[name]}
     if problems:
         shown = "; ".join(f"{len(keys)} {name.replace('_', ' ')}, such as {keys[0]}" for name, keys in problems.items())
@@ -104,9 +117,30 @@ def save_checkpoint(
 
 def _save(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase | None", folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
+    _mend_generation(model)
     model.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+
+
+def _mend_generation(model: "PreTrainedModel") -> None:
+    """Make generation settings such that transformers saves them: it loads a temperature without sampling silently.
+
+    The flags that are there mean sampling; settings that are wrong besides give way to the architecture's own.
+    """
+    from transformers import GenerationConfig
+
+    settings = getattr(model, "generation_config", None)
+    if settings is None:
+        return
+    try:
+        settings.validate(strict=True)
+    except ValueError:
+        settings.do_sample = True
+        try:
+            settings.validate(strict=True)
+        except ValueError:
+            model.generation_config = GenerationConfig.from_model_config(model.config)
 
 
 def upload_folder(folder: Path, out: Folder, name: str) -> None:
@@ -134,6 +168,27 @@ def model_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise StageFailed(f"{path} holds a {type(config).__name__}, expected an object; save the model again")
     return config
+
+
+def stored_dtype(folder: Path) -> "torch.dtype":
+    """Return the type in which a checkpoint's floating-point weights are stored; of several, the largest tensors'."""
+    import torch
+    from safetensors import safe_open
+
+    sizes: dict[torch.dtype, int] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118  it is no mapping
+                part = file.get_slice(name)
+                dtype = _TORCH_OF.get(part.get_dtype())
+                if dtype is not None:
+                    kind = getattr(torch, dtype)
+                    sizes[kind] = sizes.get(kind, 0) + math.prod(part.get_shape())
+    return max(sizes, key=lambda kind: sizes[kind], default=torch.float32)
+
+
+_TORCH_OF = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float32"}
+"""Safetensors' names of types that a student can be stored in; a float64 checkpoint's student is float32."""
 
 
 def _tokenizer_json(folder: Path) -> dict[str, Any]:

@@ -170,14 +170,15 @@ def _checkpoint_names(names: set[str], read_json: Callable[[str], Any], source: 
         hint = f"; the nearest name is {close[0]!r}" if close else ""
         raise OutsideError(f"{source!r} has no config.json{hint}; expected a model as `save_pretrained` writes it")
     index = "model.safetensors.index.json"
-    if index in names:
+    if "model.safetensors" in names:  # what transformers prefers, though an earlier save may have left shards
+        weights = {"model.safetensors"}
+    elif index in names:
         weights = set(read_json(index)["weight_map"].values())
         if weights - names:
             raise OutsideError(
                 f"{source!r} lacks the weights {sorted(weights - names)} that {index} names; copy the checkpoint again"
             )
-    elif "model.safetensors" in names:
-        weights = {"model.safetensors"}
+        weights |= {index}
     else:
         pickles = sorted(name for name in names if name.endswith(PICKLE_SUFFIXES))
         found = f"only pickled weights ({', '.join(pickles[:3])})" if pickles else "no weights"
@@ -186,7 +187,7 @@ def _checkpoint_names(names: set[str], read_json: Callable[[str], Any], source: 
             "Where you trust it, convert it with `AutoModelForCausalLM.from_pretrained(old).save_pretrained(new)`"
         )
     plain = {n for n in names if "/" not in n and n.endswith((".json", ".jinja")) and not n.endswith(".index.json")}
-    return plain | weights | (names & TOKENIZER_FILES) | (names & {index})
+    return plain | weights | (names & TOKENIZER_FILES)
 
 
 def _pinned(found: _Repository) -> dict[str, str]:

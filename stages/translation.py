@@ -90,7 +90,10 @@ def one_line(error: BaseException) -> str:
     text = _own_text(error).strip()
     if isinstance(error, StillhouseError):
         return text
-    return f"{type(error).__name__}: {text.splitlines()[0][:LINE_CHARACTERS] if text else 'no message'}"
+    first, _, rest = text.partition("\n")
+    if first.rstrip().endswith(":") and rest.strip():  # "GenerationConfig is invalid:", and only then what is
+        first = f"{first.rstrip()} {rest.strip().splitlines()[0].strip()}"
+    return f"{type(error).__name__}: {first[:LINE_CHARACTERS] or 'no message'}"
 
 
 def _own_text(error: BaseException) -> str:

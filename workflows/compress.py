@@ -11,7 +11,7 @@ from pydantic import Field
 from stages.contract import Config, Resources
 from stages.errors import ConfigError
 from stages.evaluate.stage import Evaluate
-from stages.measure.device import describe_device
+from stages.measure.device import describe_cpu, describe_gpu
 from stages.measure.stage import Measure
 from stages.outside import Checkpoint
 from stages.prepare.stage import Prepare
@@ -75,6 +75,7 @@ def compress(
     cpus_per_worker: Annotated[float, Field(gt=0)] = 2.0,
     gpus_per_worker: Annotated[float, Field(ge=0)] = 0.0,
     micro_batch: Annotated[int, Field(ge=1)] | None = None,
+    device: str | None = None,
     registered_name: str = "compress",
     seed: int = 0,
 ) -> Workflow:
@@ -103,6 +104,7 @@ def compress(
         cpus_per_worker: CPU cores each of them takes.
         gpus_per_worker: GPUs each of them takes.
         micro_batch: rows in one forward pass; the stages choose if not given.
+        device: name of the GPU or CPU whose speed is measured, e.g. 'NVIDIA H200'; this host's if not given.
         registered_name: the model's name in MLflow's registry.
         seed: seed of everything random.
     """
@@ -175,7 +177,7 @@ def compress(
     models: dict[str, Source] = {"teacher": big, **trained, **searches}
     scores = flow.step("scores", Evaluate(seed=seed), data=judged_on, reference=big, models=models, resources=resources)
     measure = Measure(
-        device=describe_device(),
+        device=device or _device(gpus_per_worker),
         threads=int(max(1, cpus_per_worker)),
         prompt_tokens=min(128, sequence_length // 2),  # no more than every teacher that can read a row can read
         new_tokens=min(32, sequence_length // 4),
@@ -185,6 +187,17 @@ def compress(
     speed = flow.step("speed", measure, models=models, resources=alone)
     flow.step("verdict", Promote(gate=gate, registered_name=registered_name, seed=seed), scores=scores, speed=speed)
     return flow
+
+
+def _device(gpus_per_worker: float) -> str:
+    """Return what speed is measured on: it is part of the measurement's identity, so it is named before the run."""
+    found = describe_gpu() if gpus_per_worker else describe_cpu()
+    if found is None:
+        raise ConfigError(
+            f"gpus_per_worker is {gpus_per_worker:g}, and this host has no GPU; if the cluster's nodes have, name it "
+            "with --device, e.g. --device 'NVIDIA H200', as `nvidia-smi --query-gpu=name --format=csv` prints it there"
+        )
+    return found
 
 
 def _objectives(w_ce: float, w_kd: float, temperature: float) -> tuple[Objective, ...]:

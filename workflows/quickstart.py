@@ -11,7 +11,7 @@ from pydantic import Field
 from stages.contract import Config, Resources
 from stages.errors import ConfigError
 from stages.evaluate.stage import Evaluate
-from stages.measure.device import describe_device
+from stages.measure.device import describe_cpu
 from stages.measure.stage import Measure
 from stages.prepare.stage import ByteLevelBPE, Prepare
 from stages.promote.stage import Gate, Promote
@@ -144,7 +144,7 @@ def quickstart(
     scores = flow.step("scores", Evaluate(seed=seed), data=corpus, reference=big, models=models, resources=TWO)
     speed = flow.step(
         "speed",
-        Measure(device=describe_device(), threads=2, seed=seed),
+        Measure(device=describe_cpu(), threads=2, seed=seed),
         models=models,
         resources=Resources(cpus_per_worker=2),
     )

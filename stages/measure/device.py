@@ -10,12 +10,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-__all__ = ["describe_cpu", "describe_device"]
-
-
-def describe_device() -> str:
-    """Return the name of this host's first visible NVIDIA GPU, else of its CPU."""
-    return _describe_gpu() or describe_cpu()
+__all__ = ["describe_cpu", "describe_gpu"]
 
 
 def describe_cpu() -> str:
@@ -28,7 +23,8 @@ def describe_cpu() -> str:
     return (names[0] if names else "") or platform.processor() or platform.machine()
 
 
-def _describe_gpu() -> str | None:
+def describe_gpu() -> str | None:
+    """Return the name of this host's first visible NVIDIA GPU, or None where none works."""
     if os.environ.get("CUDA_VISIBLE_DEVICES", "all") in ("", "-1") or shutil.which("nvidia-smi") is None:
         return None
     command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]

@@ -39,8 +39,8 @@ class Measure(Stage):
     INPUTS: ClassVar[Mapping[str, Input]] = {"models": Input(("model", "search"), many=True)}
 
     device: str
-    """Model name of the device, as `describe_device()` gives it, e.g. `NVIDIA H100 80GB HBM3`; the worker must have
-    just this one."""
+    """Model name of the device, as `describe_gpu()` or `describe_cpu()` gives it, e.g. `NVIDIA H100 80GB HBM3`; the
+    worker must have just this one."""
     threads: int = Field(ge=1)
     """CPU threads of torch; no more than the step's `cpus_per_worker`."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"

@@ -14,7 +14,7 @@ templates are fixed to `TEMPLATE_DATE`, since the same chat must give the same t
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
 from typing import Any
@@ -39,16 +39,16 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 @dataclass(frozen=True, slots=True)
 class EncoderState:
-    """What a worker needs of a tokenizer: picklable, and cached in each process by its digest."""
+    """What a worker needs of a tokenizer: picklable, and cached in each process by all of it."""
 
     digest: str
     eos_token_id: int
     bos_token_id: int | None = None
     """The beginning-of-text token where the tokenizer begins each text with it, else None."""
-    backend: str = field(default="", compare=False)
+    backend: str = ""
     """`tokenizer.json` of the tokenizer as it is loaded."""
-    chat_template: str = field(default=DEFAULT_TEMPLATE, compare=False)
-    special_tokens: tuple[tuple[str, str], ...] = field(default=(), compare=False)
+    chat_template: str = DEFAULT_TEMPLATE
+    special_tokens: tuple[tuple[str, str], ...] = ()
     """Name → text, e.g. `eos_token`; templates use them."""
 
 

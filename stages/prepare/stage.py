@@ -32,7 +32,7 @@ class Prepare(Stage):
     """Turns documents into a dataset of packed tokens, split before it is packed."""
 
     KIND: ClassVar[Kind] = "dataset"
-    REVISION: ClassVar[str] = "2026-11-21 first"
+    REVISION: ClassVar[str] = "2026-11-21 templates never mixed up"
     PLACES_WORKERS: ClassVar = True
     INPUTS: ClassVar[Mapping[str, Input]] = {"tokenizer": Input(("model", "dataset"), required=False)}
 

@@ -89,6 +89,8 @@ class Progress:
     seconds: float = 0.0
     last: dict[str, float] = field(default_factory=dict)
     """The newest point of the curves."""
+    pending: list[tuple[int, int, list[float]]] = field(default_factory=list)
+    """(step, targets, sums of losses over all ranks) of each step since that point."""
 
 
 class Keeper(Protocol):
@@ -166,7 +168,9 @@ class Training:
         network = self._replicated()
         total = self.recipe.optimizer_steps
         every = max(1, total // CURVE_POINTS)
-        pending: list[tuple[int, int, Tensor]] = []
+        pending: list[tuple[int, int, Tensor]] = [
+            (step, targets, torch.tensor(sums, dtype=torch.float64)) for step, targets, sums in progress.pending
+        ]
         started, before = self.clock(), progress.seconds
         since_point = (started, progress.tokens)
         for step, batch in enumerate(self.reader.steps(progress.step, total), progress.step):
@@ -181,7 +185,7 @@ class Training:
                 speed = (progress.tokens - since_point[1]) / max(now - since_point[0], 1e-9)
                 self._tell(progress, speed, total)
                 pending, since_point = [], (now, progress.tokens)
-            self._snapshot(optimizer, progress, final=step + 1 == total)
+            self._snapshot(optimizer, progress, pending, final=step + 1 == total)
         return progress
 
     def _replicated(self) -> Any:
@@ -190,7 +194,7 @@ class Training:
         return nn.parallel.DistributedDataParallel(self.model, gradient_as_bucket_view=True)
 
     def _step(self, network: Any, optimizer: torch.optim.Optimizer, batch: StepBatch, step: int) -> Tensor:
-        """Do one optimizer step; return this rank's sums of losses, still on the device."""
+        """Do one optimizer step; return the sums of losses over all ranks, still on the device."""
         torch.manual_seed(hash((self.recipe.seed, step, self.ranks.rank)) % 2**63)  # dropout, where a model has any
         # DDP averages over ranks, and what is wanted is the sum.
         factor = self.ranks.world_size / max(1, batch.num_targets)
@@ -217,6 +221,9 @@ class Training:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         assert sums is not None, "every rank has rows: the stage checks it"
+        sums = sums.double()
+        if self.ranks.world_size > 1:
+            torch.distributed.all_reduce(sums)
         return sums
 
     def _loss(self, network: Any, batch: MicroBatch) -> tuple[Tensor, Tensor]:
@@ -236,9 +243,7 @@ class Training:
 
     def _point(self, pending: list[tuple[int, int, Tensor]]) -> dict[str, float]:
         """Return means over the steps since the last point; the one place that waits for the device."""
-        sums = torch.stack([sums for _, _, sums in pending]).double()
-        if self.ranks.world_size > 1:
-            torch.distributed.all_reduce(sums)
+        sums = torch.stack([sums.to(self.ranks.device) for _, _, sums in pending])
         for (step, _, _), row in zip(pending, sums.tolist(), strict=True):
             if not all(map(math.isfinite, row)):
                 raise StageFailed(
@@ -257,7 +262,14 @@ class Training:
         self.report.curve(progress.step, {**progress.last, **extra})
         self.report.progress(progress.step, total, "steps")
 
-    def _snapshot(self, optimizer: torch.optim.Optimizer, progress: Progress, *, final: bool) -> None:
+    def _snapshot(
+        self,
+        optimizer: torch.optim.Optimizer,
+        progress: Progress,
+        pending: list[tuple[int, int, Tensor]],
+        *,
+        final: bool,
+    ) -> None:
         if self.keeper is None or not (final or self.keeper.due()):
             return
         finite = torch.stack([p.detach().isfinite().all() for p in self.model.parameters()]).all()
@@ -268,5 +280,6 @@ class Training:
             "tokens": progress.tokens,
             "seconds": progress.seconds,
             "last": progress.last,
+            "pending": [(step, targets, sums.tolist()) for step, targets, sums in pending],
         }
         self.keeper.keep(progress.step, state_tensors(self.model, optimizer), facts)

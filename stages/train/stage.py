@@ -42,7 +42,7 @@ class Train(Stage):
     """Dataset (+ signals, or a checkpoint to start from) → model."""
 
     KIND: ClassVar = "model"
-    REVISION: ClassVar = "2026-11-21 first"
+    REVISION: ClassVar = "2026-11-21 students in the type of their origin; padding that learns"
     PLACES_WORKERS: ClassVar = True
     FRESH_PROCESS: ClassVar = True
     INPUTS: ClassVar = {

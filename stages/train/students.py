@@ -1,7 +1,8 @@
 """Where a student's shape and first weights come from: a fresh Llama, a smaller copy of the teacher, or a checkpoint.
 
 Promise: the returned model has float32 weights, reads the dataset's tokens, and is the same for the same config, seed
-and checkpoint. What does not fit is refused with the values that would.
+and checkpoint; it is stored in the type of the checkpoint that it comes from. What does not fit is refused with the
+values that would.
 """
 
 from collections.abc import Mapping
@@ -121,11 +122,17 @@ def _fresh(student: Llama, facts: Mapping[str, Any], seed: int) -> "PreTrainedMo
         rope_parameters={"rope_type": "default", "rope_theta": student.rope_theta},
         bos_token_id=facts["bos_token_id"],
         eos_token_id=facts["eos_token_id"],
-        pad_token_id=facts["pad_token_id"],
+        pad_token_id=_own_padding(facts),
     )
     torch.manual_seed(seed)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     return model
+
+
+def _own_padding(facts: Mapping[str, Any]) -> int | None:
+    """Return the padding token if it is nothing else: transformers gives it an embedding of zeros that never learns."""
+    pad: int | None = facts["pad_token_id"]
+    return None if pad in (facts["bos_token_id"], facts["eos_token_id"]) else pad
 
 
 def check_fit(folder: Path, facts: Mapping[str, Any]) -> None:

@@ -2,11 +2,12 @@
 
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from stages.checkpoints import load_tokenizer, save_checkpoint
+from stages.checkpoints import load_tokenizer, save_checkpoint, stored_dtype
 from stages.contract import Artifact, Context
 from stages.errors import StageFailed
 from stages.train import snapshots
@@ -48,7 +49,8 @@ def train_rank(job: Job, ranks: Ranks) -> None:
     torch.set_num_threads(max(1, int(context.resources.cpus_per_worker)))
     data = context.one("data")
     facts = data.read_json("dataset.json")
-    model = build_student(job.model, facts, origin=_origin(job), seed=job.recipe.seed).to(ranks.device)
+    origin = _origin(job)
+    model = build_student(job.model, facts, origin=origin, seed=job.recipe.seed).to(ranks.device)
     progress, tensors = Progress(), None
     if job.snapshot:
         progress, tensors = (
@@ -67,10 +69,11 @@ def train_rank(job: Job, ranks: Ranks) -> None:
     )
     training.run(progress, tensors)
     if ranks.rank == 0:
-        _leave(context, model, progress, data, time.time() - job.started)
+        stored = stored_dtype(origin) if origin else torch.float32
+        _leave(context, model.to(stored), progress, data, time.time() - job.started)
 
 
-def _origin(job: Job) -> Any:
+def _origin(job: Job) -> Path | None:
     """Return the folder of the checkpoint that the student comes from, None for a fresh one."""
     if isinstance(job.model, Llama):
         return None

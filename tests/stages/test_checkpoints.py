@@ -1,5 +1,6 @@
 """Loading and saving of tiny models and tokenizers, and what is refused."""
 
+import errno
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -16,10 +17,11 @@ from stages.checkpoints import (
     load_tokenizer,
     model_config,
     save_checkpoint,
+    stored_dtype,
     tokenizer_digest,
     vocabulary_size,
 )
-from stages.errors import StageFailed
+from stages.errors import OutOfMemory, StageFailed, Transient
 from stages.storage import Folder
 
 
@@ -113,6 +115,48 @@ def test_model_pickled_only_is_never_opened(saved: Path) -> None:
     (saved / "model.safetensors").rename(saved / "pytorch_model.bin")
     with pytest.raises(StageFailed, match="has no"):
         load_model(saved)
+
+
+@pytest.mark.parametrize("settings", [{"temperature": 0.7, "top_p": 0.6}, {"num_beams": 1, "early_stopping": True}])
+def test_model_whose_generation_settings_transformers_refuses_to_save_is_saved(
+    tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    model = tiny_model()
+    for name, value in settings.items():
+        setattr(model.generation_config, name, value)
+    save_checkpoint(model, None, Folder.at(tmp_path), "model")
+    again = load_model(tmp_path / "model")
+    if "temperature" in settings:
+        kept = again.generation_config
+        assert (kept.temperature, kept.top_p, kept.do_sample) == (0.7, 0.6, True)
+
+
+@pytest.mark.parametrize(
+    ("raised", "kind"),
+    [
+        (OSError(errno.ESTALE, "Stale file handle"), Transient),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), OutOfMemory),
+        (torch.OutOfMemoryError("CUDA out of memory"), OutOfMemory),
+        (OSError("no file named model.safetensors"), StageFailed),
+    ],
+    ids=["stale", "host", "device", "broken"],
+)
+def test_model_that_cannot_be_loaded_for_now_is_told_from_a_broken_one(
+    saved: Path, monkeypatch: pytest.MonkeyPatch, raised: Exception, kind: type[StageFailed]
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise raised
+
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", refuse)
+    with pytest.raises(StageFailed) as caught:
+        load_model(saved)
+    assert type(caught.value) is kind
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_stored_dtype_is_that_of_the_weights_on_disk(tmp_path: Path, dtype: torch.dtype) -> None:
+    tiny_model().to(dtype).save_pretrained(tmp_path)
+    assert stored_dtype(tmp_path) is dtype
 
 
 def test_tokenizer_in_an_empty_folder_is_refused(tmp_path: Path) -> None:

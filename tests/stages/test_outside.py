@@ -50,6 +50,15 @@ def test_checkpoint_artifact_lies_where_it_is_and_lists_no_pickle(tmp_path: Path
     }
 
 
+def test_checkpoint_saved_in_both_layouts_is_the_file_that_transformers_loads(tmp_path: Path) -> None:
+    folder = checkpoint_folder(tmp_path / "m")
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"x": "model-00001-of-00001.safetensors"}}')
+    (folder / "model-00001-of-00001.safetensors").write_text("left over")
+    names = {file.name for file in Checkpoint(source=str(folder)).artifact("f").files}
+    assert "model/model.safetensors" in names
+    assert not any("00001" in name or "index" in name for name in names)
+
+
 def test_checkpoint_in_shards_lists_those_of_its_index(tmp_path: Path) -> None:
     index = json.dumps({"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}})
     folder = write(tmp_path / "m", config__json="{}", consolidated__safetensors="twice")

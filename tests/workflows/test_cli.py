@@ -1,11 +1,13 @@
 """The command: what it prints, what it refuses and with which exit code. Nothing here starts Ray."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 
 from stages.errors import ConfigError
+from stages.measure.device import describe_gpu
 from workflows.cli import run_command
 from workflows.command.find import find_workflow
 
@@ -94,6 +96,40 @@ def test_run_quickstart_temperature_not_on_offer_names_those_that_are(capsys: py
     assert "expected one that the signals were made for: 1, 2, 4" in refused(
         capsys, "run", "quickstart", "--temperature", "3"
     )
+
+
+def test_run_compress_gpus_on_a_host_without_one_asks_for_the_device(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    request = ("--teacher", str(tmp_path), "--documents", "x.txt", "--students", '{"name": "a", "layers": 1}')
+    assert "--device" in refused(capsys, "run", "compress", *request, "--gpus-per-worker", "1")
+
+
+def test_quickstart_on_a_host_with_a_gpu_measures_the_cpu_that_it_asks_for(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho NVIDIA H200\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert describe_gpu() == "NVIDIA H200"
+    assert run_command(["explain", "quickstart", "speed", "--store", str(tmp_path / "s"), "--json"]) == 0
+    assert "NVIDIA" not in capsys.readouterr().out
+
+
+def test_run_workflow_function_that_raises_is_refused_with_what_it_said(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "flow.py"
+    path.write_text(FLOW.replace("    made = Workflow", "    raise ValueError('no malt')\n    made = Workflow"))
+    assert "ValueError: no malt" in refused(capsys, "plan", str(path))
+
+
+def test_plan_in_a_store_that_is_a_file_says_so_in_json_too(capsys: pytest.CaptureFixture[str], flow: str) -> None:
+    assert run_command(["plan", flow, "--store", flow, "--json"]) in (1, 2)
+    assert json.loads(capsys.readouterr().out)["error"]["message"]
 
 
 def test_run_compress_student_that_is_nothing_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -21,14 +21,14 @@ SENTENCES = [f"the {color} {animal} walks {number} miles over the hill and rests
              for animal in ("fox", "owl", "hen", "dog") for number in range(12)]  # fmt: skip
 
 
-def save(config: Any, tokenizer: Any, folder: Path) -> Path:
+def save(config: Any, tokenizer: Any, folder: Path, *, dtype: str = "float32") -> Path:
     """Save a fresh model as any user of transformers would."""
     import torch
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
     config.vocab_size = len(tokenizer)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    AutoModelForCausalLM.from_config(config).to(getattr(torch, dtype)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -46,7 +46,7 @@ def qwen3(folder: Path, *, layers: int) -> Path:
         hidden_size=64, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
         intermediate_size=128, max_position_embeddings=64, tie_word_embeddings=True,
     )  # fmt: skip
-    return save(config, qwen_like(), folder)
+    return save(config, qwen_like(), folder, dtype="bfloat16")  # as checkpoints on the hub are
 
 
 def candidates(document: Any) -> dict[str, dict[str, float]]:
@@ -98,6 +98,7 @@ def test_compress_qwen3_on_chats_with_another_checkpoint_and_its_own_evaluation(
     found = candidates(document)
     assert found["small"]["final/kl_to_teacher"] > 0
     assert found["teacher"]["final/agreement"] == 1
+    assert found["small"]["final/compression_x"] > 1, "it is stored in 16 bits, as its teacher is"
     quantized = {name: metrics for name, metrics in found.items() if name.startswith("small.int")}
     assert quantized
     assert all(metrics["final/size_bytes"] < found["small"]["final/size_bytes"] for metrics in quantized.values())

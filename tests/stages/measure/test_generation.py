@@ -82,9 +82,9 @@ def test_device_is_the_gpu_where_nvidia_smi_names_one(monkeypatch):
     monkeypatch.setattr(device.shutil, "which", lambda name: "/usr/bin/nvidia-smi")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(device.subprocess, "run", lambda *a, **k: SimpleNamespace(stdout="NVIDIA H200\nNVIDIA H200\n"))
-    assert device.describe_device() == "NVIDIA H200"
+    assert device.describe_gpu() == "NVIDIA H200"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert device.describe_device() == device.describe_cpu()
+    assert device.describe_gpu() is None
 
 
 def test_device_is_the_cpu_where_nvidia_smi_fails(monkeypatch):
@@ -93,4 +93,5 @@ def test_device_is_the_cpu_where_nvidia_smi_fails(monkeypatch):
 
     monkeypatch.setattr(device.shutil, "which", lambda name: "/usr/bin/nvidia-smi")
     monkeypatch.setattr(device.subprocess, "run", fail)
-    assert device.describe_device() == device.describe_cpu() != ""
+    assert device.describe_gpu() is None
+    assert device.describe_cpu()

@@ -1,5 +1,6 @@
 """Tokens, masks and packing: what is decoded is what was written, and only targets are masked true."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from transformers import AutoTokenizer
 from stages.checkpoints import tokenizer_digest
 from stages.errors import StageFailed
 from stages.prepare.documents import document_of
-from stages.prepare.encoding import Encoded, Encoder
+from stages.prepare.encoding import Encoded, Encoder, build_encoder
 from stages.prepare.packing import pack, to_parquet
 from stages.prepare.tokenizer import copy_tokenizer, describe_tokenizer, train_byte_level_bpe
 from tests.stages.prepare.tokenizers import CHATML, CHATML_MARKED, TEXT, gpt2_like, llama_like, qwen_like, saved
@@ -191,3 +192,14 @@ def test_tokenizer_without_eos_is_refused(tmp_path: Path) -> None:
     tokenizer.eos_token = None
     with pytest.raises(StageFailed, match="has no eos_token to end each document with"):
         describe_tokenizer(tokenizer, saved(tokenizer, tmp_path))
+
+
+def test_encoders_of_one_process_keep_their_own_chat_templates(tmp_path: Path) -> None:
+    state, _ = describe_tokenizer(gpt2_like(), saved(gpt2_like(), tmp_path))
+    other = replace(state, chat_template="{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}")
+    document = document_of({"messages": CHAT}, "chat", "text")
+    assert document is not None
+    first, second = (build_encoder(each).encode([document])[0] for each in (state, other))
+    assert isinstance(first, Encoded)
+    assert isinstance(second, Encoded)
+    assert first.ids.tolist() != second.ids.tolist()

@@ -12,7 +12,7 @@ from stages.contract import Artifact
 from stages.errors import StageFailed
 from stages.ops.divergences import cross_entropy
 from stages.storage import Folder
-from stages.train import snapshots
+from stages.train import loop, snapshots
 from stages.train.loop import Progress, Recipe, Training
 from stages.train.objectives import CrossEntropy, SoftTarget
 from stages.train.reader import Reader, ShardPair, SignalsLayout
@@ -73,6 +73,10 @@ def _training(
     return Training(reader=reader, recipe=recipe, **{**settings, **options})
 
 
+def _losses(points: list[tuple[int, dict[str, float]]]) -> list[tuple[int, float]]:
+    return [(step, metrics["train/loss"]) for step, metrics in points]
+
+
 def _weights(training: Training) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in training.model.state_dict().items()}
 
@@ -88,7 +92,10 @@ def test_training_in_smaller_micro_batches_gives_the_same_weights(inputs: tuple[
             torch.testing.assert_close(other[name], expected, rtol=1e-4, atol=1e-5)
 
 
-def test_training_from_a_snapshot_ends_with_the_very_weights(inputs: tuple[Artifact, Artifact], tmp_path: Path) -> None:
+def test_training_from_a_snapshot_ends_with_the_very_weights_and_curve(
+    inputs: tuple[Artifact, Artifact], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "CURVE_POINTS", 2)  # points at steps 6 and 12, the snapshot within the first
     whole = _training(inputs)
     done = whole.run(Progress())
 
@@ -103,6 +110,8 @@ def test_training_from_a_snapshot_ends_with_the_very_weights(inputs: tuple[Artif
 
     assert (resumed.step, resumed.tokens, resumed.targets) == (done.step, done.tokens, done.targets)
     assert resumed.last == done.last
+    assert [point for point, _ in again.report.points] == [6, 12]
+    assert _losses(again.report.points) == _losses(whole.report.points)
     expected = _weights(whole)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in _weights(again).items())
 

@@ -173,3 +173,15 @@ def test_build_student_from_a_checkpoint_that_does_not_fit_is_refused(
 def test_students_that_make_no_sense_are_refused(build: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build()
+
+
+def test_fresh_student_whose_padding_is_its_end_of_text_learns_it() -> None:
+    """transformers keeps a padding token's embedding at zero; end of text is what divides the documents."""
+    shape = Llama(layers=1, width=16, heads=2, tie_embeddings=False)
+    model = build_student(shape, FACTS, origin=None, seed=0)
+    embedding = model.get_input_embeddings()
+    assert embedding.weight[FACTS["eos_token_id"]].norm() > 0
+    model(input_ids=torch.tensor([[1, 2, 1, 3]])).logits.square().sum().backward()
+    assert embedding.weight.grad[FACTS["eos_token_id"]].norm() > 0
+    padded = build_student(shape, {**FACTS, "pad_token_id": 7}, origin=None, seed=0)
+    assert padded.config.pad_token_id == 7
