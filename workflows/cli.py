@@ -18,7 +18,8 @@ from pydantic import ValidationError
 from rich.table import Table
 from rich.text import Text
 
-from stages.errors import ConfigError, StillhouseError
+from stages.errors import ConfigError, StillhouseError, Transient
+from stages.translation import translate
 from workflows.command import inspect_store
 from workflows.command.artifacts import artifacts
 from workflows.command.find import FoundWorkflow, find_workflow, workflow_names
@@ -74,9 +75,11 @@ def run_command(argv: Sequence[str]) -> int:
         return _fail(type(error).__name__, str(error), WRONG, as_json)
     except StillhouseError as error:
         return _fail(type(error).__name__, str(error), FAILED, as_json)
-    except Exception as error:  # noqa: BLE001  the border of the command: a flaw of ours, or of a user's own workflow
-        logging.getLogger(__name__).error("%s", traceback.format_exc())
-        return _fail(type(error).__name__, str(error) or "no message", FAILED, as_json)
+    except Exception as error:  # noqa: BLE001  the border of the command: a store out of reach, or a flaw of ours
+        told = translate(error)
+        if not isinstance(told, Transient):
+            logging.getLogger(__name__).error("%s", traceback.format_exc())
+        return _fail(type(error).__name__, str(told), FAILED, as_json)
     except KeyboardInterrupt:
         return _fail("Interrupted", "interrupted; run the same command again to go on", INTERRUPTED, as_json)
     return result if isinstance(result, int) else OK

@@ -132,7 +132,7 @@ def test_search_behind_receipts_runs_no_trial_again_and_rejects_what_its_files_d
     assert {entry.name.split("/")[1] for entry in context.out.entries("finalists")} == {INT8.name}
 
 
-def survey_little(job: object, evaluation: object) -> tuple[Survey, None]:
+def survey_little(job: object, evaluation: object, report: object) -> tuple[Survey, None]:
     return Survey(Layers({"layer": 64}, 64 * 64, ()), 64 * 64, 8), None
 
 
