@@ -62,10 +62,7 @@ def translate(error: BaseException) -> StillhouseError:
     lost = next((link for link in chain if _is_loss(link)), None)
     if lost is not None:
         return WorkerLost(f"a process or node that worked on it was lost ({one_line(lost)})")
-    if any(
-        isinstance(link, ConnectionError | TimeoutError) or type(link).__module__.startswith("obstore")
-        for link in chain
-    ):
+    if any(isinstance(link, ConnectionError | TimeoutError) or _is_of_the_store(link) for link in chain):
         return Transient(one_line(_root(error)))
     return StageFailed(one_line(_root(error)))
 
@@ -125,4 +122,5 @@ def _is_of_the_store(error: BaseException) -> bool:
 
 
 def _is_loss(error: BaseException) -> bool:
-    return type(error).__name__ in LOST or any(sign in str(error) for sign in LOST_SIGNS)
+    by_name = type(error).__name__ in LOST
+    return by_name or (not _is_of_the_store(error) and any(sign in str(error) for sign in LOST_SIGNS))

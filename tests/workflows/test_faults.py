@@ -108,13 +108,17 @@ def test_worker_killed_its_step_is_tried_again_and_succeeds(tmp_path: Path) -> N
     # Which process shows that a step is at work, and which is then killed; Ray Data's actors are the teacher's.
     training, inference = "ray::RayTrainWorker", "ray::MapWorker"
     seen: set[int] = set()
-    for worker, victim in ((training, training), (training, "ray::FreshWorker"), (inference, inference)):
+    for worker, victim, longest in (
+        (training, training, 2.0),
+        (training, "ray::FreshWorker", 2.0),
+        (inference, inference, 0.5),  # it is at work for some seconds only
+    ):
         until(
             lambda worker=worker, old=frozenset(seen): {each.pid for each in descendants(process, worker)} - old,
             of=process,
             timeout_seconds=200,
         )
-        time.sleep(generator.uniform(0.3, 2.0))
+        time.sleep(generator.uniform(0.1, longest))
         seen |= {each.pid for each in descendants(process, worker)}
         kill(generator.choice(descendants(process, victim)))
     document = finish(process)

@@ -8,12 +8,13 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from threading import Event as Flag
 from typing import Any
 
 from stages.contract import Artifact
-from stages.errors import OutsideError, StillhouseError
+from stages.errors import OutsideError
 from stages.storage import Folder
 from workflows.engine.attempts import Done, Reports, Request, Tasks
 from workflows.engine.failures import Failure, FailureKind
@@ -22,7 +23,7 @@ from workflows.engine.heartbeat import Heartbeat, Holder
 from workflows.engine.ledger import records
 from workflows.engine.ledger.records import Record
 from workflows.engine.manifest import build_manifest
-from workflows.engine.pinning import Pinned, pin
+from workflows.engine.pinning import Pinned, Pins
 from workflows.engine.plan import Plan, StepPlan
 from workflows.engine.recorder import Recorder
 from workflows.engine.results import OUTCOME_OF, Outcome, RunResult, StepResult, Watcher
@@ -45,6 +46,7 @@ from workflows.engine.schedule import (
     new_schedule,
 )  # fmt: skip
 from workflows.engine.store import ArtifactStore, Claim, Commit, Fenced
+from workflows.engine.worker import classify
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +74,7 @@ class Driver:
     _schedule: Schedule = field(init=False)
     _claims: dict[str, Claim] = field(init=False, default_factory=dict)
     _commits: dict[str, Commit] = field(init=False, default_factory=dict)
-    _outside: dict[str, Pinned] = field(init=False, default_factory=dict)
+    _pins: Pins = field(init=False, default_factory=Pins)
     _shared: set[str] = field(init=False, default_factory=set)
     _hits: frozenset[str] = field(init=False)
     _next_reports: float = field(init=False, default=0.0)
@@ -102,14 +104,15 @@ class Driver:
             (self.store.root / "runs" / self.run).put_json("steps.json", fingerprints)
             for name in self._hits:
                 self._recorder.hit(name, self._commits[name])
+            for planned in self.plan.having("MISS"):
+                with suppress(Exception):  # told when the step is launched, if it is still so then
+                    self._pins.of(planned)
             self._take(Tick(self.clock()))
             while not self._schedule.over:
                 if self.interrupt.is_set() and not self._schedule.interrupted:
                     self._take(Interrupted(self.clock()))
                 self._turn()
         finally:
-            for name in self._claims:
-                self._release(name)
             heartbeat.stop()
         return self._result()
 
@@ -154,13 +157,6 @@ class Driver:
         assert planned.fingerprint is not None
         if self._share(launch):
             return
-        try:
-            pinned = self._outside[launch.step] = pin(planned)
-        except StillhouseError as error:  # out of reach for now, or no longer what was planned
-            self._recorder.opened(launch.step, launch.attempt, "miss")
-            kind = FailureKind.TRANSIENT if isinstance(error, OutsideError) else FailureKind.PERMANENT
-            self._settle_failed(launch.step, launch.attempt, Failure(kind, str(error)))
-            return
         claim = self.store.claim(planned.fingerprint, self.run)
         if isinstance(claim, Holder):
             self.watcher.step(
@@ -171,19 +167,28 @@ class Driver:
         if self._share(launch):  # committed between our look and our claim
             return
         self._claims[launch.step] = claim
+        self._recorder.opened(launch.step, launch.attempt, "miss")
+        try:
+            pinned = self._pins.of(planned)
+            inputs = {name: self._resolve(wiring, pinned) for name, wiring in planned.step.inputs.items()}
+        except Exception as error:  # noqa: BLE001  data from outside, its own code included: one step's trouble
+            self._settle_failed(launch.step, launch.attempt, _of_outside(error))
+            return
+        if moved := pinned.moved():
+            self._settle_failed(launch.step, launch.attempt, Failure(FailureKind.PERMANENT, moved))
+            return
         request = Request(
             step=launch.step,
             attempt=launch.attempt,
             stage=pinned.stage,
             fingerprint=planned.fingerprint,
-            inputs={name: self._resolve(wiring, pinned) for name, wiring in planned.step.inputs.items()},
+            inputs=inputs,
             root=self.store.folder(planned.fingerprint),
             out=self.store.out(claim),
             resume=self.store.resume(claim, self._input_commits(planned)),
             logs=self._logs(),
             resources=launch.resources,
         )
-        self._recorder.opened(launch.step, launch.attempt, "miss")
         self.watcher.step(launch.step, Phase.RUNNING, f"attempt {launch.attempt}" if launch.attempt > 1 else "")
         self.tasks.submit(request)
 
@@ -266,7 +271,7 @@ class Driver:
 
     def _commit(self, name: str, done: Done) -> Commit | Failure:
         planned, claim = self.plan.steps[name], self._claims[name]
-        if moved := self._outside[name].moved():
+        if moved := self._pins.of(planned).moved():
             return Failure(FailureKind.PERMANENT, moved)
         manifest = build_manifest(
             planned,
@@ -286,7 +291,7 @@ class Driver:
         return commit
 
     def _pass_on(self, reports: Reports) -> None:
-        for name, attempt in sorted(reports.begun):
+        for name, attempt in sorted(reports.begun | reports.curves.keys()):
             state = self._schedule.steps[name]
             if state.phase is Phase.RUNNING and state.attempt == attempt and state.began_at is None:
                 self._take(Began(name, self.clock()))
@@ -310,3 +315,8 @@ class Driver:
             )
             results[name] = StepResult(name, outcome, state.reason, self._commits.get(name), log, state.attempt)
         return RunResult(self.run, results, self._schedule.succeeded, self._schedule.interrupted)
+
+
+def _of_outside(error: Exception) -> Failure:
+    """Return the failure that an error with data from outside is: what is out of reach may come back."""
+    return Failure(FailureKind.TRANSIENT, str(error)) if isinstance(error, OutsideError) else classify(error)

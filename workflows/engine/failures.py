@@ -73,7 +73,7 @@ def decide(failure: Failure, *, attempt: int, retry: Retry, resources: Resources
 
 
 def _shrink(failure: Failure, resources: Resources, wait_seconds: float, reason: str) -> TryAgain | GiveUp:
-    tried = failure.micro_batch or resources.micro_batch
+    tried = min((rows for rows in (failure.micro_batch, resources.micro_batch) if rows), default=None)
     if tried == 1:
         return GiveUp(f"given up: {reason} with a micro-batch of 1 row, which cannot be made smaller")
     smaller = tried // 2 if tried else 1  # a worker that the system killed could not say how many rows it had

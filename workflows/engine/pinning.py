@@ -1,17 +1,22 @@
-"""A step's data from outside as it was planned: pinned before an attempt, and looked at again before its commit.
+"""A step's data from outside as it was planned: pinned when the run starts, looked at before an attempt and its commit.
 
 Promises: what is committed under a fingerprint was made from the data that the fingerprint names; data that moved since
-is an error of the step, never a wrong result that is found again for ever.
+is an error of the step, never a wrong result that is found again for ever. A hub id stays at the commit that was
+planned, whatever its branch does meanwhile.
 """
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 
 from stages.contract import Artifact, Stage
-from stages.errors import OutsideError, StageFailed
+from stages.errors import StageFailed
 from workflows.engine.graph import Given
 from workflows.engine.identity import given_identity, step_identity
 from workflows.engine.plan import StepPlan
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,8 +25,8 @@ class Pinned:
 
     planned: StepPlan
     stage: Stage
-    givens: Mapping[str, Given]
-    """Input → the checkpoint from outside, pinned."""
+    givens: Mapping[Given, Given]
+    """A checkpoint from outside, as the step names it and pinned."""
 
     def artifact(self, given: Given) -> Artifact:
         """Return a checkpoint from outside as an artifact.
@@ -29,44 +34,65 @@ class Pinned:
         Raises:
             OutsideError: it is out of reach.
         """
-        pinned = next(known for known in self.givens.values() if known.name == given.name)
-        return pinned.checkpoint.artifact(given_identity(pinned).fingerprint)
+        name = next(name for name, source in self.planned.step.sources() if source == given)
+        return self.givens[given].checkpoint.artifact(self._inputs()[name])
 
     def moved(self) -> str | None:
         """Say what is no longer as planned, or None; of what is out of reach nothing is known, so nothing is said."""
         try:
-            return self._difference()
-        except OutsideError:
+            return self.difference(hub=False)
+        except Exception as error:  # noqa: BLE001  a finished attempt must not be lost over data that went away since
+            logger.warning("cannot look at the data from outside of %s: %s", self.planned.step.name, error)
             return None
 
-    def _difference(self) -> str | None:
-        assert self.planned.identity is not None
-        inputs = self.planned.identity.record["inputs"]
-        for name, given in self.givens.items():
-            if given_identity(given).fingerprint != inputs[name]:
+    def difference(self, *, hub: bool) -> str | None:
+        """Say what is not as planned, or None; checkpoints at a commit of the hub, which never changes, on demand.
+
+        Raises:
+            OutsideError: the data is out of reach.
+        """
+        for name, source in self.planned.step.sources():
+            if not isinstance(source, Given):
+                continue
+            given = self.givens[source]
+            if given.checkpoint.revision is not None and not hub:
+                continue
+            if given_identity(given).fingerprint != self._inputs()[name]:
                 return _told(f"the checkpoint {given.checkpoint.source!r}")
         step = replace(self.planned.step, stage=self.stage)
-        if step_identity(step, inputs).fingerprint != self.planned.fingerprint:
+        if step_identity(step, self._inputs()).fingerprint != self.planned.fingerprint:
             return _told("its data from outside")
         return None
 
+    def _inputs(self) -> Mapping[str, str]:
+        assert self.planned.identity is not None
+        inputs: Mapping[str, str] = self.planned.identity.record["inputs"]
+        return inputs
 
-def pin(planned: StepPlan) -> Pinned:
-    """Return a planned step with its data from outside pinned.
 
-    Raises:
-        OutsideError: the data is out of reach.
-        StageFailed: it is no longer what was planned.
-    """
-    givens = {
-        name: replace(source, checkpoint=source.checkpoint.resolved())
-        for name, source in planned.step.sources()
-        if isinstance(source, Given)
-    }
-    pinned = Pinned(planned, planned.step.stage.resolved(), givens)
-    if moved := pinned._difference():
-        raise StageFailed(moved)
-    return pinned
+class Pins:
+    """The pinned steps of a run."""
+
+    def __init__(self) -> None:
+        """Begin with none."""
+        self._steps: dict[str, Pinned] = {}
+        self._pin_given = cache(lambda given: replace(given, checkpoint=given.checkpoint.resolved()))
+
+    def of(self, planned: StepPlan) -> Pinned:
+        """Return a planned step with its data from outside pinned, the first time that it can be.
+
+        Raises:
+            OutsideError: the data is out of reach.
+            StageFailed: it is no longer what was planned.
+        """
+        name = planned.step.name
+        if name not in self._steps:
+            givens = {given: self._pin_given(given) for _, given in planned.step.sources() if isinstance(given, Given)}
+            pinned = Pinned(planned, planned.step.stage.resolved(), givens)
+            if moved := pinned.difference(hub=True):
+                raise StageFailed(moved)
+            self._steps[name] = pinned
+        return self._steps[name]
 
 
 def _told(what: str) -> str:

@@ -54,6 +54,8 @@ class StepState:
     phase: Phase = Phase.WAITING
     attempt: int = 0
     """Attempts launched so far."""
+    shrinks: int = 0
+    """How many of them ran out of memory, which counts against no limit but the smallest micro-batch."""
     not_before: float = 0.0
     launched_at: float = 0.0
     began_at: float | None = None
@@ -253,7 +255,8 @@ def _fail(draft: _Draft, name: str, at: float, failure: Failure) -> None:
     if draft.interrupted:
         draft.settle(name, Phase.CANCELLED, "the run was interrupted", stopping=None)
         return
-    decision = decide(failure, attempt=state.attempt, retry=state.retry, resources=state.resources)
+    counted = state.attempt - state.shrinks
+    decision = decide(failure, attempt=counted, retry=state.retry, resources=state.resources)
     if isinstance(decision, TryAgain):
         reason = f"{decision.reason}, next in {decision.wait_seconds:.0f} s: {failure.message}"
         draft.settle(
@@ -262,6 +265,7 @@ def _fail(draft: _Draft, name: str, at: float, failure: Failure) -> None:
             reason,
             not_before=at + decision.wait_seconds,
             resources=decision.resources,
+            shrinks=state.shrinks + (failure.kind is FailureKind.OUT_OF_MEMORY),
             stopping=None,
             began_at=None,
         )

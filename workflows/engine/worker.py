@@ -59,8 +59,8 @@ class ReportBox:
         self._reports.notes.append((*key, text))
 
     def drain(self) -> Reports:
-        """Return everything and start anew."""
-        reports, self._reports = self._reports, Reports()
+        """Return everything and start anew; what has begun is told each time, since an answer may be lost."""
+        reports, self._reports = self._reports, Reports(begun=set(self._reports.begun))
         return reports
 
 

@@ -1,5 +1,6 @@
 """A run's loop: what it launches, commits, records and goes on from."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from threading import Event as Flag
 
@@ -287,6 +288,24 @@ def test_drive_data_from_outside_that_changes_under_an_attempt_is_not_committed(
     result, _ = drive(flow, store, Under())
     assert result.steps["third"].outcome == "failed"
     assert "has changed since" in result.steps["third"].reason
+
+
+def test_drive_checkpoints_from_outside_of_one_name_are_each_itself(store: ArtifactStore, tmp_path: Path) -> None:
+    flow = graph()
+    givens = {}
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+        (tmp_path / name / "model.safetensors").write_text(name)
+        givens[name] = flow.given("base", Checkpoint(source=str(tmp_path / name)))
+    flow.step("third", Join(), data=Handle("data", "dataset"), parts=givens)
+    tasks = InlineTasks()
+    drive(flow, store, tasks)
+    (request,) = [request for request in tasks.requests if request.step == "third"]
+    parts = request.inputs["parts"]
+    assert isinstance(parts, Mapping)
+    read = {name: part.paths("model/*.safetensors")[0].read_text() for name, part in parts.items()}
+    assert read == {"one": "one", "two": "two"}
 
 
 def test_drive_metric_that_is_no_number_fails_its_step_alone(store: ArtifactStore) -> None:

@@ -67,6 +67,13 @@ def test_decide_out_of_memory_of_the_stages_own_rows_halves_those_until_one_does
     assert "cannot be made smaller" in decision.reason
 
 
+def test_decide_out_of_memory_that_claims_more_rows_than_it_was_given_shrinks_all_the_same() -> None:
+    full = Failure(FailureKind.OUT_OF_MEMORY, "full", micro_batch=64)
+    decision = decide(full, attempt=1, retry=Retry(), resources=Resources(micro_batch=4))
+    assert isinstance(decision, TryAgain)
+    assert decision.resources.micro_batch == 2
+
+
 def test_decide_out_of_memory_of_a_worker_that_could_not_say_its_rows_tries_one() -> None:
     decision = after(FailureKind.OUT_OF_MEMORY, resources=Resources())
     assert isinstance(decision, TryAgain)

@@ -103,6 +103,20 @@ def test_advance_optional_step_failing_leaves_the_run_succeeded() -> None:
     assert state.succeeded
 
 
+def test_advance_out_of_memory_leaves_the_other_attempts_as_they_were() -> None:
+    retry = Retry(attempts=2, backoff_seconds=0)
+    state, _ = advance(schedule(step("a", retry=retry)), Tick(0))
+    for at, rows in ((1, 8), (2, 4), (3, 2)):
+        full = Failure(FailureKind.OUT_OF_MEMORY, "full", micro_batch=rows)
+        state, decisions = advance(state, Failed("a", at, full))
+        assert launched(decisions) == ["a"]
+    state, decisions = advance(state, Failed("a", 4, LOST))
+    assert launched(decisions) == ["a"]
+    state, decisions = advance(state, Failed("a", 5, LOST))
+    assert state.steps["a"].phase is Phase.FAILED
+    assert "at attempt 2 of 2" in state.steps["a"].reason
+
+
 def test_advance_attempt_past_its_timeout_is_stopped_and_tried_again() -> None:
     state, _ = advance(schedule(step("a", retry=Retry(attempts=2, backoff_seconds=0, timeout_seconds=30))), Tick(0))
     state, _ = advance(state, Began("a", 10))
