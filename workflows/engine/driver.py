@@ -292,8 +292,8 @@ class Driver:
 
     def _pass_on(self, reports: Reports) -> None:
         for name, attempt in sorted(reports.begun | reports.curves.keys()):
-            state = self._schedule.steps[name]
-            if state.phase is Phase.RUNNING and state.attempt == attempt and state.began_at is None:
+            state = self._schedule.steps.get(name)  # tasks may have served another run, whose steps have begun too
+            if state and state.phase is Phase.RUNNING and state.attempt == attempt and state.began_at is None:
                 self._take(Began(name, self.clock()))
         for (name, _), (done, total, unit) in reports.progress.items():
             self.watcher.progress(name, done, total, unit)
