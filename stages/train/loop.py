@@ -89,8 +89,8 @@ class Progress:
     seconds: float = 0.0
     last: dict[str, float] = field(default_factory=dict)
     """The newest point of the curves."""
-    pending: list[tuple[int, int, list[float]]] = field(default_factory=list)
-    """(step, targets, sums of losses over all ranks) of each step since that point."""
+    pending: list[tuple[int, int, Tensor | list[float]]] = field(default_factory=list)
+    """(step, targets, sums of losses over all ranks) of each step since that point; of a snapshot as plain numbers."""
 
 
 class Keeper(Protocol):
@@ -168,24 +168,21 @@ class Training:
         network = self._replicated()
         total = self.recipe.optimizer_steps
         every = max(1, total // CURVE_POINTS)
-        pending: list[tuple[int, int, Tensor]] = [
-            (step, targets, torch.tensor(sums, dtype=torch.float64)) for step, targets, sums in progress.pending
-        ]
         started, before = self.clock(), progress.seconds
         since_point = (started, progress.tokens)
         for step, batch in enumerate(self.reader.steps(progress.step, total), progress.step):
             sums = self._step(network, optimizer, batch, step)
-            pending.append((step, batch.num_targets, sums))
+            progress.pending.append((step, batch.num_targets, sums))
             now = self.clock()
             progress.step, progress.targets = step + 1, progress.targets + batch.num_targets
             progress.tokens, progress.seconds = progress.tokens + batch.num_tokens, before + now - started
             if (step + 1) % every == 0 or step + 1 == total:
-                progress.last = self._point(pending)
+                progress.last = self._point(progress.pending)
                 now = self.clock()  # reading the losses has waited for the device
                 speed = (progress.tokens - since_point[1]) / max(now - since_point[0], 1e-9)
                 self._tell(progress, speed, total)
-                pending, since_point = [], (now, progress.tokens)
-            self._snapshot(optimizer, progress, pending, final=step + 1 == total)
+                progress.pending, since_point = [], (now, progress.tokens)
+            self._snapshot(optimizer, progress, final=step + 1 == total)
         return progress
 
     def _replicated(self) -> Any:
@@ -241,9 +238,9 @@ class Training:
         sums: tuple[Tensor, Tensor] = chunked_sum(logits.flatten(0, 1), batch.positions_M, term)
         return sums
 
-    def _point(self, pending: list[tuple[int, int, Tensor]]) -> dict[str, float]:
+    def _point(self, pending: Sequence[tuple[int, int, Tensor | list[float]]]) -> dict[str, float]:
         """Return means over the steps since the last point; the one place that waits for the device."""
-        sums = torch.stack([sums.to(self.ranks.device) for _, _, sums in pending])
+        sums = torch.stack([torch.as_tensor(s, dtype=torch.float64, device=self.ranks.device) for _, _, s in pending])
         for (step, _, _), row in zip(pending, sums.tolist(), strict=True):
             if not all(map(math.isfinite, row)):
                 raise StageFailed(
@@ -262,14 +259,7 @@ class Training:
         self.report.curve(progress.step, {**progress.last, **extra})
         self.report.progress(progress.step, total, "steps")
 
-    def _snapshot(
-        self,
-        optimizer: torch.optim.Optimizer,
-        progress: Progress,
-        pending: list[tuple[int, int, Tensor]],
-        *,
-        final: bool,
-    ) -> None:
+    def _snapshot(self, optimizer: torch.optim.Optimizer, progress: Progress, *, final: bool) -> None:
         if self.keeper is None or not (final or self.keeper.due()):
             return
         finite = torch.stack([p.detach().isfinite().all() for p in self.model.parameters()]).all()
@@ -280,6 +270,9 @@ class Training:
             "tokens": progress.tokens,
             "seconds": progress.seconds,
             "last": progress.last,
-            "pending": [(step, targets, sums.tolist()) for step, targets, sums in pending],
+            "pending": [
+                (step, targets, torch.as_tensor(s, dtype=torch.float64).tolist())
+                for step, targets, s in progress.pending
+            ],
         }
         self.keeper.keep(progress.step, state_tensors(self.model, optimizer), facts)

@@ -218,11 +218,10 @@ class Driver:
         return True
 
     def _input_commits(self, planned: StepPlan) -> dict[str, dict[str, Any]]:
-        assert planned.identity is not None
         found = {}
         for name, source in planned.step.sources():
             generation = self._commits[source.step].generation if isinstance(source, Handle) else 0
-            found[name] = {"fingerprint": planned.identity.record["inputs"][name], "generation": generation}
+            found[name] = {"fingerprint": planned.inputs[name], "generation": generation}
         return found
 
     def _resolve(self, wiring: Wiring, pinned: Pinned) -> Artifact | Mapping[str, Artifact]:

@@ -35,7 +35,7 @@ class Pinned:
             OutsideError: it is out of reach.
         """
         name = next(name for name, source in self.planned.step.sources() if source == given)
-        return self.givens[given].checkpoint.artifact(self._inputs()[name])
+        return self.givens[given].checkpoint.artifact(self.planned.inputs[name])
 
     def moved(self) -> str | None:
         """Say what is no longer as planned, or None; of what is out of reach nothing is known, so nothing is said."""
@@ -57,17 +57,12 @@ class Pinned:
             given = self.givens[source]
             if given.checkpoint.revision is not None and not hub:
                 continue
-            if given_identity(given).fingerprint != self._inputs()[name]:
+            if given_identity(given).fingerprint != self.planned.inputs[name]:
                 return _told(f"the checkpoint {given.checkpoint.source!r}")
         step = replace(self.planned.step, stage=self.stage)
-        if step_identity(step, self._inputs()).fingerprint != self.planned.fingerprint:
+        if step_identity(step, self.planned.inputs).fingerprint != self.planned.fingerprint:
             return _told("its data from outside")
         return None
-
-    def _inputs(self) -> Mapping[str, str]:
-        assert self.planned.identity is not None
-        inputs: Mapping[str, str] = self.planned.identity.record["inputs"]
-        return inputs
 
 
 class Pins:

@@ -53,6 +53,13 @@ class StepPlan:
         """The step's fingerprint, or None where data from outside is out of reach."""
         return self.identity.fingerprint if self.identity else None
 
+    @property
+    def inputs(self) -> Mapping[str, str]:
+        """Input → fingerprint, of a step whose own fingerprint is known."""
+        assert self.identity is not None
+        inputs: Mapping[str, str] = self.identity.record["inputs"]
+        return inputs
+
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON."""
         return {

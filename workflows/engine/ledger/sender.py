@@ -87,16 +87,24 @@ class Sender:
         if self._books is not None:
             self._books.careful = False
 
-    def finish(self) -> None:
-        """Send what is left and end what the run has left open in MLflow, once its driver is gone.
+    def catch_up(self) -> list[int]:
+        """Send all that is journaled and not sent, told of or not; return the numbers of all batches.
 
         Raises:
-            Exception: MLflow or the journal cannot be reached.
+            Exception: as `send`.
         """
         numbers, sent = self._journal.numbers(), self._journal.sent()
-        # Also what a driver that was killed had journaled and not told of.
         self._waiting = deque(number for number in numbers if number > sent)
         self.send()
+        return numbers
+
+    def finish(self) -> None:
+        """Catch up and end what the run has left open in MLflow, once its driver is gone.
+
+        Raises:
+            Exception: as `send`.
+        """
+        numbers = self.catch_up()
         if numbers and not self._ended:
             self._note(self._journal.read(numbers[-1]))
         if numbers and not self._ended:
@@ -189,9 +197,7 @@ def _gather(sender: Sender, inbox: "queue.SimpleQueue[int | None]", pause_second
 def _try(sender: Sender, *, finish: bool) -> str | None:
     """Send what waits; return why that failed, or None."""
     try:
-        sender.send()
-        if finish:
-            sender.finish()
+        sender.finish() if finish else sender.send()
     except Exception as error:  # noqa: BLE001  the border of the sender's process: the journal keeps everything
         return masked(str(error)) or type(error).__name__
     return None

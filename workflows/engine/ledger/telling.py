@@ -56,15 +56,14 @@ def replay(runs: Folder, *, tracking_uri: str, artifact_root: str, connect: Conn
         return Books(connection, careful=True)
 
     for run, journal in unfinished(runs):
-        numbers = journal.numbers()
-        term = journal.sender.take(holder_of(run, os.getpid()), liveness) if numbers else None
+        term = journal.sender.take(holder_of(run, os.getpid()), liveness) if journal.numbers() else None
         if term is None:
             continue
-        sender, sent = Sender(run, journal, books, _turn_of(runs, run)), journal.sent()
+        sender = Sender(run, journal, books, _turn_of(runs, run))
         try:
-            sender.add(number for number in numbers if number > sent)
-            sender.send()
-            if not liveness.run_alive(run):  # its driver may live and journal on, though its own teller died
+            if liveness.run_alive(run):  # its driver journals on, though its own teller died
+                sender.catch_up()
+            else:
                 sender.finish()
         except ConfigError:
             raise
