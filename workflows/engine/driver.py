@@ -164,9 +164,10 @@ class Driver:
             )
             self._take(Held(launch.step, self.clock(), claim.run))
             return
-        if self._share(launch):  # committed between our look and our claim
-            return
         self._claims[launch.step] = claim
+        if self._share(launch):  # committed between our look and our claim
+            self._release(launch.step)
+            return
         self._recorder.opened(launch.step, launch.attempt, "miss")
         try:
             pinned = self._pins.of(planned)

@@ -13,6 +13,7 @@ from tests.stages_for_tests import Join, Odd, Pour, Stumble, Write
 from workflows.engine.driver import Driver
 from workflows.engine.failures import Failure, FailureKind
 from workflows.engine.graph import Handle, Retry, Workflow
+from workflows.engine.heartbeat import Holder
 from workflows.engine.identity import Fingerprint
 from workflows.engine.ledger import records
 from workflows.engine.manifest import cost_seconds
@@ -157,6 +158,26 @@ def test_drive_result_committed_by_another_run_meanwhile_is_shared(store: Artifa
     assert tasks.submitted == []
     assert {step.outcome for step in result.steps.values()} == {"shared"}
     assert result.succeeded
+
+
+def test_drive_result_committed_between_look_and_claim_is_shared_and_its_claim_let_go(
+    store: ArtifactStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take = ArtifactStore.claim
+
+    def late(self: ArtifactStore, fingerprint: Fingerprint, run: str) -> Claim | Holder:
+        if run == "late" and store.newest(fingerprint) is None:
+            drive(graph(), store, InlineTasks(), run="other")
+        return take(self, fingerprint, run)
+
+    plan = make_plan(graph(), store)
+    fingerprints = [step.fingerprint for step in plan.steps.values() if step.fingerprint]
+    monkeypatch.setattr(ArtifactStore, "claim", late)
+    tasks = InlineTasks()
+    result = Driver(plan, store, tasks, "late", lambda record: None, SilentWatcher()).go()
+    assert tasks.submitted == []
+    assert {step.outcome for step in result.steps.values()} == {"shared"}
+    assert all(isinstance(store.claim(fingerprint, "another"), Claim) for fingerprint in fingerprints)
 
 
 def test_drive_long_chain_committed_by_another_run_is_shared_whole(store: ArtifactStore) -> None:
