@@ -13,8 +13,9 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.errors import OutOfMemory, StageFailed, Transient
+from stages.errors import StageFailed, Transient
 from stages.storage import Folder
+from stages.translation import within_memory
 
 if TYPE_CHECKING:
     import torch
@@ -58,18 +59,17 @@ def load_model(folder: Path, *, dtype: str = "float32", device: str = "cpu") -> 
     if wanted != "auto" and not isinstance(wanted, torch.dtype):
         raise StageFailed(f"dtype={dtype!r} is no type of torch; expected e.g. 'float32', 'bfloat16' or 'auto'")
     try:
-        model, loading = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=wanted,
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
+        with within_memory(f"loading the model in {folder}"):
+            model, loading = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=wanted,
+                local_files_only=True,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         text = f"cannot load the model in {folder}: {type(error).__name__}: {error}"
-        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-            raise OutOfMemory(text) from error
         if isinstance(error, OSError) and error.errno in PASSING_ERRNOS:
             raise Transient(text) from error
         raise StageFailed(text) from error
@@ -79,7 +79,8 @@ def load_model(folder: Path, *, dtype: str = "float32", device: str = "cpu") -> 
         raise StageFailed(
             f"the weights in {folder} are not those that its config.json describes: {shown}; save the model again"
         )
-    loaded: PreTrainedModel = model.to(device).eval()
+    with within_memory(f"moving the model in {folder} to {device}"):
+        loaded: PreTrainedModel = model.to(device).eval()
     return loaded
 
 

@@ -2,10 +2,11 @@
 
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 from stages.errors import OutOfMemory, StageFailed, StillhouseError, Transient, WorkerLost
 
-__all__ = ["causes", "one_line", "translate"]
+__all__ = ["causes", "one_line", "translate", "within_memory"]
 
 LOST = {
     "ActorDiedError",
@@ -29,6 +30,8 @@ LOST = {
 LOST_SIGNS = ("Connection closed by peer", "Connection reset by peer", "Connection refused", "/gloo/")
 """What gloo and NCCL say on the living ranks when another died; they raise a plain RuntimeError."""
 MEMORY = {"OutOfMemoryError", "MemoryError"}
+MEMORY_SIGNS = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+"""What torch says, by a plain RuntimeError, where the host's allocator or a library on the device had no room."""
 DISK_FULL_ERRNO = 28
 DISK_FULL_SIGN = "No space left on device"
 LINE_CHARACTERS = 300
@@ -41,8 +44,8 @@ RAY_DATA_MARK = "SystemException"
 def translate(error: BaseException) -> StillhouseError:
     """Return the error of ours that an error means, by it and everything that it wraps; its message is for people."""
     chain = list(causes(error))
-    names = {type(link).__name__ for link in chain}
-    if isinstance(error, OutOfMemory if names & MEMORY else StillhouseError) and not hasattr(error, "cause"):
+    starved = next((link for link in chain if _is_out_of_memory(link)), None)
+    if isinstance(error, OutOfMemory if starved else StillhouseError) and not hasattr(error, "cause"):
         return error
     full = next((link for link in reversed(chain) if _is_disk_full(link)), None)
     if full is not None:
@@ -53,8 +56,8 @@ def translate(error: BaseException) -> StillhouseError:
         )
     # Ray raises an error of a task as one that is of its type too, whose text is a whole traceback: take what it wraps.
     ours = next((link for link in chain if isinstance(link, StillhouseError) and not hasattr(link, "cause")), None)
-    if names & MEMORY and not isinstance(ours, OutOfMemory):
-        return OutOfMemory(one_line(next(link for link in chain if type(link).__name__ in MEMORY)))
+    if starved is not None and not isinstance(ours, OutOfMemory):
+        return OutOfMemory(one_line(starved))
     if isinstance(ours, OutOfMemory):
         return OutOfMemory(_own_text(ours), micro_batch=ours.micro_batch)
     if ours is not None:
@@ -65,6 +68,27 @@ def translate(error: BaseException) -> StillhouseError:
     if any(isinstance(link, ConnectionError | TimeoutError) or _is_of_the_store(link) for link in chain):
         return Transient(one_line(_root(error)))
     return StageFailed(one_line(_root(error)))
+
+
+@contextmanager
+def within_memory(what: str, *, micro_batch: int | None = None, advice: str | None = None) -> Iterator[None]:
+    """Raise `OutOfMemory` where the device or the host refuses an allocation.
+
+    Args:
+        what: what is being done, the message's subject.
+        micro_batch: rows in one forward pass, where fewer would help.
+        advice: what else to do about it.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not _is_out_of_memory(error):
+            raise
+        rows = f" with micro_batch={micro_batch}" if micro_batch else ""
+        if micro_batch and micro_batch > 1 and advice is None:
+            advice = f"set resources.micro_batch below {micro_batch}"
+        message = f"{what} ran out of memory{rows} ({one_line(error)}){f'; {advice}' if advice else ''}"
+        raise OutOfMemory(message, micro_batch=micro_batch) from error
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:
@@ -111,6 +135,14 @@ def _root(error: BaseException) -> BaseException:
         seen.add(id(error))
         error = inner[-1]
     return error
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    if type(error).__name__ in MEMORY:
+        return True
+    # What only wraps or quotes such an error has its text too.
+    own = isinstance(error, RuntimeError) and not hasattr(error, "cause")
+    return own and any(sign in str(error) for sign in MEMORY_SIGNS)
 
 
 def _is_disk_full(error: BaseException) -> bool:

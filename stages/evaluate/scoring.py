@@ -20,9 +20,10 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from stages.errors import OutOfMemory, StageFailed
+from stages.errors import StageFailed
 from stages.evaluate.rows import Batch
 from stages.ops.divergences import kl_divergence
+from stages.translation import within_memory
 
 __all__ = ["DocumentSums", "Head", "Reference", "kept_from", "kept_to", "output_layer", "score_batches"]
 
@@ -145,19 +146,13 @@ def score_batches(
         OutOfMemory: the device's memory did not suffice.
     """
     for batch in batches:
-        try:
-            with torch.inference_mode():
-                input_ids_BT = torch.as_tensor(batch.input_ids_BT, device=model.device).long()
-                is_target_BT = torch.as_tensor(batch.loss_mask_BT[:, 1:].copy(), device=model.device)
-                states_ND = hidden_states(model, input_ids_BT)[:, :-1][is_target_BT]
-                targets_N = input_ids_BT[:, 1:][is_target_BT]
-                others = {key: (ref.head, next(ref.states).to(states_ND.device)) for key, ref in references.items()}
-                figures = _compare(head, states_ND, targets_N, others, vocabulary_size)
-        except torch.OutOfMemoryError as error:
-            rows = len(batch.input_ids_BT)
-            raise OutOfMemory(
-                f"{name!r} ran out of device memory with {rows} rows at once: {error}", micro_batch=rows
-            ) from error
+        with within_memory(f"scoring {name!r}", micro_batch=len(batch.input_ids_BT)), torch.inference_mode():
+            input_ids_BT = torch.as_tensor(batch.input_ids_BT, device=model.device).long()
+            is_target_BT = torch.as_tensor(batch.loss_mask_BT[:, 1:].copy(), device=model.device)
+            states_ND = hidden_states(model, input_ids_BT)[:, :-1][is_target_BT]
+            targets_N = input_ids_BT[:, 1:][is_target_BT]
+            others = {key: (ref.head, next(ref.states).to(states_ND.device)) for key, ref in references.items()}
+            figures = _compare(head, states_ND, targets_N, others, vocabulary_size)
         for column, values_N in figures.items():
             if not np.isfinite(values_N).all():
                 num_bad = int((~np.isfinite(values_N)).sum())

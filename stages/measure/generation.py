@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from stages.errors import OutOfMemory
+from stages.translation import within_memory
 
 __all__ = ["Load", "Timings", "measure_memory", "summarize", "time_in_turns"]
 
@@ -59,20 +59,17 @@ def generate(model: Any, prompt_BP: torch.Tensor, new_tokens: int) -> Timings:
     sync: Callable[[], None] = torch.cuda.synchronize if prompt_BP.is_cuda else lambda: None
     seconds = []
     inputs, cache = prompt_BP, None
-    try:
-        with torch.inference_mode():
-            for _ in range(new_tokens):
-                sync()
-                start = time.perf_counter()
-                output = model(input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
-                inputs, cache = output.logits[:, -1:].argmax(-1), output.past_key_values
-                sync()
-                seconds.append(time.perf_counter() - start)
-    except torch.OutOfMemoryError as error:
-        raise OutOfMemory(
-            f"{tuple(prompt_BP.shape)} prompt tokens and {new_tokens} new ones do not fit the device: {error}; all "
-            "models are resident while they take turns: measure fewer at once, or lower `batch_size`"
-        ) from error
+    batch_size, prompt_tokens = prompt_BP.shape
+    what = f"generating {new_tokens} tokens after {prompt_tokens} in {batch_size} rows"
+    advice = "all models are resident while they take turns: measure fewer at once, or lower `batch_size`"
+    with within_memory(what, advice=advice), torch.inference_mode():
+        for _ in range(new_tokens):
+            sync()
+            start = time.perf_counter()
+            output = model(input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            inputs, cache = output.logits[:, -1:].argmax(-1), output.past_key_values
+            sync()
+            seconds.append(time.perf_counter() - start)
     return Timings(seconds[0], tuple(seconds[1:]))
 
 

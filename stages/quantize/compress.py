@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from stages.errors import OutOfMemory, StageFailed
+from stages.errors import StageFailed
 from stages.quantize.job import Layers
 from stages.quantize.schemes import Scheme
 
@@ -63,20 +63,6 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(disabled)
-
-
-@contextlib.contextmanager
-def naming_out_of_memory(what: str, micro_batch: int) -> Iterator[None]:
-    """Raise `OutOfMemory` where the device or the host refuses an allocation."""
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        refused = isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
-        if not refused:
-            raise
-        first_line = str(error).partition("\n")[0]
-        message = f"{what} ran out of memory with micro_batch={micro_batch}: {first_line}; lower it"
-        raise OutOfMemory(message, micro_batch=micro_batch) from error
 
 
 def quantize_model(

@@ -18,13 +18,14 @@ import torch
 from stages.checkpoints import load_model, load_tokenizer, save_checkpoint
 from stages.contract import Artifact
 from stages.errors import OutOfMemory, Transient
-from stages.quantize.compress import find_layers, linear_bytes, naming_out_of_memory, quantize_model, quiet
+from stages.quantize.compress import find_layers, linear_bytes, quantize_model, quiet
 from stages.quantize.fidelity import Reference, compute_reference, fitting_micro_batch, measure_fidelity
 from stages.quantize.job import Job, Survey
 from stages.quantize.records import Record, failed_record, new_record, receipt_name
 from stages.quantize.rows import Rows
 from stages.quantize.schemes import Scheme
 from stages.storage import AlreadyExists, Folder
+from stages.translation import within_memory
 
 
 def survey_model(job: Job, rows: Rows) -> tuple[Survey, Reference]:
@@ -36,7 +37,7 @@ def survey_model(job: Job, rows: Rows) -> tuple[Survey, Reference]:
         micro_batch = fitting_micro_batch(
             job.micro_batch, sequence_length=rows.ids_RT.shape[1], vocabulary_size=model.config.vocab_size
         )
-        with naming_out_of_memory("the unquantized model", micro_batch):
+        with within_memory("the unquantized model", micro_batch=micro_batch):
             reference = compute_reference(model, rows, micro_batch=micro_batch, device=job.device)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     return Survey(find_layers(model), num_parameters, micro_batch), reference
@@ -55,7 +56,7 @@ def run_trial(scheme: Scheme, job: Job, survey: Survey, reference: Reference) ->
     folder = job.model.folder("model")
     with tempfile.TemporaryDirectory(prefix="stillhouse-trial-") as scratch:
         try:
-            with quiet(), naming_out_of_memory(f"scheme {scheme.name}", survey.micro_batch):
+            with quiet(), within_memory(f"scheme {scheme.name}", micro_batch=survey.micro_batch):
                 measured = _quantize_and_save(scheme, job, survey, reference, folder, Path(scratch))
         except Exception as error:  # a trial is a border: what its scheme does wrong is its result
             if _may_pass(error, survey.micro_batch):
@@ -128,7 +129,7 @@ def remeasure(
     for scheme in schemes:
         folder = finalists.folder(f"finalists/{scheme}")
         try:
-            with quiet(), naming_out_of_memory(f"finalist {scheme}", survey.micro_batch):
+            with quiet(), within_memory(f"finalist {scheme}", micro_batch=survey.micro_batch):
                 model = load_model(folder, dtype="auto", device=job.device)
                 found[scheme] = measure_fidelity(model, reference, micro_batch=survey.micro_batch, device=job.device).kl
         except Exception as error:  # as in `run_trial`

@@ -19,8 +19,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from stages.errors import OutOfMemory, StageFailed
+from stages.errors import StageFailed
 from stages.teach.capture import Signals
+from stages.translation import within_memory
 
 SCHEMA = pa.schema(
     [
@@ -102,14 +103,8 @@ def teach_shard(path: Path, teach: Callable[[torch.Tensor], Signals], *, batch_r
     num_rows = num_tokens = 0
     with pq.ParquetWriter(sink, SCHEMA, compression="zstd", compression_level=1, use_dictionary=False) as writer:
         for digests, input_ids_BT in _token_batches(path, batch_rows):
-            try:
+            with within_memory(f"the teacher on {input_ids_BT.shape[1]} tokens a row", micro_batch=len(digests)):
                 signals = teach(torch.from_numpy(input_ids_BT.copy()))
-            except torch.cuda.OutOfMemoryError as error:
-                raise OutOfMemory(
-                    f"the teacher ran out of GPU memory with {len(digests)} rows of {input_ids_BT.shape[1]} tokens; "
-                    f"set resources.micro_batch below {len(digests)}",
-                    micro_batch=len(digests),
-                ) from error
             _refuse_broken(signals, digests, dtype)
             writer.write_batch(record(digests, signals))
             num_rows, num_tokens = num_rows + len(digests), num_tokens + input_ids_BT.size

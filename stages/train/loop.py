@@ -22,9 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from stages.contract import Report
-from stages.errors import OutOfMemory, StageFailed
+from stages.errors import StageFailed
 from stages.ops.divergences import chunked_sum
 from stages.train.reader import MicroBatch, Reader, StepBatch
+from stages.translation import within_memory
 
 logger = logging.getLogger(__name__)
 
@@ -196,7 +197,8 @@ class Training:
         # DDP averages over ranks, and what is wanted is the sum.
         factor = self.ranks.world_size / max(1, batch.num_targets)
         sums: Tensor | None = None
-        try:
+        rows = len(batch.micro_batches[0].input_ids_BT)
+        with within_memory(f"training at step {step}", micro_batch=rows):
             for index, micro_batch in enumerate(batch.micro_batches, 1):
                 last = index == len(batch.micro_batches)
                 alone = contextlib.nullcontext() if last or self.ranks.world_size == 1 else network.no_sync()
@@ -204,13 +206,6 @@ class Training:
                     loss, parts = self._loss(network, micro_batch.to(self.ranks.device))
                     torch.autograd.backward(loss * factor)
                 sums = parts if sums is None else sums + parts
-        except torch.cuda.OutOfMemoryError as error:
-            rows = len(batch.micro_batches[0].input_ids_BT)
-            raise OutOfMemory(
-                f"training ran out of GPU memory at step {step} with a micro-batch of {rows} rows; "
-                f"set resources.micro_batch below {rows}",
-                micro_batch=rows,
-            ) from error
         if self.recipe.gradient_clip:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.gradient_clip)
         for group in optimizer.param_groups:

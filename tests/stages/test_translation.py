@@ -1,10 +1,15 @@
 """Errors of libraries become errors of ours, with a message of one line."""
 
 import pytest
+import torch
 from obstore.exceptions import GenericError
 
 from stages.errors import OutOfMemory, StageFailed, Transient, WorkerLost
-from stages.translation import translate
+from stages.translation import translate, within_memory
+
+REFUSED = (
+    "[enforce fail at alloc_cpu.cpp:126] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+)
 
 
 class RayTaskError(Exception):
@@ -40,6 +45,8 @@ class ControllerError(Exception):
         (RayTaskError(ValueError("first\nsecond")), StageFailed("ValueError: first")),
         (RayTaskError(ConnectionError("reset")), Transient("ConnectionError: reset")),
         (RayTaskError(MemoryError("4 GB")), OutOfMemory("MemoryError: 4 GB")),
+        (RayTaskError(RuntimeError(REFUSED)), OutOfMemory(f"RuntimeError: {REFUSED}")),
+        (RayTaskError(StageFailed(f"trial 3 failed: {REFUSED}")), StageFailed(f"trial 3 failed: {REFUSED}")),
         (GenericError("503 Slow Down\nDebug source: …"), Transient("GenericError: 503 Slow Down")),
         (RayTaskError(KeyError("rows\nFailed to apply UDF transform after 1/1")), StageFailed("KeyError: 'rows")),
         (RayTaskError(StageFailed("broke\nFailed to apply UDF transform after 1/1")), StageFailed("broke")),
@@ -68,3 +75,32 @@ def test_translate_error_of_ours_made_from_a_lack_of_memory_is_one() -> None:
     error = StageFailed("the checkpoint cannot be loaded")
     error.__cause__ = MemoryError("4 GB")
     assert type(translate(error)) is OutOfMemory
+
+
+@pytest.mark.parametrize(
+    "refusal", [MemoryError("4 GB"), torch.OutOfMemoryError("CUDA out of memory"), RuntimeError(REFUSED)], ids=type
+)
+@pytest.mark.parametrize(
+    ("micro_batch", "advice", "said"),
+    [
+        (8, None, r"scoring 'a' ran out of memory with micro_batch=8 \(.+\); set resources.micro_batch below 8$"),
+        (1, None, r"scoring 'a' ran out of memory with micro_batch=1 \([^;]+\)$"),
+        (None, "measure fewer", r"scoring 'a' ran out of memory \(.+\); measure fewer$"),
+    ],
+)
+def test_within_memory_refused_says_what_was_done_with_how_many_rows_and_what_to_do(
+    refusal: Exception, micro_batch: int | None, advice: str | None, said: str
+) -> None:
+    with (
+        pytest.raises(OutOfMemory, match=said) as caught,
+        within_memory("scoring 'a'", micro_batch=micro_batch, advice=advice),
+    ):
+        raise refusal
+    assert caught.value.micro_batch == micro_batch
+
+
+@pytest.mark.parametrize("error", [RuntimeError("mat1 and mat2"), StageFailed(f"trial 3: {REFUSED}"), KeyError("rows")])
+def test_within_memory_lets_other_errors_through(error: Exception) -> None:
+    with pytest.raises(type(error)) as caught, within_memory("scoring 'a'"):
+        raise error
+    assert caught.value is error

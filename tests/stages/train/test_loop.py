@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from stages.contract import Artifact
-from stages.errors import StageFailed
+from stages.errors import OutOfMemory, StageFailed
 from stages.ops.divergences import cross_entropy
 from stages.storage import Folder
 from stages.train import loop, snapshots
@@ -181,6 +181,18 @@ def test_training_with_a_broken_model_fails_naming_the_step(inputs: tuple[Artifa
     with pytest.raises(StageFailed, match=r"the loss is nan at optimizer step 0, .* lower learning_rate"):
         _training(inputs, model=model, keeper=memory).run(Progress())
     assert memory.kept == {}
+
+
+def test_training_that_the_host_has_no_memory_for_names_step_and_micro_batch(inputs: tuple[Artifact, Artifact]) -> None:
+    model = tiny_llama(vocabulary=100)
+
+    def refuse(*_: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+    model.model.norm.register_forward_pre_hook(refuse)
+    with pytest.raises(OutOfMemory, match=r"training at step 0 .*; set resources.micro_batch below 2") as caught:
+        _training(inputs, model=model, micro_batch=2).run(Progress())
+    assert caught.value.micro_batch == 2
 
 
 def test_learning_rate_rises_then_falls_along_a_cosine() -> None:
