@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+INTEGRATION := ray or server or fault or quickstart or gpu
 
 .PHONY: quickstart test lint bench clean
 
@@ -10,8 +11,8 @@ quickstart: $(VENV)/.run
 
 # Unit tests first: they tell most within 90 seconds.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -q -m "not (ray or fault or quickstart or gpu)"
-	$(BIN)/python -m pytest -q -m "ray or fault or quickstart or gpu"
+	$(BIN)/python -m pytest -q -m "not ($(INTEGRATION))"
+	$(BIN)/python -m pytest -q -m "$(INTEGRATION)"
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check

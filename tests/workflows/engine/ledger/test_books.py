@@ -18,7 +18,7 @@ from tests.workflows.engine.ledger.place import Place, as_fields, by_name
 from workflows.engine.ledger.reading import read_candidates, registered_fingerprints
 
 
-@pytest.mark.parametrize("place", ["sqlite", "server"], indirect=True)
+@pytest.mark.parametrize("place", ["sqlite", pytest.param("server", marks=pytest.mark.server)], indirect=True)
 def test_ledger_two_nights_stand_in_mlflow_as_described(
     place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -49,6 +49,7 @@ def test_ledger_killed_driver_leaves_no_run_running(sqlite: Place) -> None:
     assert sqlite.replay() == 0
 
 
+@pytest.mark.server
 def test_ledger_server_down_work_goes_on_and_the_next_replay_sends_all(
     server_uri: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -16,6 +16,7 @@ def test_check_tracking_uri_unusable_is_a_config_error(uri: str) -> None:
         check_tracking_uri(uri)
 
 
+@pytest.mark.server
 def test_check_tracking_uri_usable_says_nothing(server_uri: str) -> None:
     for uri in (server_uri, "sqlite:////data/mlflow.db", "postgresql+psycopg2://u:p@db/mlflow"):
         check_tracking_uri(uri)
