@@ -1,12 +1,11 @@
-"""Loads and saves models and tokenizers as the hub lays them out: safetensors only, no code from outside, no network.
+"""Loads and saves models as the hub lays them out: safetensors only, no code from outside, no network.
 
 Promises: what is loaded has every weight that its config asks for (transformers fills a missing one with noise and only
-warns); a tokenizer's digest depends on what it does to text, not on how its file is formatted.
+warns); a tokenizer is saved beside its model as the very files that it came in.
 Does not: download (`stages.storage.fetch` does), or look into the weights (`stages.teach` finds NaN).
 """
 
 import errno
-import hashlib
 import json
 import math
 import tempfile
@@ -14,23 +13,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.errors import StageFailed, Transient
+from stages.processes import quiet_transformers
 from stages.storage import Folder
+from stages.tokenization import copy_tokenizer_files
 from stages.translation import within_memory
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 PASSING_ERRNOS = (errno.EAGAIN, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT)
 """What an overloaded host or a network file system says, and may not say a minute later."""
-
-
-def _quiet() -> None:
-    """Keep transformers' progress bars and warnings off stderr: what matters is raised as an error."""
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
 
 
 def load_model(folder: Path, *, dtype: str = "float32", device: str = "cpu") -> "PreTrainedModel":
@@ -51,7 +44,7 @@ def load_model(folder: Path, *, dtype: str = "float32", device: str = "cpu") -> 
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    _quiet()
+    quiet_transformers()
     model_config(folder)
     if not list(folder.glob("*.safetensors")):
         raise StageFailed(f"{folder} has no *.safetensors weights; save the model again with `save_pretrained`")
@@ -84,29 +77,12 @@ def load_model(folder: Path, *, dtype: str = "float32", device: str = "cpu") -> 
     return loaded
 
 
-def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
-    """Load a tokenizer.
+def save_checkpoint(model: "PreTrainedModel", tokenizer: Path | None, out: Folder, name: str) -> None:
+    """Save a model below `name/`, with the tokenizer that lies in a folder.
 
-    Raises:
-        StageFailed: the folder holds none, or one that needs code from outside.
+    Written in place on a local disk, else uploaded file by file.
     """
-    from transformers import AutoTokenizer
-
-    _quiet()
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
-    except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
-        raise StageFailed(f"cannot load the tokenizer in {folder}: {type(error).__name__}: {error}") from error
-    return tokenizer
-
-
-def save_checkpoint(
-    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase | None", out: Folder, name: str
-) -> None:
-    """Save a model and its tokenizer below `name/`: written in place on a local disk, else uploaded file by file."""
-    _quiet()
+    quiet_transformers()
     local = out.local_path()
     if local is not None:
         _save(model, tokenizer, local / name)
@@ -116,12 +92,12 @@ def save_checkpoint(
         upload_folder(Path(temporary), out, name)
 
 
-def _save(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase | None", folder: Path) -> None:
+def _save(model: "PreTrainedModel", tokenizer: Path | None, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     _mend_generation(model)
     model.save_pretrained(folder)
     if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
+        copy_tokenizer_files(tokenizer, folder)
 
 
 def _mend_generation(model: "PreTrainedModel") -> None:
@@ -171,6 +147,22 @@ def model_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def text_config(folder: Path) -> Any:
+    """Return the part of a checkpoint's config that is about text, as transformers completes it (it may be nested).
+
+    Raises:
+        StageFailed: there is none, or transformers does not know the architecture.
+    """
+    from transformers import AutoConfig
+
+    quiet_transformers()
+    model_config(folder)
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False).get_text_config()
+    except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
+        raise StageFailed(f"cannot read the config in {folder}: {type(error).__name__}: {error}") from error
+
+
 def stored_dtype(folder: Path) -> "torch.dtype":
     """Return the type in which a checkpoint's floating-point weights are stored; of several, the largest tensors'."""
     import torch
@@ -190,45 +182,3 @@ def stored_dtype(folder: Path) -> "torch.dtype":
 
 _TORCH_OF = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float32"}
 """Safetensors' names of types that a student can be stored in; a float64 checkpoint's student is float32."""
-
-
-def _tokenizer_json(folder: Path) -> dict[str, Any]:
-    """Read `tokenizer.json`, or what transformers makes of a tokenizer in another layout."""
-    path = folder / "tokenizer.json"
-    if path.exists():
-        parsed: dict[str, Any] = json.loads(path.read_text())
-        return parsed
-    backend = getattr(load_tokenizer(folder), "backend_tokenizer", None)
-    if backend is None:
-        raise StageFailed(
-            f"the tokenizer in {folder} has no tokenizer.json; save it again with `save_pretrained` of a fast tokenizer"
-        )
-    parsed = json.loads(backend.to_str())
-    return parsed
-
-
-def tokenizer_digest(folder: Path) -> str:
-    """Hash what decides a text's token ids: vocabulary, merges, added tokens, normalizer, pre-tokenizer.
-
-    Chat template, decoder, padding and truncation are left out: two tokenizers with one digest give the same ids.
-    """
-    parsed = _tokenizer_json(folder)
-    model = dict(parsed["model"])
-    # Written as "a b" by tokenizers < 0.20 and as ["a", "b"] since.
-    model["merges"] = [m.split(" ", 1) if isinstance(m, str) else m for m in model.get("merges") or []]
-    canonical = {
-        "model": model,
-        "added_tokens": sorted((token["id"], token["content"]) for token in parsed.get("added_tokens") or []),
-        "normalizer": parsed.get("normalizer"),
-        "pre_tokenizer": parsed.get("pre_tokenizer"),
-    }
-    return hashlib.sha256(json.dumps(canonical, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
-
-
-def vocabulary_size(folder: Path) -> int:
-    """Return the tokenizer's highest token id + 1: how many logits a model needs at least (many have more, padded)."""
-    parsed = _tokenizer_json(folder)
-    vocabulary = parsed["model"].get("vocab") or []
-    highest: int = max(vocabulary.values(), default=-1) if isinstance(vocabulary, dict) else len(vocabulary) - 1
-    added: list[int] = [token["id"] for token in parsed.get("added_tokens") or []]
-    return 1 + max([highest, *added])

@@ -50,3 +50,11 @@ def quiet_data(settings: Any) -> None:
     settings.raise_original_map_exception = True
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it warns that there are no progress bars
+
+
+def quiet_transformers() -> None:
+    """Keep transformers' progress bars and warnings off stderr: what matters is raised as an error."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()

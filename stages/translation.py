@@ -85,8 +85,9 @@ def within_memory(what: str, *, micro_batch: int | None = None, advice: str | No
         if not _is_out_of_memory(error):
             raise
         rows = f" with micro_batch={micro_batch}" if micro_batch else ""
-        if micro_batch and micro_batch > 1 and advice is None:
-            advice = f"set resources.micro_batch below {micro_batch}"
+        if micro_batch and advice is None:
+            smaller = f"set resources.micro_batch below {micro_batch}"
+            advice = smaller if micro_batch > 1 else "fewer rows there cannot be: use a device with more memory"
         message = f"{what} ran out of memory{rows} ({one_line(error)}){f'; {advice}' if advice else ''}"
         raise OutOfMemory(message, micro_batch=micro_batch) from error
 

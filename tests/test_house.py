@@ -25,11 +25,13 @@ SHARED = {
     "stages.processes",
     "stages.translation",
     "stages.storage",
+    "stages.tokenization",
     "stages.outside",
     "stages.sources",
     "stages.checkpoints",
     "stages.candidates",
     "stages.errors",
+    "stages.fit",
     "stages.digests",
 }
 HEAVY = {

@@ -1,4 +1,4 @@
-"""What a checkpoint's config says of it: its parameters, the axes that people plot it by, whether its words fit.
+"""What a checkpoint's config says of it: its parameters and the axes that people plot it by.
 
 A model's number of parameters is that of the architecture that its config describes, with tied tensors counted once:
 the same for a model and for its quantized versions, whose files also hold scales and packed integers.
@@ -6,10 +6,9 @@ the same for a model and for its quantized versions, whose files also hold scale
 
 from pathlib import Path
 
-from stages.checkpoints import model_config, tokenizer_digest
-from stages.errors import StageFailed
+from stages.checkpoints import model_config
 
-__all__ = ["check_vocabulary", "count_parameters", "read_axes"]
+__all__ = ["count_parameters", "read_axes"]
 
 
 def count_parameters(folder: Path) -> int:
@@ -38,30 +37,3 @@ def read_axes(folder: Path) -> dict[str, str]:
         values = sorted({w[key] for w in weights if w.get(key) is not None})
         axes[axis] = "/".join(map(str, values)) or None
     return {axis: str(value) for axis, value in axes.items() if value is not None}
-
-
-def check_vocabulary(name: str, folder: Path, tokenizer: Path, vocabulary_size: int) -> None:
-    """Check that a checkpoint reads and predicts the dataset's tokens.
-
-    Args:
-        name: the model's name, for errors.
-        folder: its checkpoint.
-        tokenizer: folder of the dataset's tokenizer.
-        vocabulary_size: words of the dataset.
-
-    Raises:
-        StageFailed: it has fewer words, or its tokenizer gives the same text other ids.
-    """
-    config = model_config(folder)
-    size = (config.get("text_config") or config)["vocab_size"]
-    if size < vocabulary_size:
-        raise StageFailed(
-            f"{name!r} predicts {size} words, the dataset has {vocabulary_size}; expected as many or more: score it on "
-            "a dataset that was prepared with its tokenizer"
-        )
-    expected, found = tokenizer_digest(tokenizer), tokenizer_digest(folder)
-    if expected != found:
-        raise StageFailed(
-            f"{name!r} has another tokenizer (digest {found[:12]}) than the dataset ({expected[:12]}); expected the "
-            "same: figures over different tokens cannot be compared. Prepare the dataset with this model's tokenizer"
-        )

@@ -149,17 +149,18 @@ def _score(one: "Pass", work: _Work, kept: Mapping[str, list[Any]]) -> Iterator[
 
     from stages.checkpoints import load_model
     from stages.errors import StageFailed
-    from stages.evaluate.checkpoint_facts import check_vocabulary, count_parameters, read_axes
+    from stages.evaluate.checkpoint_facts import count_parameters, read_axes
     from stages.evaluate.rows import read_batches
     from stages.evaluate.scores import Scored
     from stages.evaluate.scoring import DocumentSums, kept_from, output_layer, score_batches, store_head
+    from stages.fit import check_fit
 
     work.report.begun()
     torch.set_num_threads(work.num_threads)
     candidate = one.candidate
     folder = candidate.artifact.folder(candidate.folder)
     facts = work.data.read_json("dataset.json")
-    check_vocabulary(candidate.name, folder, work.data.folder("tokenizer"), facts["vocabulary_size"])
+    check_fit(f"the candidate {candidate.name!r}", folder, facts)
     model = load_model(folder, dtype=work.config.dtype, device=work.device)
     head = output_layer(model)
     if one.keep:

@@ -1,20 +1,16 @@
-"""The dataset's tokenizer: trained here on the training split, or one from outside, and what workers need of it.
+"""The dataset's tokenizer: trained here on the training split, and what workers need of this or any other.
 
-Promise: the same texts in the same order give the same tokenizer; a tokenizer from outside is copied file by file, so
-that its digest stays what it was.
-Does not: change a tokenizer from outside (no token is added, no chat template set).
+Promise: the same texts in the same order give the same tokenizer.
 """
 
-import json
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.checkpoints import load_tokenizer, tokenizer_digest, vocabulary_size
+from stages.checkpoints import text_config
 from stages.errors import StageFailed
-from stages.outside import TOKENIZER_FILES
 from stages.prepare.encoding import DEFAULT_TEMPLATE, EncoderState
+from stages.tokenization import backend_of, tokenizer_digest, vocabulary_size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -54,46 +50,25 @@ def train_byte_level_bpe(texts: Iterable[str], *, vocabulary_size: int) -> "PreT
     return wrapped
 
 
-def copy_tokenizer(source: Path, folder: Path) -> "PreTrainedTokenizerBase":
-    """Copy a tokenizer's files, and load it; one in an older layout is saved anew instead.
-
-    Raises:
-        StageFailed: the folder holds no tokenizer that transformers can load.
-    """
-    if (source / "tokenizer.json").exists() and _names_its_class(source / "tokenizer_config.json"):
-        for name in sorted(TOKENIZER_FILES):
-            if (source / name).exists():
-                shutil.copyfile(source / name, folder / name)
-    else:
-        load_tokenizer(source).save_pretrained(folder)
-    return load_tokenizer(folder)
-
-
-def _names_its_class(path: Path) -> bool:
-    """Tell whether a tokenizer's config can do without the model's config beside it."""
-    return path.exists() and bool(json.loads(path.read_text()).get("tokenizer_class"))
-
-
 def describe_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> tuple[EncoderState, dict[str, Any]]:
     """Return what workers need of a tokenizer that lies in a folder, and its facts for `dataset.json`.
 
     Raises:
         StageFailed: it has no end-of-text token, or no fast implementation.
     """
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        raise StageFailed(
-            f"the tokenizer in {folder} is a slow {type(tokenizer).__name__}; expected a fast one, with tokenizer.json"
-        )
+    backend = backend_of(tokenizer, folder)
     if tokenizer.eos_token_id is None:
         raise StageFailed(
             f"the tokenizer in {folder} has no eos_token to end each document with; set it in tokenizer_config.json"
         )
-    digest = tokenizer_digest(folder)
+    digest, size = tokenizer_digest(folder), vocabulary_size(folder)
+    if (folder / "config.json").exists():  # a model may have no embedding for a tokenizer's last tokens (images, audio)
+        size = min(size, text_config(folder).vocab_size)
     first = backend.encode("a", add_special_tokens=True).ids[0]
     special = {name: str(text) for name, text in tokenizer.special_tokens_map.items() if not isinstance(text, list)}
     state = EncoderState(
         digest=digest,
+        vocabulary_size=size,
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=first if first == tokenizer.bos_token_id else None,
         backend=backend.to_str(),
@@ -105,7 +80,7 @@ def describe_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> tu
         "eos_token_id": tokenizer.eos_token_id,
         "bos_token_id": tokenizer.bos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
-        "vocabulary_size": vocabulary_size(folder),
+        "vocabulary_size": size,
     }
     return state, facts
 

@@ -65,16 +65,13 @@ def quiet() -> Iterator[None]:
         logging.disable(disabled)
 
 
-def quantize_model(
-    model: Any, scheme: Scheme, *, layers: Layers, tokenizer: Any, calibration_RT: np.ndarray, micro_batch: int
-) -> None:
+def quantize_model(model: Any, scheme: Scheme, *, layers: Layers, calibration_RT: np.ndarray, micro_batch: int) -> None:
     """Quantize a model in place.
 
     Args:
         model: a causal language model that was loaded from a local folder.
         scheme: what to do.
         layers: the model's layers, from `find_layers`.
-        tokenizer: handed through, so that `oneshot` need not look for one; None is fine where there is none.
         calibration_RT: token ids of the calibration rows.
         micro_batch: calibration rows of one forward pass.
 
@@ -95,7 +92,8 @@ def quantize_model(
             "shuffle_calibration_samples": False,
         }
     # Any object keeps `oneshot` from searching for a processor; it only hands it to loaders of named data sets.
-    oneshot(model=model, recipe=scheme.recipe(layers.ignored), processor=tokenizer or object(), **arguments)
+    # A processor that is nothing: else it would look for a tokenizer, and the rows are tokens already.
+    oneshot(model=model, recipe=scheme.recipe(layers.ignored), processor=object(), **arguments)
     left = [
         name for name in layers.in_features if getattr(model.get_submodule(name), "quantization_scheme", None) is None
     ]

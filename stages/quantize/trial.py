@@ -15,7 +15,7 @@ from uuid import uuid4
 
 import torch
 
-from stages.checkpoints import load_model, load_tokenizer, save_checkpoint
+from stages.checkpoints import load_model, save_checkpoint
 from stages.contract import Artifact
 from stages.errors import OutOfMemory, Transient
 from stages.quantize.compress import find_layers, linear_bytes, quantize_model, quiet
@@ -34,9 +34,8 @@ def survey_model(job: Job, rows: Rows) -> tuple[Survey, Reference]:
     folder = job.model.folder("model")
     with quiet():
         model = load_model(folder, dtype="auto", device=job.device)
-        micro_batch = fitting_micro_batch(
-            job.micro_batch, sequence_length=rows.ids_RT.shape[1], vocabulary_size=model.config.vocab_size
-        )
+        words = model.config.get_text_config().vocab_size
+        micro_batch = fitting_micro_batch(job.micro_batch, sequence_length=rows.ids_RT.shape[1], vocabulary_size=words)
         with within_memory("the unquantized model", micro_batch=micro_batch):
             reference = compute_reference(model, rows, micro_batch=micro_batch, device=job.device)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -59,7 +58,7 @@ def run_trial(scheme: Scheme, job: Job, survey: Survey, reference: Reference) ->
             with quiet(), within_memory(f"scheme {scheme.name}", micro_batch=survey.micro_batch):
                 measured = _quantize_and_save(scheme, job, survey, reference, folder, Path(scratch))
         except Exception as error:  # a trial is a border: what its scheme does wrong is its result
-            if _may_pass(error, survey.micro_batch):
+            if _may_pass(error):
                 raise
             record = failed_record(scheme, f"{type(error).__name__}: {error}", round(time.monotonic() - started, 3))
         else:
@@ -73,11 +72,9 @@ def run_trial(scheme: Scheme, job: Job, survey: Survey, reference: Reference) ->
     return record
 
 
-def _may_pass(error: Exception, micro_batch: int) -> bool:
-    """Tell whether the same trial may succeed another time."""
-    if isinstance(error, OutOfMemory):
-        return micro_batch > 1
-    return isinstance(error, Transient | OSError | torch.AcceleratorError)
+def _may_pass(error: Exception) -> bool:
+    """Tell whether the same trial may succeed another time, on another machine too: memory is no part of identity."""
+    return isinstance(error, OutOfMemory | Transient | OSError | torch.AcceleratorError)
 
 
 def _quantize_and_save(
@@ -86,18 +83,16 @@ def _quantize_and_save(
     torch.set_num_threads(job.num_threads)
     torch.manual_seed(job.seed)
     model = load_model(folder, dtype="auto", device=job.device)
-    tokenizer = load_tokenizer(folder)
     quantize_model(
         model,
         scheme,
         layers=survey.layers,
-        tokenizer=tokenizer,
         calibration_RT=job.calibration_RT,
         micro_batch=survey.micro_batch,
     )
     # Before saving: `save_pretrained` packs the weights in place.
     fidelity = measure_fidelity(model, reference, micro_batch=survey.micro_batch, device=job.device)
-    save_checkpoint(model, tokenizer, Folder.at(scratch), "model")
+    save_checkpoint(model, folder, Folder.at(scratch), "model")
     size_bytes = sum(path.stat().st_size for path in (scratch / "model").glob("*.safetensors"))
     return {
         **asdict(fidelity),
@@ -133,7 +128,7 @@ def remeasure(
                 model = load_model(folder, dtype="auto", device=job.device)
                 found[scheme] = measure_fidelity(model, reference, micro_batch=survey.micro_batch, device=job.device).kl
         except Exception as error:  # as in `run_trial`
-            if _may_pass(error, survey.micro_batch) and not isinstance(error, OSError):
+            if _may_pass(error) and not isinstance(error, OSError):
                 raise
             found[scheme] = f"{type(error).__name__}: {error}"
     return found

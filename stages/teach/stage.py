@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from stages.contract import Artifact, Config, Context, Input, Outcome, Shards, Split, Stage
+from stages.contract import Config, Context, Input, Outcome, Shards, Split, Stage
 from stages.errors import ConfigError, StageFailed
 from stages.processes import quiet_data
 from stages.translation import translate
@@ -57,9 +57,16 @@ class Teach(Stage):
 
     def run(self, context: Context) -> Outcome:
         """Teach every shard that has no receipt yet, then write `signals.json`."""
+        from stages.fit import check_fit
+
         teacher, data = context.one("teacher"), context.one("data")
         facts = data.read_json("dataset.json")
-        _check_fit(teacher, facts, self.method.k)
+        if self.method.k > facts["vocabulary_size"]:
+            raise StageFailed(
+                f"method.k is {self.method.k}, expected at most the dataset's vocabulary of {facts['vocabulary_size']} "
+                "entries"
+            )
+        check_fit("the teacher", teacher.folder("model"), facts)
         names = [file.name for file in data.below(f"tokens/{self.split}-*.parquet")]
         if not names:
             raise StageFailed(
@@ -125,30 +132,6 @@ class Teach(Stage):
 
 def _signals_name(tokens_name: str) -> str:
     return tokens_name.replace("tokens/", "signals/", 1)
-
-
-def _check_fit(teacher: Artifact, facts: Mapping[str, Any], k: int) -> None:
-    """Refuse a teacher that reads other tokens than the dataset holds."""
-    from stages.checkpoints import model_config, tokenizer_digest
-
-    folder = teacher.folder("model")
-    vocabulary, expected = facts["vocabulary_size"], facts["tokenizer_digest"]
-    known = model_config(folder)
-    teacher_vocabulary = known.get("vocab_size") or known.get("text_config", {}).get("vocab_size", 0)
-    if teacher_vocabulary < vocabulary:
-        raise StageFailed(
-            f"the teacher's vocabulary has {teacher_vocabulary} entries, expected at least the dataset's {vocabulary}; "
-            f"prepare the dataset with the teacher's tokenizer"
-        )
-    if k > vocabulary:
-        raise StageFailed(f"method.k is {k}, expected at most the dataset's vocabulary of {vocabulary} entries")
-    if any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
-        found = tokenizer_digest(folder)
-        if found != expected:
-            raise StageFailed(
-                f"the teacher's tokenizer has digest {found[:12]}…, expected the dataset's {expected[:12]}…; "
-                f"prepare the dataset with the teacher's tokenizer"
-            )
 
 
 class _ShardTeacher:

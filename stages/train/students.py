@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from stages.contract import Config
-from stages.errors import ConfigError, StageFailed
+from stages.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -96,10 +96,11 @@ def build_student(
     if isinstance(student, Llama):
         return _fresh(student, facts, seed)
     from stages.checkpoints import load_model
+    from stages.fit import check_fit
     from stages.train.narrowing import Size, narrow
 
     assert origin is not None, "Train.check sees to it that there is one"
-    check_fit(origin, facts)
+    check_fit("the student's checkpoint", origin, facts)
     model = load_model(origin, dtype="float32")
     if isinstance(student, Continue):
         return model
@@ -133,32 +134,3 @@ def _own_padding(facts: Mapping[str, Any]) -> int | None:
     """Return the padding token if it is nothing else: transformers gives it an embedding of zeros that never learns."""
     pad: int | None = facts["pad_token_id"]
     return None if pad in (facts["bos_token_id"], facts["eos_token_id"]) else pad
-
-
-def check_fit(folder: Path, facts: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint that reads other tokens than the dataset holds.
-
-    Raises:
-        StageFailed: its vocabulary is smaller, its tokenizer is another, or its context is too short.
-    """
-    from stages.checkpoints import model_config, tokenizer_digest
-
-    config = model_config(folder)
-    if config.get("vocab_size", 0) < facts["vocabulary_size"]:
-        raise StageFailed(
-            f"the checkpoint's vocabulary has {config.get('vocab_size')} entries, expected at least the dataset's "
-            f"{facts['vocabulary_size']}; prepare the dataset with the checkpoint's tokenizer"
-        )
-    context = config.get("max_position_embeddings") or config.get("n_positions")
-    if context is not None and context < facts["sequence_length"]:
-        raise StageFailed(
-            f"the checkpoint's context is {context} tokens, expected at least the dataset's {facts['sequence_length']}"
-        )
-    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
-        return
-    found, expected = tokenizer_digest(folder), facts["tokenizer_digest"]
-    if found != expected:
-        raise StageFailed(
-            f"the checkpoint's tokenizer has digest {found[:12]}…, expected the dataset's {expected[:12]}…; "
-            f"prepare the dataset with the checkpoint's tokenizer"
-        )

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from stages.checkpoints import load_tokenizer, save_checkpoint, stored_dtype
+from stages.checkpoints import save_checkpoint, stored_dtype
 from stages.contract import Artifact, Context
 from stages.errors import StageFailed
 from stages.train import snapshots
@@ -113,7 +113,7 @@ def _reader(job: Job, ranks: Ranks, length: int) -> Reader:
 
 def _leave(context: Context, model: Any, progress: Progress, data: Artifact, wall_seconds: float) -> None:
     """Write the artifact's files."""
-    save_checkpoint(model.eval(), load_tokenizer(data.folder("tokenizer")), context.out, "model")
+    save_checkpoint(model.eval(), data.folder("tokenizer"), context.out, "model")
     facts = {
         "optimizer_steps": progress.step,
         "tokens": progress.tokens,

@@ -14,15 +14,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from stages.checkpoints import (
     load_model,
-    load_tokenizer,
     model_config,
     save_checkpoint,
     stored_dtype,
-    tokenizer_digest,
-    vocabulary_size,
 )
 from stages.errors import OutOfMemory, StageFailed, Transient
 from stages.storage import Folder
+from stages.tokenization import load_tokenizer
 
 
 def tiny_model() -> Any:
@@ -39,7 +37,8 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
-    save_checkpoint(tiny_model(), tiny_tokenizer(), Folder.at(tmp_path), "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    save_checkpoint(tiny_model(), tmp_path / "tokenizer", Folder.at(tmp_path), "model")
     return tmp_path / "model"
 
 
@@ -157,41 +156,3 @@ def test_model_that_cannot_be_loaded_for_now_is_told_from_a_broken_one(
 def test_stored_dtype_is_that_of_the_weights_on_disk(tmp_path: Path, dtype: torch.dtype) -> None:
     tiny_model().to(dtype).save_pretrained(tmp_path)
     assert stored_dtype(tmp_path) is dtype
-
-
-def test_tokenizer_in_an_empty_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(StageFailed, match="cannot load the tokenizer"):
-        load_tokenizer(tmp_path)
-
-
-def test_tokenizer_digest_is_stable_under_formatting_and_loading(saved: Path, tmp_path: Path) -> None:
-    before = tokenizer_digest(saved)
-    parsed = json.loads((saved / "tokenizer.json").read_text())
-    parsed["model"]["merges"] = [" ".join(pair) for pair in parsed["model"]["merges"]]
-    parsed["truncation"] = {"max_length": 3, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}
-    (saved / "tokenizer.json").write_text(json.dumps(dict(reversed(parsed.items())), indent=8))
-    assert tokenizer_digest(saved) == before
-    load_tokenizer(saved).save_pretrained(tmp_path / "again")
-    assert tokenizer_digest(tmp_path / "again") == before
-
-
-@pytest.mark.parametrize("part", ["vocab", "merges", "normalizer"])
-def test_tokenizer_digest_changes_with_what_decides_ids(saved: Path, part: str) -> None:
-    before = tokenizer_digest(saved)
-    parsed = json.loads((saved / "tokenizer.json").read_text())
-    if part == "normalizer":
-        parsed["normalizer"] = {"type": "Lowercase"}
-    elif part == "merges":
-        parsed["model"]["merges"] = []
-    else:
-        parsed["model"]["vocab"] |= {"a": 1, "b": 0}
-    (saved / "tokenizer.json").write_text(json.dumps(parsed))
-    assert tokenizer_digest(saved) != before
-
-
-def test_vocabulary_size_counts_added_tokens_and_gaps(saved: Path) -> None:
-    assert vocabulary_size(saved) == 4
-    parsed = json.loads((saved / "tokenizer.json").read_text())
-    parsed["added_tokens"][0]["id"] = 9
-    (saved / "tokenizer.json").write_text(json.dumps(parsed))
-    assert vocabulary_size(saved) == 10

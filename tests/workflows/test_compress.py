@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.stages.prepare.tokenizers import gpt2_like, qwen_like
+from tests.stages.prepare.tokenizers import gpt2_like, qwen_like, write_qwen_as_on_the_hub
 from tests.workflows import commands
 from tests.workflows.commands import run
 
@@ -46,7 +46,9 @@ def qwen3(folder: Path, *, layers: int) -> Path:
         hidden_size=64, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
         intermediate_size=128, max_position_embeddings=64, tie_word_embeddings=True,
     )  # fmt: skip
-    return save(config, qwen_like(), folder, dtype="bfloat16")  # as checkpoints on the hub are
+    save(config, qwen_like(), folder, dtype="bfloat16")  # as checkpoints on the hub are
+    write_qwen_as_on_the_hub(folder)
+    return folder
 
 
 def candidates(document: Any) -> dict[str, dict[str, float]]:
@@ -103,6 +105,10 @@ def test_compress_qwen3_on_chats_with_another_checkpoint_and_its_own_evaluation(
     assert quantized
     assert all(metrics["final/size_bytes"] < found["small"]["final/size_bytes"] for metrics in quantized.values())
     assert "evaluation" in {step["name"] for step in document["steps"]}
+    made = run("artifacts", "show", "compress/train.small", "--store", str(tmp_path / "store"))
+    shipped = Path(made["uri"]) / "model"
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (shipped / name).read_bytes() == (tmp_path / "teacher" / name).read_bytes(), "as it came from the hub"
 
 
 def test_readme_example_of_compress_plans_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -193,7 +193,7 @@ def test_model_with_nan_weights_fails_by_name(world, tmp_path, local_ray):
 def test_model_with_too_few_words_is_refused(world, tmp_path, local_ray):
     small = make_model(tmp_path / "small", seed=4, vocab_size=40)
     inputs = {"data": world["data"], "reference": world["teacher"], "models": {"small": small}}
-    with pytest.raises(StageFailed, match="'small' predicts 40 words, the dataset has 50"):
+    with pytest.raises(StageFailed, match="the candidate 'small' has 40 entries, expected at least the dataset's 50"):
         Evaluate().run(fake_context(tmp_path / "run", inputs))
 
 

@@ -11,8 +11,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from stages.checkpoints import tokenizer_digest
 from stages.contract import Artifact
+from stages.tokenization import tokenizer_digest
 from tests.fakes import artifact_of
 
 VOCABULARY = 50

@@ -81,7 +81,8 @@ def test_search_chooses_the_smallest_within_the_limit_by_its_reloaded_kl(search:
 
 
 def test_search_finalists_are_complete_checkpoints(search: Search) -> None:
-    from stages.checkpoints import load_model, load_tokenizer
+    from stages.checkpoints import load_model
+    from stages.tokenization import load_tokenizer
 
     assert set(search.finalists) == {INT8.name, W8A8.name, GPTQ4.name}
     for finalist in search.json["finalists"]:

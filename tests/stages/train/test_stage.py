@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from stages.checkpoints import load_model, load_tokenizer
+from stages.checkpoints import load_model
 from stages.contract import Artifact
 from stages.errors import ConfigError, StageFailed, WorkerLost
 from stages.teach.stage import Teach, TopK
+from stages.tokenization import load_tokenizer
 from stages.train import snapshots
 from stages.train.stage import Continue, CrossEntropy, Llama, Smaller, SoftTarget, Train
 from tests.fakes import RecordingReport, artifact_of, fake_context

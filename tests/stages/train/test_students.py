@@ -147,9 +147,12 @@ def test_build_student_continuing_has_the_checkpoints_weights(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"vocabulary_size": 97}, "vocabulary has 96 entries, expected at least the dataset's 97"),
-        ({"tokenizer_digest": "0" * 64}, "tokenizer has digest"),
-        ({"sequence_length": 65}, "context is 64 tokens, expected at least the dataset's 65"),
+        (
+            {"vocabulary_size": 97},
+            "the vocabulary of the student's checkpoint has 96 entries, expected at least the dataset's 97",
+        ),
+        ({"tokenizer_digest": "0" * 64}, "has another tokenizer"),
+        ({"sequence_length": 65}, "checkpoint is 64 tokens, expected at least the dataset's 65"),
     ],
 )
 def test_build_student_from_a_checkpoint_that_does_not_fit_is_refused(
