@@ -6,9 +6,10 @@ A prompt and its completion are tokenized apart, as they are when the model is u
 
 Chats are rendered by the tokenizer's chat template, or by `DEFAULT_TEMPLATE` where it has none, and tokenized once;
 which characters the assistant said comes from the template's `{% generation %}` blocks, or else by rendering: what
-`messages[:i+1]` adds to `messages[:i]` and the generation prompt. Some templates render a turn differently once the
-chat goes on (they drop earlier thoughts): such an earlier turn is not a target, and the last turn always is. Dates in
-templates are fixed to `TEMPLATE_DATE`, since the same chat must give the same tokens tomorrow.
+`messages[:i+1]` adds to `messages[:i]` and the generation prompt. Where a template renders a turn differently once the
+chat goes on (Qwen3 gives the last answer an empty thought), it is the answer's own text with the token that closes it.
+An answer whose text is not there either (its thoughts are dropped) is not a target, and is counted. Dates in templates
+are fixed to `TEMPLATE_DATE`, since the same chat must give the same tokens tomorrow.
 """
 
 import os
@@ -16,7 +17,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,8 @@ DEFAULT_TEMPLATE = (
 belongs to the answer, since byte-level tokenizers join it to the word that follows."""
 TEMPLATE_DATE = datetime(2024, 7, 26)
 """The date that Llama 3.1's own template falls back to."""
+SAMPLE = "\u27e6answer\u27e7"
+"""An answer that no template changes, and nobody gives: where it comes out, the true one begins."""
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -47,6 +50,8 @@ class EncoderState:
     """The beginning-of-text token where the tokenizer begins each text with it, else None."""
     backend: str = ""
     """`tokenizer.json` of the tokenizer as it is loaded."""
+    vocabulary_size: int = 2**31
+    """Ids that the dataset's models know: a document with a higher one is refused."""
     chat_template: str = DEFAULT_TEMPLATE
     special_tokens: tuple[tuple[str, str], ...] = ()
     """Name → text, e.g. `eos_token`; templates use them."""
@@ -59,6 +64,8 @@ class Encoded:
     ids: NDArray[np.int32]
     mask: NDArray[np.bool_]
     document_id: int
+    num_unlearned: int = 0
+    """Answers of the assistant that are no targets."""
 
 
 @lru_cache(maxsize=2)
@@ -83,16 +90,30 @@ class Encoder:
         self._tokenizer = Tokenizer.from_str(state.backend)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        self._tokenizer.post_processor = None  # adds special tokens, which is not asked for, and may trim offsets
+        specials = [t.content for t in self._tokenizer.get_added_tokens_decoder().values() if t.special]
+        self._closing = re.compile(rf"\s*(?:{'|'.join(map(re.escape, specials))})") if specials else re.compile("")
+        """What may close an answer."""
         self._begin = str(self._tokenizer.id_to_token(state.bos_token_id) if state.bos_token_id is not None else "")
         """What the default template, which is for every tokenizer, has to begin with."""
         self._has_generation_blocks = _GENERATION.search(state.chat_template) is not None
 
     def encode(self, documents: Sequence[Document]) -> list[Encoded | str]:
-        """Encode documents; a chat that its template refuses comes back as the reason."""
+        """Encode documents; one that its template refuses, or that has unknown tokens, comes back as the reason."""
         plain = [document for document in documents if document.schema != "chat"]
         texts = self._encode_texts([text for document in plain for text in (document.prompt, document.text)])
         pairs = iter(zip(texts[::2], texts[1::2], strict=True))
-        return [self._encode_chat(d) if d.schema == "chat" else self._join(d, *next(pairs)) for d in documents]
+        found = [self._encode_chat(d) if d.schema == "chat" else self._join(d, *next(pairs)) for d in documents]
+        return [self._checked(each) for each in found]
+
+    def _checked(self, encoded: Encoded | str) -> Encoded | str:
+        if isinstance(encoded, str) or encoded.ids.max(initial=0) < self._state.vocabulary_size:
+            return encoded
+        highest = int(encoded.ids.max())
+        return (
+            f"it holds the token {self._tokenizer.id_to_token(highest)!r}, whose id {highest} the model does not know "
+            f"(it knows {self._state.vocabulary_size})"
+        )
 
     def _encode_texts(self, texts: list[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
@@ -107,12 +128,20 @@ class Encoder:
     def _encode_chat(self, document: Document) -> Encoded | str:
         from jinja2 import TemplateError
 
+        messages = list(document.messages)
         try:
-            text, spans = self._render_spans(list(document.messages))
+            text, spans = self._render_spans(messages)
+            text.encode()
+        except UnicodeEncodeError as error:
+            return f"it holds half of a surrogate pair at character {error.start} of the chat, which is not text"
         except (TemplateError, TypeError, ValueError, KeyError) as error:
             return f"the chat template refuses it ({error})"
         if not spans:
-            return "the chat template shows nothing that the assistant says"
+            return (
+                "the chat template shows no answer of the assistant that can be told from the rest; mark answers with "
+                "{% generation %} in it"
+            )
+        num_answers = sum(message["role"] == "assistant" and bool(message["content"].strip()) for message in messages)
         if self._state.chat_template == DEFAULT_TEMPLATE:
             text, spans = (
                 self._begin + text,
@@ -126,7 +155,7 @@ class Encoder:
             mask |= (stops > start) & (starts < stop) & (stops > starts)
         if len(ids) and ids[-1] != self._state.eos_token_id:
             ids, mask = np.append(ids, np.int32(self._state.eos_token_id)), np.append(mask, False)
-        return Encoded(ids, mask, document.id)
+        return Encoded(ids, mask, document.id, max(0, num_answers - len(spans)))
 
     def _render(
         self, messages: list[dict[str, Any]], *, prompt: bool, spans: bool
@@ -149,16 +178,43 @@ class Encoder:
         text, spans = self._render(messages, prompt=False, spans=self._has_generation_blocks)
         if self._has_generation_blocks:
             return text, [span for span in spans if span[0] < span[1]]
-        last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
-        for i, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            before = self._render(messages[:i], prompt=True, spans=False)[0] if i else ""
-            after = self._render(messages[: i + 1], prompt=False, spans=False)[0].rstrip()
-            if text.startswith(before) and text.startswith(after) and len(after) > len(before):
-                spans.append((len(before), len(after)))
-            elif i == last:
-                raise ValueError(
-                    "the last answer is not where the generation prompt ends; mark it with {% generation %}"
-                )
-        return text, spans
+        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        found = {i: self._answer(text, messages, i) for i in answers}
+        if self._always_prompts and (last := found.get(len(messages) - 1)):
+            text = text[: last[1]]  # nobody answers the prompt at its end
+        return text, [span for span in found.values() if span]
+
+    def _answer(self, text: str, messages: list[dict[str, Any]], i: int) -> tuple[int, int] | None:
+        """Return from where to where a rendered chat holds its i-th message; None where that cannot be told."""
+        after = self._render(messages[: i + 1], prompt=False, spans=False)[0].rstrip()
+        before = self._render(messages[:i], prompt=True, spans=False)[0] if i else ""
+        if i and not self._always_prompts and text.startswith(after) and after.startswith(before) and after != before:
+            return len(before), len(after)
+        said = messages[i]["content"].strip()
+        start = self._start(text, messages, i, before)
+        if not said or start is None or not text.startswith(said, start):
+            return None
+        closing = self._closing.match(text, start + len(said))
+        return start, closing.end() if closing else start + len(said)
+
+    def _start(self, text: str, messages: list[dict[str, Any]], i: int, before: str) -> int | None:
+        """Return where a rendered chat's i-th message can begin, by what the template puts before any answer there."""
+        sample = self._render([*messages[:i], {**messages[i], "content": SAMPLE}], prompt=False, spans=False)[0]
+        header = sample.find(SAMPLE)
+        if header >= 0 and text.startswith(sample[:header]):
+            return header
+        # As the last one it has more before it than here. The prompt, too, may go on with what this answer has not.
+        start = len(os.path.commonprefix([text, before]))  # noqa: RUF071  characters are what is meant
+        plain = self._render(messages[:i], prompt=False, spans=False)[0].rstrip() if i else ""
+        return start if i and start >= len(plain) else None
+
+    @cached_property
+    def _always_prompts(self) -> bool:
+        """Tell whether the template ends with a prompt for an answer whether one is asked for or not."""
+        from jinja2 import TemplateError
+
+        probe = [{"role": "user", "content": "a"}]
+        try:
+            return self._render(probe, prompt=True, spans=False) == self._render(probe, prompt=False, spans=False)
+        except TemplateError:  # it wants more of a chat
+            return False

@@ -79,10 +79,10 @@ def _file_pieces(files: Iterable[File], part_bytes: int) -> Iterator[Piece]:
     for file in files:
         num = max(1, math.ceil(file.size_bytes / part_bytes))
         whole = Piece("text", file.name, file.size_bytes, file)
-        if file.name.endswith(PARQUET_SUFFIXES):
+        if file.name.lower().endswith(PARQUET_SUFFIXES):
             share = file.size_bytes // num
             yield from (replace(whole, kind="parquet", start=i, stop=num, size_bytes=share) for i in range(num))
-        elif file.name.endswith(LINE_SUFFIXES):
+        elif file.name.lower().endswith(LINE_SUFFIXES):
             bounds = [file.size_bytes * i // num for i in range(num + 1)]
             for start, stop in pairwise(bounds):
                 yield replace(whole, kind="lines", start=start, stop=stop, size_bytes=stop - start)

@@ -7,6 +7,7 @@ A text file is one document. One longer than `TEXT_DOCUMENT_CHARACTERS` is cut a
 corpus in one file (a book, a dump) still has documents to divide among the splits.
 """
 
+import codecs
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -69,7 +70,7 @@ def _local_path(piece: Piece) -> Path:
 def _read_text(piece: Piece, path: Path) -> Iterator[Row]:
     data = path.read_bytes()
     try:
-        text = data.decode("utf-8-sig")
+        text = data.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         yield Row(1, None, f"not UTF-8 at byte {error.start}")
         return
@@ -96,7 +97,7 @@ def cut_text(text: str, max_characters: int = TEXT_DOCUMENT_CHARACTERS) -> Itera
 def _read_lines(piece: Piece, path: Path) -> Iterator[Row]:
     """Read the lines that begin in the byte range; a `.json` file that holds one list is read whole by the first."""
     with path.open("rb") as source:
-        if path.suffix == ".json" and source.read(64).lstrip()[:1] == b"[":
+        if path.suffix.lower() == ".json" and source.read(64).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"[":
             yield from _read_json_list(path) if piece.start == 0 else ()
             return
         source.seek(max(piece.start - 1, 0))
@@ -113,7 +114,7 @@ def _read_lines(piece: Piece, path: Path) -> Iterator[Row]:
 def _json_row(number: int, line: bytes) -> Row:
     try:
         value = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return Row(number, None, f"not JSON ({error})")
     if not isinstance(value, dict):
         return Row(number, None, f"a JSON {type(value).__name__}, expected an object with fields")
@@ -123,7 +124,7 @@ def _json_row(number: int, line: bytes) -> Row:
 def _read_json_list(path: Path) -> Iterator[Row]:
     try:
         values = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         yield Row(1, None, f"not JSON ({error})")
         return
     for number, value in enumerate(values, 1):

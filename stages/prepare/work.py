@@ -111,6 +111,7 @@ def prepare_part(part: Part, job: Job, written: frozenset[str]) -> dict[str, Any
                 reader.reject(place, result)
             else:
                 encoded[job.division.side(document)].append(result)
+    unlearned = sum(each.num_unlearned for documents in encoded.values() for each in documents)
     splits: dict[Split, dict[str, int]] = {}
     for split, documents in encoded.items():
         packed = pack(documents, sequence_length=job.sequence_length, pad_token_id=job.pad_token_id)
@@ -124,6 +125,7 @@ def prepare_part(part: Part, job: Job, written: frozenset[str]) -> dict[str, Any
         "rows_read": reader.num_rows,
         "rejected": reader.num_rejected,
         "examples": reader.examples,
+        "unlearned_answers": unlearned,
         "splits": splits,
     }
     # Last, so that it says that every shard of the part is written.
@@ -160,6 +162,7 @@ def total_facts(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     ordered = sorted(parts, key=lambda facts: facts["index"])
     keys = ("shards", "rows", "tokens", "documents")
     return {
+        "unlearned_answers": sum(p["unlearned_answers"] for p in ordered),
         "splits": {split: {key: sum(p["splits"][split][key] for p in ordered) for key in keys} for split in SPLITS},
         "rejected": {
             "count": sum(p["rejected"] for p in ordered),

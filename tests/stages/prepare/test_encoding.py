@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from tokenizers import processors
 from transformers import AutoTokenizer
 
-from stages.checkpoints import tokenizer_digest
 from stages.errors import StageFailed
 from stages.prepare.documents import document_of
 from stages.prepare.encoding import Encoded, Encoder, build_encoder
 from stages.prepare.packing import pack, to_parquet
-from stages.prepare.tokenizer import copy_tokenizer, describe_tokenizer, train_byte_level_bpe
+from stages.prepare.tokenizer import describe_tokenizer, train_byte_level_bpe
 from tests.stages.prepare.tokenizers import CHATML, CHATML_MARKED, TEXT, gpt2_like, llama_like, qwen_like, saved
 
 CHAT = [
@@ -104,14 +104,93 @@ def test_chat_without_a_template_takes_the_default_one(tmp_path: Path) -> None:
 
 def test_chat_of_a_forgetful_template_has_its_last_answer_as_target(tmp_path: Path) -> None:
     tokenizer = qwen_like(FORGETFUL)
-    assert targets(tokenizer, encode(tokenizer, tmp_path, "chat", {"messages": CHAT})) == "[Fine é too]"
+    encoded = encode(tokenizer, tmp_path, "chat", {"messages": CHAT})
+    assert targets(tokenizer, encoded) == "[Fine é too]"
+    assert isinstance(encoded, Encoded)
+    assert encoded.num_unlearned == 1
+
+
+ASKED = [*CHAT, {"role": "user", "content": "And 3+3?"}]
+THOUGHTFUL = (  # as Qwen3's: the last answer alone has an empty thought
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if loop.last and m.role == 'assistant' %}<think>\n\n</think>\n\n"
+    "{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+PROMPTING = (  # as Llama 3's first: a prompt for an answer is at the end, asked for or not
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n\n{{ m.content }}<|im_end|>{% endfor %}<|im_start|>assistant\n\n"
+)
+PONDERING = (  # as DeepSeek R1's: the prompt for an answer begins a thought that a chat does not keep
+    "{% for m in messages %}<|im_start|>{{ m.role }}|{{ m.content }}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant|<think>\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "chat", "said"),
+    [
+        (THOUGHTFUL, CHAT, "[I am fine<|im_end|>][<think>\n\n</think>\n\nFine é too<|im_end|>]"),
+        (THOUGHTFUL, ASKED, "[I am fine<|im_end|>][Fine é too<|im_end|>]"),
+        (PROMPTING, CHAT, "[I am fine<|im_end|>][Fine é too<|im_end|>]"),
+        (PROMPTING, ASKED, "[I am fine<|im_end|>][Fine é too<|im_end|>]"),
+        (PONDERING, CHAT, "[I am fine<|im_end|>][Fine é too<|im_end|>]"),
+        (CHATML, CHAT[2:], "[I am fine<|im_end|>][Fine é too<|im_end|>]"),
+        (CHATML, [{"role": "assistant", "content": "assistant"}], "[assistant<|im_end|>]"),
+        (PROMPTING, [CHAT[1], {"role": "assistant", "content": "e"}], "[e<|im_end|>]"),
+        ("{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}", CHAT[1:3], "[I am fine]"),
+    ],
+    ids=[
+        "thoughtful",
+        "thoughtful-asked",
+        "prompting",
+        "prompting-asked",
+        "pondering",
+        "answer-first",
+        "its-own-role",
+        "one-letter",
+        "promptless",
+    ],
+)
+def test_chat_of_a_template_that_shows_answers_in_its_own_way_has_them_all_as_targets(
+    tmp_path: Path, template: str, chat: list[dict[str, str]], said: str
+) -> None:
+    tokenizer = qwen_like(template)
+    encoded = encode(tokenizer, tmp_path, "chat", {"messages": chat})
+    assert targets(tokenizer, encoded) == said
+    assert isinstance(encoded, Encoded)
+    assert encoded.num_unlearned == 0
+    assert encoded.ids[-1] == tokenizer.eos_token_id
+
+
+def test_chat_targets_have_their_spaces_where_offsets_are_trimmed(tmp_path: Path) -> None:
+    tokenizer = qwen_like()
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    chat = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "a   b"}]
+    assert targets(tokenizer, encode(tokenizer, tmp_path, "chat", {"messages": chat})) == "[a   b<|im_end|>]"
+
+
+def test_document_with_a_token_that_the_model_does_not_know_is_told_so(tmp_path: Path) -> None:
+    """As Gemma 3's tokenizer has a token for images, for which its models of text have no embedding."""
+    folder = saved(qwen_like(), tmp_path)
+    (folder / "config.json").write_text('{"model_type": "llama", "vocab_size": 302}')
+    state, facts = describe_tokenizer(qwen_like(), folder)
+    assert facts["vocabulary_size"] == 302
+    documents = [document_of({"text": text}, "text", "text") for text in ("Hello <|im_start|>", "Hello <|im_end|>")]
+    # The end of each text is <|im_end|>, 302 itself: what fits is judged by ids alone.
+    found = Encoder(replace(state, eos_token_id=300)).encode([each for each in documents if each])
+    assert isinstance(found[0], Encoded)
+    assert "'<|im_end|>', whose id 302 the model does not know (it knows 302)" in str(found[1])
+
+
+def test_chat_with_half_a_surrogate_pair_in_what_its_template_shows_is_told_so(tmp_path: Path) -> None:
+    tokenizer = qwen_like("{% for m in messages %}{{ m.thought }}{{ m.content }}{% endfor %}")
+    chat = [{"role": "assistant", "content": "a", "thought": "\ud83e"}]
+    assert "half of a surrogate pair at character 0" in str(encode(tokenizer, tmp_path, "chat", {"messages": chat}))
 
 
 def test_chat_that_its_template_refuses_is_told_why(tmp_path: Path) -> None:
     refusing = qwen_like("{{ raise_exception('no system message, please') }}")
     assert "no system message, please" in str(encode(refusing, tmp_path, "chat", {"messages": CHAT}))
     silent = qwen_like("{% for m in messages %}{% generation %}{% endgeneration %}{% endfor %}")
-    assert "nothing that the assistant says" in str(encode(silent, tmp_path, "chat", {"messages": CHAT}))
+    assert "no answer of the assistant that can be told" in str(encode(silent, tmp_path, "chat", {"messages": CHAT}))
 
 
 def test_chat_template_with_the_date_gives_the_same_tokens_every_day(tmp_path: Path) -> None:
@@ -175,16 +254,6 @@ def test_trained_tokenizer_is_deterministic_and_encodes_anything(tmp_path: Path)
 def test_trained_tokenizer_of_too_little_text_says_what_it_has_words_for() -> None:
     with pytest.raises(StageFailed, match=r"too small for vocabulary_size=9000: it has words for \d+ tokens; lower"):
         train_byte_level_bpe(iter(TEXT), vocabulary_size=9000)
-
-
-def test_copied_tokenizer_keeps_its_files_and_digest(tmp_path: Path) -> None:
-    source = saved(qwen_like(), tmp_path / "source")
-    (source / "model.safetensors").write_text("weights")
-    (tmp_path / "copy").mkdir()
-    assert copy_tokenizer(source, tmp_path / "copy").chat_template == CHATML
-    assert tokenizer_digest(tmp_path / "copy") == tokenizer_digest(source)
-    assert (tmp_path / "copy" / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
-    assert not (tmp_path / "copy" / "model.safetensors").exists()
 
 
 def test_tokenizer_without_eos_is_refused(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Parts and pieces: nothing is lost or read twice, wherever a file is divided."""
 
+import codecs
 import json
 from itertools import pairwise
 from pathlib import Path
@@ -67,8 +68,26 @@ def test_json_list_is_read_whole_and_strangers_in_it_are_problems(tmp_path: Path
     found = rows(Files(paths=(str(tmp_path),)), 1024)
     assert [number for _, number, _ in found] == [1, 2]
     assert found[1][2] == "a JSON int, expected an object with fields"
+    (tmp_path / "a.json").write_bytes(codecs.BOM_UTF8 + b'[{"text": "a"}]')
+    assert [value["text"] for _, _, value in rows(Files(paths=(str(tmp_path),)), 1024)] == ["a"]
     (tmp_path / "a.json").write_text("[1,")
     assert rows(Files(paths=(str(tmp_path),)), 1024)[0][2].startswith("not JSON")
+
+
+def test_line_nested_too_deeply_is_a_problem_and_the_next_is_read(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("[" * 100_000 + '\n{"text": "a"}\n')
+    found = rows(Files(paths=(str(tmp_path),)), 10**6)
+    assert found[0][2].startswith("not JSON")
+    assert found[1][2] == {"text": "a"}
+
+
+def test_text_with_windows_line_ends_is_cut_as_its_copy_with_others(tmp_path: Path) -> None:
+    text = "".join(f"paragraph {i} {'word ' * 400}\n\n" for i in range(30))
+    (tmp_path / "a.txt").write_bytes(text.encode())
+    (tmp_path / "b.txt").write_bytes(text.replace("\n", "\r\n").encode())
+    found = [[v for _, _, v in rows(Files(paths=(str(tmp_path / n),)), 10**6)] for n in ("a.txt", "b.txt")]
+    assert len(found[0]) > 1
+    assert found[0] == found[1]
 
 
 def test_text_that_is_not_utf8_is_a_problem_at_its_byte(tmp_path: Path) -> None:
