@@ -30,6 +30,8 @@ TOKENIZER_FILES = VOCABULARY_FILES | {
     "chat_template.jinja",
     "chat_template.json",
 }
+MODEL_FILES = {"config.json", "generation_config.json"}
+"""Of a model besides its weights: what else lies beside them (logs, a trainer's state) is no part of it."""
 COMMIT = re.compile(r"[0-9a-f]{40}")
 """A revision that is a commit already."""
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -186,8 +188,7 @@ def _checkpoint_names(names: set[str], read_json: Callable[[str], Any], source: 
             f"{source!r} has {found}; expected model.safetensors: safetensors only, since a pickle can run code. "
             "Where you trust it, convert it with `AutoModelForCausalLM.from_pretrained(old).save_pretrained(new)`"
         )
-    plain = {n for n in names if "/" not in n and n.endswith((".json", ".jinja")) and not n.endswith(".index.json")}
-    return plain | weights | (names & TOKENIZER_FILES)
+    return weights | (names & (MODEL_FILES | TOKENIZER_FILES))
 
 
 def _pinned(found: _Repository) -> dict[str, str]:

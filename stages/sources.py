@@ -27,6 +27,8 @@ TEXT_SUFFIXES = (".txt", ".text", ".md", ".markdown", ".rst")
 LINE_SUFFIXES = (".jsonl", ".ndjson", ".json")
 PARQUET_SUFFIXES = (".parquet",)
 DOCUMENT_SUFFIXES = TEXT_SUFFIXES + LINE_SUFFIXES + PARQUET_SUFFIXES
+COMPRESSED = ("gz", "bz2", "xz", "zst", "zip")
+"""Suffixes of documents that would be left out without a word, and are meant to be read."""
 
 
 class PythonDocs(Outside):
@@ -85,10 +87,8 @@ def _local_files(text: str) -> tuple[File, ...]:
         root = Path(base or "/")
         names = [name for name in glob(pattern, root_dir=root, recursive=True) if (root / name).is_file()]
     elif path.is_dir():
-        root, names = (
-            path,
-            [str(p.relative_to(path)) for p in path.rglob("*") if p.is_file() and not _is_hidden(p, path)],
-        )
+        below = [p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()]
+        root, names = path, [name for name in below if not _is_hidden(name)]
     elif path.exists():
         _check_suffix(text)
         root, names = path.parent, [path.name]
@@ -98,16 +98,17 @@ def _local_files(text: str) -> tuple[File, ...]:
     return digest_files({name: root / name for name in chosen})
 
 
-def _is_hidden(path: Path, root: Path) -> bool:
-    return any(part.startswith(".") for part in path.relative_to(root).parts)
+def _is_hidden(name: str) -> bool:
+    return any(part.startswith(".") for part in name.split("/"))
 
 
 def _remote_files(uri: str) -> tuple[File, ...]:
     if has_magic(uri):
         base, pattern = _fixed_part(uri)
         folder, matches = Folder.at(base), _glob_regex(pattern)
-        names = [entry.name for entry in list_objects(folder) if matches.fullmatch(entry.name)]
-    elif uri.endswith(DOCUMENT_SUFFIXES):
+        found = [entry.name for entry in list_objects(folder) if matches.fullmatch(entry.name)]
+        names = [name for name in found if not _is_hidden(name)]
+    elif uri.lower().endswith(DOCUMENT_SUFFIXES):
         parent, _, name = uri.rpartition("/")
         folder = Folder.at(parent)
         siblings = [entry.name for entry in list_objects(folder)]
@@ -118,7 +119,7 @@ def _remote_files(uri: str) -> tuple[File, ...]:
             raise OutsideError(f"the source {uri!r} does not exist{hint}")
     else:
         folder = Folder.at(uri)
-        names = [entry.name for entry in list_objects(folder)]
+        names = [entry.name for entry in list_objects(folder) if not _is_hidden(entry.name)]
     return digest_objects(folder, _readable(names, uri, lambda: ""))
 
 
@@ -133,13 +134,19 @@ def _glob_regex(pattern: str) -> re.Pattern[str]:
 
 
 def _check_suffix(text: str) -> None:
-    if not text.endswith(DOCUMENT_SUFFIXES):
+    if not text.lower().endswith(DOCUMENT_SUFFIXES):
         raise OutsideError(f"cannot read documents from {text!r}; expected one of {', '.join(DOCUMENT_SUFFIXES)}")
 
 
 def _readable(names: list[str], text: str, hint: Callable[[], str]) -> list[str]:
-    """Keep the names whose format is known; refuse a source that has none."""
-    chosen = sorted(name for name in names if name.endswith(DOCUMENT_SUFFIXES))
+    """Keep the names whose format is known; refuse a source that has none, or that has compressed documents too."""
+    chosen = sorted(name for name in names if name.lower().endswith(DOCUMENT_SUFFIXES))
+    packed = sorted(name for name in names if _is_compressed(name))
+    if packed:
+        raise OutsideError(
+            f"the source {text!r} holds {len(packed)} compressed files, such as {packed[0]!r}, which cannot be read; "
+            "unpack them (or leave them out by a glob such as '*.jsonl')"
+        )
     if not chosen:
         others = f" ({len(names)} other files, such as {sorted(names)[0]!r})" if names else ""
         more = f"; {hint()}" if hint() else ""
@@ -147,6 +154,11 @@ def _readable(names: list[str], text: str, hint: Callable[[], str]) -> list[str]
             f"the source {text!r} matches no file to read{others}; expected {', '.join(DOCUMENT_SUFFIXES)}{more}"
         )
     return chosen
+
+
+def _is_compressed(name: str) -> bool:
+    stem, _, suffix = name.lower().rpartition(".")
+    return suffix in COMPRESSED and stem.endswith(DOCUMENT_SUFFIXES)
 
 
 class HubDataset(Outside):

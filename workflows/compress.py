@@ -13,7 +13,7 @@ from stages.errors import ConfigError
 from stages.evaluate.stage import Evaluate
 from stages.measure.device import describe_cpu, describe_gpu
 from stages.measure.stage import Measure
-from stages.outside import Checkpoint
+from stages.outside import Checkpoint, PretrainedTokenizer
 from stages.prepare.stage import Prepare
 from stages.promote.stage import Gate, Promote
 from stages.quantize.schemes import DEFAULT_SCHEMES, Scheme
@@ -114,29 +114,31 @@ def compress(
         workers=workers, cpus_per_worker=cpus_per_worker, gpus_per_worker=gpus_per_worker, micro_batch=micro_batch
     )
     big = flow.given("teacher", Checkpoint(source=teacher, revision=teacher_revision))
+    words = PretrainedTokenizer(source=teacher, revision=teacher_revision)
     corpus = flow.step(
         "corpus",
         Prepare(
             source=Files(paths=documents),
+            tokenizer=words,
             sequence_length=sequence_length,
             validation_fraction=validation_fraction,
             calibration_fraction=calibration_fraction,
             max_documents=max_documents,
             seed=seed,
         ),
-        tokenizer=big,
         resources=Resources(workers=workers, cpus_per_worker=cpus_per_worker),
     )
     judged_on = corpus
     if evaluation:
         prepare = Prepare(
             source=Files(paths=evaluation),
+            tokenizer=words,
             sequence_length=sequence_length,
             validation_fraction=1.0,
             calibration_fraction=0.0,
             seed=seed,
         )
-        judged_on = flow.step("evaluation", prepare, tokenizer=big)
+        judged_on = flow.step("evaluation", prepare)
     signals = None
     if w_kd:
         teach = Teach(method=TopK(k=k, temperatures=(1.0, 2.0, 4.0)))

@@ -29,7 +29,8 @@ def test_files_identity_does_not_depend_on_where_they_lie(tmp_path: Path) -> Non
         write(tmp_path / place, a__txt="A")
     one, other = Files(paths=(str(tmp_path / "one"),)), Files(paths=(str(tmp_path / "other"),))
     assert one.identity() == other.identity()
-    assert [file.name for file in one.files()] == ["a.txt", "deep/b.md"]
+    write(tmp_path / "one", C__JSONL="{}")
+    assert [file.name for file in one.files()] == ["C.JSONL", "a.txt", "deep/b.md"]
     (tmp_path / "other" / "a.txt").write_text("changed")
     assert one.identity() != other.identity()
 
@@ -47,13 +48,16 @@ def test_files_by_glob_and_path_are_taken_once(tmp_path: Path) -> None:
         ("corpus.tx", r"does not exist; did you mean '.*/corpus\.txt'"),
         ("*.jsonl", r"matches no file to read; expected \.txt"),
         ("picture.png", r"cannot read documents from .*picture\.png"),
+        ("packed", r"holds 1 compressed files, such as 'b\.jsonl\.gz', which cannot be read; unpack them"),
+        ("packed/*", r"holds 1 compressed files, such as 'b\.jsonl\.gz', which cannot be read; unpack them"),
         ("pictures", r"matches no file to read \(1 other files, such as 'x\.png'\)"),
     ],
-    ids=["missing", "glob", "format", "folder"],
+    ids=["missing", "glob", "format", "compressed-in-folder", "compressed-in-glob", "folder"],
 )
 def test_files_that_cannot_be_read_are_refused(tmp_path: Path, path: str, message: str) -> None:
     write(tmp_path, corpus__txt="A", picture__png="")
     write(tmp_path / "pictures", x__png="")
+    write(tmp_path / "packed", a__jsonl="{}", b__jsonl__gz="")
     with pytest.raises(OutsideError, match=message):
         Files(paths=(str(tmp_path / path),)).identity()
 
@@ -81,7 +85,7 @@ def test_local_dataset_identity_is_that_of_its_rows(tmp_path: Path) -> None:
 
 
 def test_files_in_s3_have_the_identity_of_their_local_copy(s3: str, tmp_path: Path) -> None:
-    for name, text in {"a.txt": "A", "deep/b.jsonl": '{"text": "B"}', "deep/x.png": ""}.items():
+    for name, text in {"a.txt": "A", "deep/b.jsonl": '{"text": "B"}', "deep/x.png": "", ".cache/c.jsonl": "{}"}.items():
         Folder.at(f"{s3}/corpus").put(name, text.encode())
         write((tmp_path / "corpus" / name).parent, **{name.rsplit("/")[-1]: text})
     remote, local = Files(paths=(f"{s3}/corpus",)), Files(paths=(str(tmp_path / "corpus"),))
