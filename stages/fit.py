@@ -34,8 +34,8 @@ def check_fit(what: str, folder: Path, facts: Mapping[str, Any]) -> None:
     context = getattr(config, "max_position_embeddings", None)
     if context is not None and context < facts["sequence_length"]:
         raise StageFailed(
-            f"the context of {what} is {context} tokens, expected at least the dataset's {facts['sequence_length']} a row; "
-            f"prepare the dataset with sequence_length={context} or less"
+            f"the context of {what} is {context} tokens, expected at least the {facts['sequence_length']} of the "
+            f"dataset's rows; prepare the dataset with sequence_length={context} or less"
         )
     if not has_tokenizer(folder):
         return

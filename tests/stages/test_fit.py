@@ -33,7 +33,10 @@ def gemma3() -> Any:
     [
         ({}, None),
         ({"vocabulary_size": 97}, "the vocabulary of the teacher has 96 entries, expected at least the dataset's 97"),
-        ({"sequence_length": 65}, "the context of the teacher is 64 tokens, expected at least the dataset's 65 a row"),
+        (
+            {"sequence_length": 65},
+            "the context of the teacher is 64 tokens, expected at least the 65 of the dataset's rows",
+        ),
         ({"tokenizer_digest": "0" * 64}, "the teacher has another tokenizer .* than the dataset"),
     ],
     ids=["fits", "vocabulary", "context", "tokenizer"],

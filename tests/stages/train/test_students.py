@@ -152,7 +152,7 @@ def test_build_student_continuing_has_the_checkpoints_weights(tmp_path: Path) ->
             "the vocabulary of the student's checkpoint has 96 entries, expected at least the dataset's 97",
         ),
         ({"tokenizer_digest": "0" * 64}, "has another tokenizer"),
-        ({"sequence_length": 65}, "checkpoint is 64 tokens, expected at least the dataset's 65"),
+        ({"sequence_length": 65}, "checkpoint is 64 tokens, expected at least the 65"),
     ],
 )
 def test_build_student_from_a_checkpoint_that_does_not_fit_is_refused(
