@@ -216,6 +216,16 @@ class Checkpoint(Outside):
         """Return it with an absolute path, or pinned to the hub's commit."""
         return self.model_copy(update=_pinned(_Repository(self.source, self.revision)))
 
+    def config(self) -> dict[str, Any] | None:
+        """Return its `config.json`; None where only the hub has it, which is not asked for a check.
+
+        Raises:
+            OutsideError: the checkpoint is missing or out of reach.
+        """
+        found = _Repository(self.source, self.revision)
+        readable = found.commit is None and "config.json" in found.names
+        return found.read_json("config.json") if readable else None
+
     def artifact(self, fingerprint: str) -> Artifact:
         """Return it as a model artifact whose files lie where they are."""
         found = _Repository(self.source, self.revision)

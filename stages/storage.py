@@ -88,8 +88,14 @@ class Folder:
 
     @classmethod
     def at(cls, uri: str | Path) -> "Folder":
-        """Return the folder at a path or URI; a relative path is taken from the current directory."""
+        """Return the folder at a path or URI; a relative path is taken from the current directory.
+
+        Raises:
+            ConfigError: it names no place.
+        """
         text = str(uri).removeprefix("file://")
+        if not text or (is_remote(text) and not text.partition("://")[2].strip("/")):
+            raise ConfigError(f"{str(uri)!r} names no place; expected a path, or a URI such as s3://BUCKET/PREFIX")
         return cls(text.rstrip("/") if is_remote(text) else str(Path(text).absolute()))
 
     def _key(self, name: str) -> tuple[ObjectStore, str]:

@@ -29,10 +29,10 @@ from workflows.command.options import (
     HELP,
     INTERRUPTED,
     OK,
-    RUN_ONLY,
     WRONG,
     AsJson,
     Name,
+    Port,
     Store,
     Tokens,
     TrackingUri,
@@ -106,7 +106,7 @@ def run(workflow: Name = "--help", *tokens: Tokens) -> int:
     if workflow in HELP:
         return _help("run")
     act = functools.partial(_run, workflow)
-    return with_parameters("run", find_workflow(workflow), tokens, {**COMMON, **RUN_ONLY}, act)
+    return with_parameters("run", find_workflow(workflow), tokens, COMMON, act)
 
 
 @app.command(help_flags=())
@@ -230,7 +230,7 @@ def init(folder: Path) -> int:
     from workflows.command import starter
 
     path = starter.write(folder)
-    console().print(f"wrote {path}; run it: stillhouse run {path}", highlight=False, soft_wrap=True)
+    console().print(f"wrote {path}; run it: stillhouse run {shlex.quote(str(path))}", highlight=False, soft_wrap=True)
     return OK
 
 
@@ -290,7 +290,7 @@ def compare(*runs: str, store: Store = "./.stillhouse", tracking_uri: TrackingUr
 
 
 @app.command
-def ui(*, store: Store = "./.stillhouse", tracking_uri: TrackingUri = None, port: int = 5000) -> int:
+def ui(*, store: Store = "./.stillhouse", tracking_uri: TrackingUri = None, port: Port = 5000) -> int:
     """Serve the MLflow UI on the store's tracking database, on this machine only.
 
     Args:

@@ -28,7 +28,7 @@ from workflows.engine.graph import Handle, Source, Workflow
 class Student(Config):
     """A model that shall learn from the teacher: another checkpoint, or the teacher's architecture made smaller."""
 
-    name: str = Field(pattern=r"[a-z0-9][a-z0-9-]*")
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$")
     """Names the step `train.<name>` and the candidate."""
     checkpoint: str | None = None
     """Another checkpoint to start from: a folder or a hub id; it must have the teacher's tokenizer."""
@@ -62,6 +62,8 @@ def compress(
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05,
     calibration_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05,
     max_documents: Annotated[int, Field(ge=1)] | None = None,
+    text_field: str = "text",
+    max_rejected_fraction: Annotated[float, Field(ge=0, le=1)] = 0.01,
     optimizer_steps: Annotated[int, Field(ge=1)] = 1000,
     batch_rows: Annotated[int, Field(ge=1)] = 32,
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4,
@@ -91,6 +93,8 @@ def compress(
         validation_fraction: share of the documents that models are compared on, unless evaluation is given.
         calibration_fraction: share of the documents that quantization looks at.
         max_documents: read at most so many documents.
+        text_field: the field that holds the text, of rows that are texts.
+        max_rejected_fraction: share of rows that may be other than the first is; more fail the step.
         optimizer_steps: of each student.
         batch_rows: packed rows in one optimizer step, over all workers.
         learning_rate: peak rate of each student.
@@ -124,6 +128,8 @@ def compress(
             validation_fraction=validation_fraction,
             calibration_fraction=calibration_fraction,
             max_documents=max_documents,
+            text_field=text_field,
+            max_rejected_fraction=max_rejected_fraction,
             seed=seed,
         ),
         resources=Resources(workers=workers, cpus_per_worker=cpus_per_worker),
@@ -136,6 +142,8 @@ def compress(
             sequence_length=sequence_length,
             validation_fraction=1.0,
             calibration_fraction=0.0,
+            text_field=text_field,
+            max_rejected_fraction=max_rejected_fraction,
             seed=seed,
         )
         judged_on = flow.step("evaluation", prepare)
@@ -216,5 +224,11 @@ def _check_request(documents: tuple[str, ...], students: tuple[Student, ...], w_
     names = [student.name for student in students]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigError(f"two students are named {twice[0]!r}; each needs a name of its own")
+    if taken := sorted({"teacher", *(f"{name}-quantized" for name in names)} & set(names)):
+        raise ConfigError(f"a student is named {taken[0]!r}, which is the name of another candidate; choose another")
+    settings = [student.model_copy(update={"name": ""}) for student in students]
+    if same := [names[i] for i, each in enumerate(settings) if settings.index(each) < i]:
+        first = names[settings.index(settings[names.index(same[0])])]
+        raise ConfigError(f"the students {first!r} and {same[0]!r} are the same model; leave one of them out")
     if not w_ce and not w_kd:
         raise ConfigError("w_ce and w_kd are both 0, so that students would learn nothing; set at least one")

@@ -128,11 +128,16 @@ class Prepare(Stage):
             shards=shards,
         )
         totals = work.total_facts(list(_prepare_parts(parts, job, context)))
+        rejected = totals["rejected"]
+        if rejected["count"]:
+            context.report.note(
+                f"{rejected['count']} of {rejected['rows_read']} rows are left out, such as {rejected['examples'][0]}"
+            )
         if totals["unlearned_answers"]:
             context.report.note(
                 f"{totals['unlearned_answers']} answers in chats are no targets, since the chat template changes them"
             )
-        work.check_totals(totals, division=division, max_rejected_fraction=self.max_rejected_fraction)
+        work.check_totals(totals, schema=schema, division=division, max_rejected_fraction=self.max_rejected_fraction)
         description = {**facts, **totals, "sequence_length": self.sequence_length, "sources": [self.source.identity()]}
         context.out.put_json("dataset.json", description)
         return Outcome(_metrics(totals, facts["vocabulary_size"]))

@@ -18,6 +18,8 @@ from stages.prepare.packing import pack, to_parquet
 from stages.prepare.parts import Part
 
 SPLITS: tuple[Split, ...] = get_args(Split)
+MIN_VALIDATION_DOCUMENTS = 2
+"""Models are compared by intervals over documents, and one has none."""
 BATCH_CHARACTERS = 1_000_000
 """Text that is tokenized in one call: long enough to keep its threads busy, and small beside a part."""
 
@@ -172,7 +174,9 @@ def total_facts(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def check_totals(totals: Mapping[str, Any], *, division: Division, max_rejected_fraction: float) -> None:
+def check_totals(
+    totals: Mapping[str, Any], *, schema: Schema, division: Division, max_rejected_fraction: float
+) -> None:
     """Check that the dataset is worth having.
 
     Raises:
@@ -183,9 +187,9 @@ def check_totals(totals: Mapping[str, Any], *, division: Division, max_rejected_
     if count > max_rejected_fraction * rows_read:
         shown = "\n  ".join(rejected["examples"])
         raise StageFailed(
-            f"{count} of {rows_read} rows are not what their schema says, more than max_rejected_fraction="
+            f"{count} of {rows_read} rows are not what their schema, {schema!r}, says, more than max_rejected_fraction="
             f"{max_rejected_fraction} allows; the first of them:\n  {shown}\n"
-            "Mend the rows, set text_field or row_schema, or allow more"
+            "Mend the rows, set text_field, give rows of one kind only, or allow more"
         )
     num_documents = sum(of["documents"] for of in splits.values())
     num_tokens = sum(of["tokens"] for of in splits.values())
@@ -193,14 +197,19 @@ def check_totals(totals: Mapping[str, Any], *, division: Division, max_rejected_
         raise StageFailed(
             f"a source with no usable text: {rows_read} rows were read, and none holds text; check text_field"
         )
-    empty = [split for split, fraction in division.fractions.items() if fraction and not splits[split]["rows"]]
+    fewest = {"validation": MIN_VALIDATION_DOCUMENTS}
+    empty = [
+        split
+        for split, fraction in division.fractions.items()
+        if fraction and (not splits[split]["rows"] or splits[split]["documents"] < fewest.get(split, 1))
+    ]
     if empty:
         smallest = min(division.fractions[split] for split in empty)
         # (1 - fraction)^n ≤ 1 % for n documents that fall on a side independently.
         needed = math.ceil(math.log(0.01) / math.log1p(-smallest)) if smallest < 1 else 1
         raise StageFailed(
-            f"too little text: {num_documents} documents with {num_tokens} tokens were found, and none falls into "
-            f"{' or '.join(empty)}; about {needed} documents are needed for "
+            f"too little text: {num_documents} documents with {num_tokens} tokens were found, and too few fall into "
+            f"{' and '.join(empty)}; about {needed} documents are needed for "
             f"validation_fraction={division.validation_fraction} and "
             f"calibration_fraction={division.calibration_fraction}; give more documents, or raise the fractions"
         )

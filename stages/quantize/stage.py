@@ -167,13 +167,17 @@ class Quantize(Stage):
         context.out.put_json("search.json", search)
         metrics = final_metrics(search)
         if not verdict.accepted:
-            context.report.note("chose none: no scheme succeeded; search.json says why of each")
+            reasons = sorted({str(record["error"]) for record in records if record["status"] != "done"})
+            why = reasons[0] if len(reasons) == 1 else f"{reasons[0]}; and {len(reasons) - 1} other reasons"
+            context.report.note(f"chose none, since no scheme succeeded: {why} (search.json has all)")
         elif search["chosen"] is None:
             best = min(verdict.accepted.values())
-            context.report.note(f"chose none: the best finalist has KL {best:.4f}, and max_kl is {self.max_kl:g}")
+            context.report.note(
+                f"chose none: the best finalist has KL {best:.2g} nats/token, and max_kl is {self.max_kl:g}"
+            )
         else:
             size, kl = metrics["chosen_size_bytes"], metrics["chosen_kl"]
-            context.report.note(f"chose {search['chosen']}: {size:.0f} bytes, KL {kl:.4f} nats/token")
+            context.report.note(f"chose {search['chosen']}: {size:.0f} bytes, KL {kl:.2g} nats/token")
         return Outcome(metrics)
 
 
@@ -183,7 +187,7 @@ def _tell(context: Context, record: Record, num_settled: int, num_schemes: int) 
     if record["status"] != "done":
         context.report.note(f"{record['scheme']} failed: {record['error']}")
         return
-    context.report.note(f"{record['scheme']}: KL {record['kl']:.4f} nats/token, {record['size_bytes']} bytes")
+    context.report.note(f"{record['scheme']}: KL {record['kl']:.2g} nats/token, {record['size_bytes']} bytes")
     context.report.curve(num_settled, {"trial/kl": record["kl"], "trial/size_bytes": record["size_bytes"]})
 
 

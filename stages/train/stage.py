@@ -9,13 +9,15 @@ import secrets
 import tempfile
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from stages.contract import Context, Input, Outcome, Outside, Split, Stage
-from stages.errors import ConfigError, StageFailed
+from stages.errors import ConfigError, OutsideError, StageFailed
+from stages.outside import Checkpoint
 from stages.processes import environment, own_handlers
 from stages.train.objectives import CrossEntropy, Objective, SoftTarget
 from stages.train.students import Continue, Llama, Smaller, Student
@@ -85,6 +87,9 @@ class Train(Stage):
             raise ConfigError(
                 "model is Smaller(…), which is cut from the input 'teacher', and none is wired; pass teacher="
             )
+        if isinstance(self.model, Smaller) and isinstance(teacher := sources["teacher"], Checkpoint):
+            with suppress(OutsideError):  # it is told of where its identity is asked for
+                self.model.check(teacher.config() or {})
         if isinstance(self.model, Continue) and not {"teacher", "start"} & sources.keys():
             raise ConfigError(
                 "model is Continue(), which goes on from the input 'start' or 'teacher', and neither is wired"

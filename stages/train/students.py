@@ -68,6 +68,26 @@ class Smaller(Config):
                 "Smaller has none of layers, heads and width; set one, or use Continue() for the teacher's own size"
             )
 
+    def check(self, config: Mapping[str, Any]) -> None:
+        """Refuse what the teacher's `config.json` shows to be larger than the teacher.
+
+        Raises:
+            ConfigError: more layers, heads or channels than it has.
+        """
+        text = {**config, **(config.get("text_config") or {})}
+        for name, keys in SIZES.items():
+            wanted, most = getattr(self, name), next((text[key] for key in keys if text.get(key)), None)
+            if wanted is not None and most is not None and wanted > most:
+                raise ConfigError(f"Smaller.{name} is {wanted}, expected at most the teacher's {most}")
+
+
+SIZES = {
+    "layers": ("num_hidden_layers", "n_layer", "num_layers"),
+    "heads": ("num_attention_heads", "n_head", "num_heads"),
+    "width": ("hidden_size", "n_embd", "d_model"),
+}
+"""What families call a size in `config.json`."""
+
 
 class Continue(Config):
     """The weights of the input `start` as they are; of `teacher` where no `start` is wired."""

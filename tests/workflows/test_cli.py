@@ -124,7 +124,40 @@ def test_run_workflow_function_that_raises_is_refused_with_what_it_said(
 ) -> None:
     path = tmp_path / "flow.py"
     path.write_text(FLOW.replace("    made = Workflow", "    raise ValueError('no malt')\n    made = Workflow"))
-    assert "ValueError: no malt" in refused(capsys, "plan", str(path))
+    line = path.read_text().split("\n").index("    raise ValueError('no malt')") + 1
+    assert f"ValueError: no malt ({path}, line {line})" in refused(capsys, "plan", str(path))
+
+
+def test_run_workflow_function_that_returns_nothing_is_refused(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "flow.py"
+    path.write_text(FLOW.replace("    return made", "    made.in_order()"))
+    assert "'flow' returned None, expected a Workflow" in refused(capsys, "plan", str(path))
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (("plan", "flow.py", "--store", ""), "'' names no place; expected a path, or a URI such as s3://BUCKET/PREFIX"),
+        (("plan", "flow.py", "--store", "s3://"), "'s3://' names no place"),
+        (("plan", "flow.py", "--address", "head"), "'head' is no address; expected HOST:PORT"),
+        (("artifacts", "list", "--store", "gone"), "there is no store at 'gone'; run a workflow first"),
+        (("artifacts", "gc", "--keep-runs", "-1"), 'Invalid value "-1" for --keep-runs. Must be >= 0.'),
+        (("compare", "--store", "gone"), "there is no store at 'gone'"),
+    ],
+    ids=["no-store", "no-bucket", "no-port", "no-artifacts", "negative", "nothing-to-compare"],
+)
+def test_place_that_is_none_is_refused_before_anything_is_written(
+    capsys: pytest.CaptureFixture[str], flow: str, tmp_path: Path, argv: tuple[str, ...], message: str
+) -> None:
+    assert message in refused(capsys, *argv)
+    assert {path.name for path in tmp_path.iterdir()} <= {"flow.py", "__pycache__"}
+
+
+def test_ui_port_out_of_range_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(["ui", "--port", "99999"]) == 2
+    assert "--port. Must be <= 65535" in " ".join(capsys.readouterr().err.split())
 
 
 def test_plan_in_a_store_that_is_a_file_says_so_in_json_too(capsys: pytest.CaptureFixture[str], flow: str) -> None:
@@ -135,6 +168,50 @@ def test_plan_in_a_store_that_is_a_file_says_so_in_json_too(capsys: pytest.Captu
 def test_run_compress_student_that_is_nothing_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     request = ("--teacher", str(tmp_path), "--documents", "x.txt", "--students", '{"name": "a"}')
     assert "needs either a checkpoint or at least one of layers" in refused(capsys, "run", "compress", *request)
+
+
+@pytest.mark.parametrize(
+    ("students", "message"),
+    [
+        (('{"name": "teacher", "layers": 1}',), "a student is named 'teacher', which is the name of another candidate"),
+        (
+            ('{"name": "a", "layers": 1}', '{"name": "a-quantized", "layers": 2}'),
+            "a student is named 'a-quantized', which is the name of another candidate",
+        ),
+        (
+            ('{"name": "a", "layers": 1}', '{"name": "b", "layers": 1}'),
+            "the students 'a' and 'b' are the same model; leave one of them out",
+        ),
+        (('{"name": "Half", "layers": 1}',), "--students.name: String should match pattern"),
+        (('{"name": "half", "layers": 9}',), "Smaller.layers is 9, expected at most the teacher's 4"),
+        (('{"name": "thin", "width": 96}',), "Smaller.width is 96, expected at most the teacher's 64"),
+    ],
+    ids=["teacher", "quantized", "same", "capital", "deeper", "wider"],
+)
+def test_run_compress_students_that_cannot_be_are_refused(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, students: tuple[str, ...], message: str
+) -> None:
+    teacher = tmp_path / "teacher"
+    teacher.mkdir()
+    (teacher / "config.json").write_text('{"model_type": "gpt2", "n_layer": 4, "n_head": 4, "n_embd": 64}')
+    (teacher / "tokenizer.json").write_text("{}")
+    (teacher / "model.safetensors").write_bytes(b"weights")
+    (tmp_path / "x.txt").write_text("text")
+    request = ("--teacher", str(teacher), "--documents", str(tmp_path / "x.txt"), "--students", *students)
+    assert message in refused(capsys, "plan", "compress", *request, "--store", str(tmp_path / "store"))
+
+
+def test_plan_takes_several_values_after_one_option_as_a_shells_glob_gives_them(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    files = [str(tmp_path / name) for name in ("a.txt", "b.txt")]
+    for name in files:
+        Path(name).write_text(name)
+    students = ('{"name": "a", "layers": 1}', '{"name": "b", "layers": 2}')
+    options = ("--documents", *files, "--students", *students, "--store", str(tmp_path / "store"))
+    assert run_command(["plan", "compress", "--teacher", str(tmp_path), *options, "--json"]) == 0
+    planned = {step["name"] for step in json.loads(capsys.readouterr().out)["steps"]}
+    assert {"train.a", "train.b"} <= planned
 
 
 def test_run_compress_pickled_teacher_is_refused(
@@ -194,8 +271,13 @@ def test_plan_params_file_sets_parameters_and_options_override_it(
 
     assert num_steps() == 4
     assert num_steps("--count", "1") == 2
-    (tmp_path / "p.yaml").write_text("cuont: 3\n")
-    assert run_command(["plan", flow, "--params", str(tmp_path / "p.yaml")]) == 2
+    for text, message in (
+        ("cuont: 3", "has 'cuont', which is no parameter; did you mean 'count'?"),
+        ("count: [3", "is not YAML: while parsing a flow sequence"),
+        ("", "holds None, expected `name: value` for each parameter"),
+    ):
+        (tmp_path / "p.yaml").write_text(text)
+        assert message in refused(capsys, "plan", flow, "--params", "p.yaml")
 
 
 def test_plan_one_nested_option_keeps_the_other_defaults(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -106,7 +106,7 @@ def test_compress_qwen3_on_chats_with_another_checkpoint_and_its_own_evaluation(
     assert all(metrics["final/size_bytes"] < found["small"]["final/size_bytes"] for metrics in quantized.values())
     assert "evaluation" in {step["name"] for step in document["steps"]}
     made = run("artifacts", "show", "compress/train.small", "--store", str(tmp_path / "store"))
-    shipped = Path(made["uri"]) / "model"
+    shipped = Path(made["load from"])
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (shipped / name).read_bytes() == (tmp_path / "teacher" / name).read_bytes(), "as it came from the hub"
 

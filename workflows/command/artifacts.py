@@ -4,7 +4,7 @@ from cyclopts import App
 from rich.text import Text
 
 from workflows.command import inspect_store
-from workflows.command.options import FAILED, OK, AsJson, Store, TrackingUri
+from workflows.command.options import FAILED, OK, AsJson, Count, Store, TrackingUri
 from workflows.command.output import console, print_fields, print_json
 from workflows.engine.execute import Settings
 
@@ -92,7 +92,7 @@ def pin(artifact: str, *, note: str = "", store: Store = "./.stillhouse") -> int
 @artifacts.command
 def gc(
     *,
-    keep_runs: int = 5,
+    keep_runs: Count = 5,
     yes: bool = False,
     store: Store = "./.stillhouse",
     tracking_uri: TrackingUri = None,

@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import inspect
 import sys
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,8 @@ from pydantic import ValidationError
 from stages.errors import ConfigError, StillhouseError, nearest
 from workflows.engine.graph import Workflow
 
-WORKFLOWS = Path(__file__).parents[1]
+HERE = Path(__file__).parent
+WORKFLOWS = HERE.parent
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,11 +35,24 @@ class FoundWorkflow:
             ConfigError: the function refuses them, or is flawed.
         """
         try:
-            return self.build(**parameters)
+            made = self.build(**parameters)
         except (StillhouseError, ValidationError):
             raise
         except Exception as error:
-            raise ConfigError(f"the workflow {self.name!r} cannot be built: {type(error).__name__}: {error}") from error
+            raise ConfigError(f"the workflow {self.name!r} cannot be built: {_told(error)}") from error
+        if not isinstance(made, Workflow):
+            raise ConfigError(
+                f"the workflow function {self.name!r} returned {made!r}, expected a Workflow; does it `return` one?"
+            )
+        return made
+
+
+def _told(error: Exception) -> str:
+    """Return an error's type, message, and where in the user's file it came from."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).parent != HERE]
+    own = next((frame for frame in reversed(frames) if "site-packages" not in frame.filename), None)
+    where = f" ({own.filename}, line {own.lineno})" if own and not own.filename.startswith("<") else ""
+    return f"{type(error).__name__}: {error}{where}"
 
 
 def workflow_names() -> list[str]:
@@ -79,9 +94,7 @@ def _load(file: Path) -> ModuleType:
     try:
         spec.loader.exec_module(module)
     except Exception as error:
-        raise ConfigError(
-            f"the workflow file {str(file)!r} cannot be imported: {type(error).__name__}: {error}"
-        ) from error
+        raise ConfigError(f"the workflow file {str(file)!r} cannot be imported: {_told(error)}") from error
     finally:
         sys.path.remove(str(file.parent))
     return module

@@ -34,6 +34,19 @@ COLUMNS = (
 """The leaderboard out of MLflow: metric, heading, format."""
 
 
+def _existing(uri: str) -> ArtifactStore:
+    """Return the store at a place.
+
+    Raises:
+        ConfigError: there is nothing there.
+    """
+    store = ArtifactStore(uri)
+    local = store.root.local_path()
+    if local is not None and not local.is_dir():
+        raise ConfigError(f"there is no store at {uri!r}; run a workflow first, or name its store with --store")
+    return store
+
+
 def explain(workflow: Workflow, store_uri: str, step: str, *, against: str | None) -> dict[str, Any]:
     """Return what a step's fingerprint is made of, and what differs from its result in another run.
 
@@ -87,7 +100,7 @@ def _total_bytes(commit: Commit) -> int:
 
 def list_artifacts(store_uri: str) -> list[dict[str, Any]]:
     """Return a row for each committed artifact, oldest first."""
-    store = ArtifactStore(store_uri)
+    store = _existing(store_uri)
     pins = set(store.pins())
     return [
         {
@@ -130,7 +143,7 @@ def show(store_uri: str, text: str) -> dict[str, Any]:
     Raises:
         ConfigError: there is none, or it has no commit.
     """
-    store = ArtifactStore(store_uri)
+    store = _existing(store_uri)
     fingerprint = store.resolve(text)
     commit = store.newest(fingerprint)
     if commit is None:
@@ -163,7 +176,7 @@ def show(store_uri: str, text: str) -> dict[str, Any]:
 
 def verify(store_uri: str, which: Iterable[str]) -> list[dict[str, Any]]:
     """Hash artifacts' files again; withdraw those that do not verify; return a row for each."""
-    store = ArtifactStore(store_uri)
+    store = _existing(store_uri)
     chosen = [store.resolve(text) for text in which] or [
         Fingerprint(fingerprint) for fingerprint in store.fingerprints()
     ]
@@ -181,7 +194,7 @@ def verify(store_uri: str, which: Iterable[str]) -> list[dict[str, Any]]:
 
 def pin(store_uri: str, text: str, note: str) -> str:
     """Pin an artifact and return its fingerprint."""
-    store = ArtifactStore(store_uri)
+    store = _existing(store_uri)
     fingerprint = store.resolve(text)
     store.pin(fingerprint, note)
     return fingerprint
@@ -196,7 +209,7 @@ def collect(settings: Settings, *, keep_runs: int, delete: bool) -> dict[str, An
     Raises:
         LedgerUnavailable: the registry cannot be asked, so nothing is known to be safe to remove.
     """
-    store = ArtifactStore(settings.store)
+    store = _existing(settings.store)
     registered = registered_fingerprints(settings.tracking(store))
     runs = sorted((store.root / "runs").children())
     newest = runs[-keep_runs:] if keep_runs > 0 else []
@@ -222,7 +235,13 @@ def collect(settings: Settings, *, keep_runs: int, delete: bool) -> dict[str, An
             names = sorted((entry.name for entry in entries), key=lambda name: not name.startswith("commits/"))
             store.folder(fingerprint).delete(names)
             store.folder(fingerprint).prune()
-    return {"collected": rows, "size_bytes": freed, "kept": len(kept), "kept_runs": kept_runs, "deleted": delete}
+    return {
+        "collected": rows,
+        "size_bytes": freed,
+        "kept": len(known & kept),
+        "kept_runs": kept_runs,
+        "deleted": delete,
+    }
 
 
 def print_collected(console: Console, answer: Mapping[str, Any]) -> None:
@@ -240,8 +259,18 @@ def print_collected(console: Console, answer: Mapping[str, Any]) -> None:
 
 
 def compare(settings: Settings, runs: Sequence[str]) -> list[dict[str, Any]]:
-    """Return the candidates that MLflow knows, of some runs or of all."""
-    rows = read_candidates(settings.tracking(ArtifactStore(settings.store)), run_ids=list(runs) or None)
+    """Return the candidates that MLflow knows, of some runs or of all.
+
+    Raises:
+        ConfigError: there is no such run.
+        LedgerUnavailable: MLflow cannot be asked.
+    """
+    store = ArtifactStore(settings.store) if settings.tracking_uri else _existing(settings.store)
+    rows = read_candidates(settings.tracking(store), run_ids=list(runs) or None)
+    known = {run for row in rows for run in row["runs"]}
+    for run in runs:
+        if run not in known:
+            _run_steps(store, run)  # there is such a run, though it judged no candidate
     return sorted(rows, key=lambda row: (row["experiment"], row["metrics"].get("final/size_bytes", 0.0)))
 
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Any
 
-from cyclopts import Parameter
+from cyclopts import Parameter, validators
 
 OK, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
 """Exit codes: every required step is committed; a step failed; the request is wrong; Ctrl-C."""
@@ -14,6 +14,8 @@ Store = Annotated[str, Parameter(help="The store: a path, s3://, gs:// or az:// 
 TrackingUri = Annotated[
     str | None, Parameter(help="MLflow's tracking URI; a sqlite file inside the store if not given.")
 ]
+Port = Annotated[int, Parameter(validator=validators.Number(gte=1, lte=65535))]
+Count = Annotated[int, Parameter(validator=validators.Number(gte=0))]
 AsJson = Annotated[bool, Parameter(name="--json", negative=(), help="Print one JSON document and nothing else.")]
 
 HELP = ("--help", "-h")
@@ -34,8 +36,6 @@ COMMON: dict[str, tuple[Any, Any]] = {
         False,
     ),
     "json": (AsJson, False),
-}
-RUN_ONLY: dict[str, tuple[Any, Any]] = {
     "tracking_uri": (TrackingUri, None),
     "verbose": (Annotated[bool, Parameter(negative=(), help="Let Ray's and the workers' own output through.")], False),
 }

@@ -9,11 +9,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from cyclopts import App
+import yaml
+from cyclopts import App, Parameter
 from cyclopts.config import Yaml
 from pydantic import BaseModel, Field, ValidationError, create_model
 
-from stages.errors import ConfigError
+from stages.errors import ConfigError, nearest
 from workflows.command.find import FoundWorkflow
 
 Options = Mapping[str, tuple[Any, Any]]
@@ -59,7 +60,8 @@ def with_parameters(
         name=f"stillhouse {verb} {found.name}",
         result_action="return_value",
         version_flags=[],
-        config=_params_file(tokens),
+        config=_params_file(tokens, [*signature.parameters, *options]),
+        default_parameter=Parameter(consume_multiple=True),  # `--documents a.txt b.txt`, as a shell's glob gives it
     )
     sub.default(command)
     result = sub(list(tokens), exit_on_error=False, print_error=False)
@@ -84,7 +86,7 @@ def _as_declared(value: Any, parameter: inspect.Parameter) -> Any:
     return type(parameter.default)(**dict(value)) if isinstance(parameter.default, BaseModel) else value
 
 
-def _params_file(tokens: Sequence[str]) -> list[Yaml]:
+def _params_file(tokens: Sequence[str], known: Sequence[str]) -> list[Yaml]:
     """Return the source of parameters that `--params FILE` names."""
     for index, token in enumerate(tokens):
         name, _, value = token.partition("=")
@@ -95,8 +97,26 @@ def _params_file(tokens: Sequence[str]) -> list[Yaml]:
                     f"--params names {str(path)!r}, which is not a file; expected a YAML file of the workflow's "
                     "parameters"
                 )
+            _check_yaml(path, known)
             return [Yaml(path, must_exist=True, use_commands_as_keys=False)]
     return []
+
+
+def _check_yaml(path: Path, known: Sequence[str]) -> None:
+    """Refuse a file that holds anything but values of known parameters."""
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the parameters' file {str(path)!r} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(
+            f"the parameters' file {str(path)!r} holds {values!r}, expected `name: value` for each parameter"
+        )
+    for name in map(str, values):
+        if name.replace("-", "_") not in known:
+            raise ConfigError(
+                f"the parameters' file {str(path)!r} has {name!r}, which is no parameter{nearest(name, list(known))}"
+            )
 
 
 def changed_parameters(found: FoundWorkflow, parameters: Mapping[str, Any]) -> dict[str, str]:

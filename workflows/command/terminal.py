@@ -1,12 +1,14 @@
 """What people see: the plan, the run as it goes, and what came out. Renders with rich; decides nothing."""
 
+import shlex
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
@@ -31,6 +33,8 @@ PHASE_MARK = {
     Phase.CANCELLED: ("■", "yellow"),
 }
 REFRESH_PER_SECOND = 4
+GAP = 2
+"""Spaces between a table's columns."""
 
 
 def duration(seconds: float) -> str:
@@ -113,6 +117,8 @@ class LiveWatcher(Watcher):
     def step(self, name: str, phase: Phase, text: str) -> None:
         """Show a step's new phase."""
         row, now = self.rows[name], time.monotonic()
+        if (phase, text) == (row.phase, row.text) and self.live is None and phase is not Phase.SKIPPED:
+            return  # it is asked again every second what another run makes of it
         if phase is Phase.RUNNING:
             row.began, row.progress, row.first_progress = now, None, None
         if phase.over and row.began is not None:
@@ -136,13 +142,15 @@ class LiveWatcher(Watcher):
         if self.live is None:
             self.console.print(Text(f"  {name}: {text}", style="dim"), soft_wrap=True)
 
-    def __rich__(self) -> RenderableType:
-        """Return the steps as they stand."""
-        table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
-        table.add_column(width=1)
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Yield the steps as they stand."""
+        table = Table(box=None, show_header=False, pad_edge=False, padding=(0, GAP, 0, 0))
+        # Names and times stay whole: where the terminal is narrow it is the detail that is cut.
+        widths = (1, max(map(len, self.rows), default=0), len("59 min 59 s"))
+        for width in widths:
+            table.add_column(width=width, no_wrap=True)
         table.add_column(no_wrap=True)
-        table.add_column(no_wrap=True, justify="right")
-        table.add_column(overflow="ellipsis", no_wrap=True)
+        left = max(1, options.max_width - sum(widths) - GAP * len(widths))
         now = time.monotonic()
         for name, row in self.rows.items():
             mark, style = PHASE_MARK[row.phase]
@@ -150,13 +158,11 @@ class LiveWatcher(Watcher):
             detail = self._detail(row, now) if row.phase is Phase.RUNNING else row.text
             if row.phase is Phase.COMMITTED and row.took is not None:  # its text is how long it took: that has a column
                 detail = row.note
-            table.add_row(
-                Text(mark, style=style),
-                Text(name, style=style),
-                duration(took) if took is not None else "",
-                detail.split("\n")[0],
-            )
-        return Group(table)
+            line = Text(detail.split("\n")[0])
+            line.truncate(left, overflow="ellipsis")
+            spent = Text(duration(took) if took is not None else "", justify="right")
+            table.add_row(Text(mark, style=style), Text(name, style=style), spent, line)
+        yield table
 
     def _detail(self, row: _Row, now: float) -> str:
         if row.progress is None:
@@ -184,10 +190,6 @@ def watching(console: Console, plan: Plan) -> Iterator[Watcher]:
     with Live(watcher, console=console, refresh_per_second=REFRESH_PER_SECOND, transient=False) as live:
         watcher.live = live
         yield watcher
-
-
-GAP = 2
-"""Spaces between a table's columns."""
 
 
 def fitting_table(
@@ -232,7 +234,7 @@ def print_outcome(console: Console, execution: Execution, *, store: str, trackin
     result = execution.result
     for step in result.steps.values():
         if step.outcome in ("failed", "skipped"):
-            _print_failure(console, step)
+            _print_failure(console, step, brief=not console.is_terminal)
     for report in execution.reports.values():
         console.print()
         console.print(leaderboard_table(report, console.width))
@@ -242,10 +244,12 @@ def print_outcome(console: Console, execution: Execution, *, store: str, trackin
         for line in [*verdict["reasons"], *(claim["text"] for claim in verdict["claims"])]:
             console.print(f"  {line}", highlight=False, soft_wrap=True)
     console.print()
-    found = sum(step.outcome == "hit" for step in result.steps.values())
+    outcomes = Counter(step.outcome for step in result.steps.values())
+    counts = [f"{result.executed} steps run", f"{outcomes['hit']} found"]
+    counts += [f"{outcomes[name]} {name}" for name in ("failed", "skipped", "cancelled") if outcomes[name]]
     state = "finished" if result.succeeded else "interrupted" if result.interrupted else "failed"
     console.print(
-        f"run {result.run} {state} in {duration(execution.seconds)}: {result.executed} steps run, {found} found",
+        f"run {result.run} {state} in {duration(execution.seconds)}: {', '.join(counts)}",
         highlight=False,
     )
     if execution.ledger is not None and execution.ledger.waiting:
@@ -254,16 +258,20 @@ def print_outcome(console: Console, execution: Execution, *, store: str, trackin
             f"{execution.ledger.error}; the next run sends them"
         )
         console.print(Text(text, style="yellow"))
-    where = "" if store == "./.stillhouse" else f" --store {store}"
-    ledger = where + (f" --tracking-uri {masked(tracking_uri)}" if tracking_uri else "")
+    where = "" if store == "./.stillhouse" else f" --store {shlex.quote(store)}"
+    ledger = where + (f" --tracking-uri {shlex.quote(masked(tracking_uri))}" if tracking_uri else "")
     look = f"look: stillhouse ui{ledger} · stillhouse compare{ledger} · stillhouse artifacts list{where}"
     console.print(look, highlight=False, soft_wrap=True)
     if not result.succeeded:
-        console.print("go on: run the same command again; what is committed is not run again", highlight=False)
+        mended = "mend what failed, then " if outcomes["failed"] else ""
+        console.print(f"go on: {mended}run the same command again; what is committed is not run again", highlight=False)
 
 
-def _print_failure(console: Console, step: StepResult) -> None:
+def _print_failure(console: Console, step: StepResult, *, brief: bool) -> None:
+    """Print why a step failed or was skipped; briefly where the line that told it when it happened is still there."""
     style = "bold red" if step.outcome == "failed" else "dim"
-    console.print(Text(f"{step.name} {step.outcome}: {step.reason}", style=style), soft_wrap=True)
+    if step.log or not brief:
+        reason = "" if brief else f": {step.reason}"
+        console.print(Text(f"{step.name} {step.outcome}{reason}", style=style), soft_wrap=True)
     if step.log:
         console.print(f"  the whole log: {step.log}", highlight=False, soft_wrap=True)

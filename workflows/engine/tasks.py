@@ -51,9 +51,11 @@ def probe(address: str) -> None:
         ConfigError: nothing answers there.
     """
     host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        raise ConfigError(f"{address!r} is no address; expected HOST:PORT of a running Ray head, e.g. 10.0.0.5:6379")
     try:
         socket.create_connection((host, int(port)), timeout=PROBE_SECONDS).close()
-    except (OSError, ValueError) as error:
+    except (OSError, OverflowError) as error:
         raise ConfigError(
             f"no Ray cluster answers at {address!r} ({error}); expected HOST:PORT of a running head, e.g. "
             "10.0.0.5:6379; "

@@ -248,7 +248,7 @@ def test_max_documents_takes_the_first_ones_across_parts(tmp_path: Path) -> None
     ("rows", "message"),
     [
         ([{"text": "  "}] * 5, "no usable text"),
-        (texts(3), r"too little text: 3 documents with \d+ tokens.*none falls into .*about 21 documents are needed"),
+        (texts(3), r"too little text: 3 documents with \d+ tokens.*too few fall into .*about 21 documents are needed"),
     ],
     ids=["blank", "few"],
 )
