@@ -312,7 +312,8 @@ def _skip_unreachable(draft: _Draft) -> None:
         for state in draft.in_phase(Phase.WAITING):
             lost = sorted(need for need in state.needs if draft.steps[need].phase in (Phase.FAILED, Phase.SKIPPED))
             if lost:
-                draft.settle(state.name, Phase.SKIPPED, f"it needs {lost[0]}, which {draft.steps[lost[0]].phase.value}")
+                became = "failed" if draft.steps[lost[0]].phase is Phase.FAILED else "was skipped"
+                draft.settle(state.name, Phase.SKIPPED, f"it needs {lost[0]}, which {became}")
                 changed = True
 
 
