@@ -206,7 +206,7 @@ def check_totals(
     if empty:
         smallest = min(division.fractions[split] for split in empty)
         # (1 - fraction)^n ≤ 1 % for n documents that fall on a side independently.
-        needed = math.ceil(math.log(0.01) / math.log1p(-smallest)) if smallest < 1 else 1
+        needed = math.ceil(math.log(0.01) / math.log1p(-smallest)) if smallest < 1 else MIN_VALIDATION_DOCUMENTS
         raise StageFailed(
             f"too little text: {num_documents} documents with {num_tokens} tokens were found, and too few fall into "
             f"{' and '.join(empty)}; about {needed} documents are needed for "

@@ -220,14 +220,17 @@ def test_chats_take_their_tokenizer_from_a_model(tmp_path: Path) -> None:
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("local_ray")
-def test_one_document_given_whole_to_validation_makes_a_dataset(tmp_path: Path) -> None:
-    context = fake_context(tmp_path)
-    run(
-        prepare(tmp_path, lines(tmp_path / "a.jsonl", texts(1)), validation_fraction=1, calibration_fraction=0), context
-    )
+def test_documents_given_whole_to_validation_make_a_dataset_and_one_alone_has_nothing_to_compare_by(
+    tmp_path: Path,
+) -> None:
+    context, whole = fake_context(tmp_path), {"validation_fraction": 1, "calibration_fraction": 0}
+    with pytest.raises(StageFailed, match="too few fall into validation; about 2 documents are needed"):
+        run(prepare(tmp_path, lines(tmp_path / "a.jsonl", texts(1)), **whole), context)
+    context = fake_context(tmp_path / "two")
+    run(prepare(tmp_path, lines(tmp_path / "a.jsonl", texts(2)), **whole), context)
     assert {split: of["documents"] for split, of in description(context)["splits"].items()} == {
         "train": 0,
-        "validation": 1,
+        "validation": 2,
         "calibration": 0,
     }
 
