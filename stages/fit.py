@@ -9,7 +9,7 @@ from typing import Any
 
 from stages.checkpoints import text_config
 from stages.errors import StageFailed
-from stages.tokenization import has_tokenizer, tokenizer_digest
+from stages.tokenization import has_tokenizer, load_tokenizer, tokenizer_digest
 
 __all__ = ["check_fit"]
 
@@ -39,7 +39,7 @@ def check_fit(what: str, folder: Path, facts: Mapping[str, Any]) -> None:
         )
     if not has_tokenizer(folder):
         return
-    found, expected = tokenizer_digest(folder), facts["tokenizer_digest"]
+    found, expected = tokenizer_digest(load_tokenizer(folder)), facts["tokenizer_digest"]
     if found != expected:
         raise StageFailed(
             f"{what} has another tokenizer (digest {found[:12]}) than the dataset ({expected[:12]}), and the same text "

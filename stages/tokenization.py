@@ -82,16 +82,16 @@ def _names_its_class(path: Path) -> bool:
     return path.exists() and bool(json.loads(path.read_text()).get("tokenizer_class"))
 
 
-def tokenizer_digest(folder: Path) -> str:
+def tokenizer_digest(tokenizer: "PreTrainedTokenizerBase") -> str:
     """Hash what decides a text's token ids: vocabulary, merges, added tokens, normalizer, pre-tokenizer.
 
     Chat template, decoder, padding, truncation and the offsets of tokens are left out: two tokenizers with one digest
     give the same ids.
 
     Raises:
-        StageFailed: the folder holds no fast tokenizer.
+        StageFailed: it is no fast tokenizer.
     """
-    parsed = _as_loaded(folder)
+    parsed = json.loads(backend_of(tokenizer).to_str())
     canonical = {
         "model": parsed["model"],
         "added_tokens": sorted((token["id"], token["content"]) for token in parsed["added_tokens"]),
@@ -101,17 +101,17 @@ def tokenizer_digest(folder: Path) -> str:
     return hashlib.sha256(json.dumps(canonical, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
 
 
-def vocabulary_size(folder: Path) -> int:
-    """Return the tokenizer's highest token id + 1: how many logits a model needs at least (many have more, padded).
+def vocabulary_size(tokenizer: "PreTrainedTokenizerBase") -> int:
+    """Return the highest token id + 1: how many logits a model needs at least (many have more, padded).
 
     Raises:
-        StageFailed: the folder holds no fast tokenizer.
+        StageFailed: it is no fast tokenizer.
     """
-    return 1 + max(backend_of(load_tokenizer(folder), folder).get_vocab(with_added_tokens=True).values(), default=-1)
+    return 1 + max(backend_of(tokenizer).get_vocab(with_added_tokens=True).values(), default=-1)
 
 
-def backend_of(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> Any:
-    """Return the `tokenizers.Tokenizer` of a loaded tokenizer.
+def backend_of(tokenizer: "PreTrainedTokenizerBase") -> Any:
+    """Return the `tokenizers.Tokenizer` of a tokenizer.
 
     Raises:
         StageFailed: it has none.
@@ -119,15 +119,10 @@ def backend_of(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> Any:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise StageFailed(
-            f"the tokenizer in {folder} is a slow {type(tokenizer).__name__}; expected a fast one: save it again with "
-            "`save_pretrained` of a fast tokenizer, which writes tokenizer.json"
+            f"the tokenizer {tokenizer.name_or_path!r} is a slow {type(tokenizer).__name__}; expected a fast one: save "
+            "it again with `save_pretrained` of a fast tokenizer, which writes tokenizer.json"
         )
     return backend
-
-
-def _as_loaded(folder: Path) -> dict[str, Any]:
-    parsed: dict[str, Any] = json.loads(backend_of(load_tokenizer(folder), folder).to_str())
-    return parsed
 
 
 def _without_offsets(value: Any) -> Any:

@@ -56,12 +56,12 @@ def describe_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> tu
     Raises:
         StageFailed: it has no end-of-text token, or no fast implementation.
     """
-    backend = backend_of(tokenizer, folder)
+    backend = backend_of(tokenizer)
     if tokenizer.eos_token_id is None:
         raise StageFailed(
             f"the tokenizer in {folder} has no eos_token to end each document with; set it in tokenizer_config.json"
         )
-    digest, size = tokenizer_digest(folder), vocabulary_size(folder)
+    digest, size = tokenizer_digest(tokenizer), vocabulary_size(tokenizer)
     if (folder / "config.json").exists():  # a model may have no embedding for a tokenizer's last tokens (images, audio)
         size = min(size, text_config(folder).vocab_size)
     first = backend.encode("a", add_special_tokens=True).ids[0]

@@ -57,16 +57,13 @@ class Teach(Stage):
 
     def run(self, context: Context) -> Outcome:
         """Teach every shard that has no receipt yet, then write `signals.json`."""
-        from stages.fit import check_fit
-
-        teacher, data = context.one("teacher"), context.one("data")
+        data = context.one("data")
         facts = data.read_json("dataset.json")
         if self.method.k > facts["vocabulary_size"]:
             raise StageFailed(
                 f"method.k is {self.method.k}, expected at most the dataset's vocabulary of {facts['vocabulary_size']} "
                 "entries"
             )
-        check_fit("the teacher", teacher.folder("model"), facts)
         names = [file.name for file in data.below(f"tokens/{self.split}-*.parquet")]
         if not names:
             raise StageFailed(
@@ -92,7 +89,7 @@ class Teach(Stage):
             "report": context.report,
             "method": self.method,
             "dtype": self.dtype,
-            "vocabulary": facts["vocabulary_size"],
+            "facts": facts,
             "micro_batch": context.resources.micro_batch,
             "threads": max(1, int(context.resources.cpus_per_worker)),
         }
@@ -149,13 +146,16 @@ class _ShardTeacher:
         import torch
 
         from stages.checkpoints import load_model
+        from stages.fit import check_fit
         from stages.teach.engines.local import LocalTeacher
 
         job = self.job
         torch.set_num_threads(job["threads"])
-        model = load_model(job["teacher"].folder("model"), dtype=job["dtype"], device=job["device"]).eval()
+        folder, facts = job["teacher"].folder("model"), job["facts"]
+        check_fit("the teacher", folder, facts)
+        model = load_model(folder, dtype=job["dtype"], device=job["device"]).eval()
         method = job["method"]
-        return LocalTeacher(model, vocabulary=job["vocabulary"], k=method.k, temperatures=method.temperatures)
+        return LocalTeacher(model, vocabulary=facts["vocabulary_size"], k=method.k, temperatures=method.temperatures)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Teach the shards that a batch names; return facts."""

@@ -22,8 +22,9 @@ def write_tokenizer(folder: Path, vocabulary: int) -> str:
 
     tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(vocabulary)}, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w1", unk_token="w0").save_pretrained(folder)
-    return tokenizer_digest(folder)
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w1", unk_token="w0")
+    wrapped.save_pretrained(folder)
+    return tokenizer_digest(wrapped)
 
 
 def write_dataset(

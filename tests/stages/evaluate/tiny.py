@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from stages.contract import Artifact
-from stages.tokenization import tokenizer_digest
+from stages.tokenization import load_tokenizer, tokenizer_digest
 from tests.fakes import artifact_of
 
 VOCABULARY = 50
@@ -57,7 +57,7 @@ def make_dataset(folder: Path, *, rows: tuple[int, ...] = (5, 4), seed: int = 0)
     facts = {
         "vocabulary_size": VOCABULARY,
         "sequence_length": LENGTH,
-        "tokenizer_digest": tokenizer_digest(folder / "tokenizer"),
+        "tokenizer_digest": tokenizer_digest(load_tokenizer(folder / "tokenizer")),
     }
     (folder / "dataset.json").write_text(json.dumps(facts))
     return artifact_of("dataset", folder)
