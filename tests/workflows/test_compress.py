@@ -15,7 +15,7 @@ from tests.workflows.commands import run
 
 pytestmark = [pytest.mark.quickstart, pytest.mark.timeout(600)]
 
-SCHEMES = [option for scheme in commands.SCHEMES[:2] for option in ("--schemes", scheme)]
+SCHEMES = [option for scheme in commands.SCHEMES[:1] for option in ("--schemes", scheme)]
 SHORT = ("--sequence-length", "32", "--optimizer-steps", "6", "--batch-rows", "4", "--k", "8", "--cpus-per-worker", "1")
 SENTENCES = [f"the {color} {animal} walks {number} miles over the hill and rests" for color in ("red", "gray", "pale")
              for animal in ("fox", "owl", "hen", "dog") for number in range(12)]  # fmt: skip
@@ -71,7 +71,7 @@ def test_compress_gpt2_on_text_and_parquet_with_fewer_layers(tmp_path: Path) -> 
     assert {"teacher", "half"} <= set(found)
     assert found["half"]["final/size_bytes"] < found["teacher"]["final/size_bytes"]
     search = run("artifacts", "show", "compress/quantize.half", "--store", str(tmp_path / "store"))
-    assert search["metrics"]["trials_failed"] == 2, (
+    assert search["metrics"]["trials_failed"] == 1, (
         "llm-compressor does not know GPT-2's Conv1D; that is recorded, not the end"
     )
 

@@ -69,7 +69,9 @@ def test_driver_killed_at_random_moments_then_the_same_command_pours_no_shard_ag
     assert fingerprints(again) == fingerprints(document)
 
 
-def test_ctrl_c_and_sigterm_stop_within_seconds_and_the_same_command_goes_on(flow: list[str], tmp_path: Path) -> None:
+def test_ctrl_c_and_sigterm_stop_within_seconds_a_second_ctrl_c_at_once_and_the_same_command_goes_on(
+    flow: list[str], tmp_path: Path
+) -> None:
     slow = [*flow, "--seconds-each", "0.5"]
     for number in (signal.SIGINT, signal.SIGTERM):
         process = start("run", *slow, "--json")
@@ -83,12 +85,9 @@ def test_ctrl_c_and_sigterm_stop_within_seconds_and_the_same_command_goes_on(flo
         before = len(poured(tmp_path, "second"))
         time.sleep(1.5)
         assert len(poured(tmp_path, "second")) == before, "nothing pours on"
-    assert run("run", *slow)["outcome"] == "succeeded"
-
-
-def test_second_ctrl_c_leaves_at_once_and_nothing_lives_on(flow: list[str], tmp_path: Path) -> None:
-    process = start("run", *flow, "--seconds-each", "0.5", "--json")
-    until(lambda: len(poured(tmp_path, "second")) >= 2, of=process)
+    process = start("run", *slow, "--json")
+    before = len(poured(tmp_path, "second"))
+    until(lambda: len(poured(tmp_path, "second")) > before, of=process)
     started = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGINT)
     time.sleep(0.2)
@@ -96,13 +95,13 @@ def test_second_ctrl_c_leaves_at_once_and_nothing_lives_on(flow: list[str], tmp_
     assert process.wait(timeout=2) == 130
     _, alive = psutil.wait_procs(started, timeout=20)
     assert not alive
-    assert run("run", *flow, "--seconds-each", "0.5")["outcome"] == "succeeded"
+    assert run("run", *slow)["outcome"] == "succeeded"
 
 
 def test_worker_killed_its_step_is_tried_again_and_succeeds(tmp_path: Path) -> None:
     """What a killed process had reserved on the cluster is let go, or the next attempt would wait for ever."""
     generator = random.Random(SEED)
-    changes = {"max_documents": 600, "teacher.layers": 6, "teacher_steps": 300}  # long enough to be killed half-way
+    changes = {"max_documents": 600, "teacher.layers": 6, "teacher_steps": 100}  # long enough to be killed half-way
     command = ["run", *short_quickstart(**changes), "--only", "signals", "--store", str(tmp_path / "store")]
     process = start(*command, "--json")
     # Which process shows that a step is at work, and which is then killed; Ray Data's actors are the teacher's.
