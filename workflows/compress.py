@@ -4,6 +4,7 @@ The teacher is read where it lies; students are other checkpoints, or the teache
 started from its weights. No teacher is trained and no tokenizer is made.
 """
 
+from itertools import combinations
 from typing import Annotated
 
 from pydantic import Field
@@ -226,9 +227,8 @@ def _check_request(documents: tuple[str, ...], students: tuple[Student, ...], w_
         raise ConfigError(f"two students are named {twice[0]!r}; each needs a name of its own")
     if taken := sorted({"teacher", *(f"{name}-quantized" for name in names)} & set(names)):
         raise ConfigError(f"a student is named {taken[0]!r}, which is the name of another candidate; choose another")
-    settings = [student.model_copy(update={"name": ""}) for student in students]
-    if same := [names[i] for i, each in enumerate(settings) if settings.index(each) < i]:
-        first = names[settings.index(settings[names.index(same[0])])]
-        raise ConfigError(f"the students {first!r} and {same[0]!r} are the same model; leave one of them out")
+    for one, other in combinations(students, 2):
+        if one == other.model_copy(update={"name": one.name}):
+            raise ConfigError(f"the students {one.name!r} and {other.name!r} are the same model; leave one of them out")
     if not w_ce and not w_kd:
         raise ConfigError("w_ce and w_kd are both 0, so that students would learn nothing; set at least one")

@@ -92,7 +92,6 @@ def quantize_model(model: Any, scheme: Scheme, *, layers: Layers, calibration_RT
             "shuffle_calibration_samples": False,
         }
     # Any object keeps `oneshot` from searching for a processor; it only hands it to loaders of named data sets.
-    # A processor that is nothing: else it would look for a tokenizer, and the rows are tokens already.
     oneshot(model=model, recipe=scheme.recipe(layers.ignored), processor=object(), **arguments)
     left = [
         name for name in layers.in_features if getattr(model.get_submodule(name), "quantization_scheme", None) is None

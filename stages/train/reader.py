@@ -11,7 +11,7 @@ Does not: balance shards of very different sizes, or mix rows that lie far apart
 Shapes: B rows, T tokens, M targets (unmasked tokens) of a micro-batch, K kept entries, C temperatures.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -126,18 +126,14 @@ class _Window:
 
     shards: tuple[_Shard, ...]
 
-    def rows(self, name: str, rows: Array) -> Array:
-        """Return a column's rows, in the order that is asked for."""
-        stops = np.cumsum([len(shard.signals_row) for shard in self.shards])
-        owner = np.searchsorted(stops, rows, side="right")
-        found: Array | None = None
-        for index, shard in enumerate(self.shards):
-            own = owner == index
-            values = shard.rows(name, rows[own] - (stops[index] - len(shard.signals_row)))
-            found = np.empty((len(rows), *values.shape[1:]), values.dtype) if found is None else found
-            found[own] = values
-        assert found is not None, "a window has shards"
-        return found
+    def rows(self, names: Sequence[str], rows: Array) -> dict[str, Array]:
+        """Return columns' rows, in the order that is asked for."""
+        starts = np.cumsum([0, *(len(shard.signals_row) for shard in self.shards)])
+        owners = np.searchsorted(starts, rows, side="right") - 1
+        parts = [(shard, rows[owners == i] - starts[i]) for i, shard in enumerate(self.shards)]
+        # Joined they are in the order of the shards; its inverse is where each row is in that.
+        places = np.argsort(np.argsort(owners, kind="stable"))
+        return {name: np.concatenate([shard.rows(name, inside) for shard, inside in parts])[places] for name in names}
 
 
 def _fixed_rows(table: Any, name: str) -> Array:
@@ -275,7 +271,7 @@ class Reader:
 
     def _assemble(self, taken: list[tuple[_Window, Array]]) -> StepBatch:
         """Cut this rank's micro-batches out of a global batch."""
-        mask = np.concatenate([window.rows("loss_mask", rows) for window, rows in taken])
+        mask = np.concatenate([window.rows(["loss_mask"], rows)["loss_mask"] for window, rows in taken])
         own = np.array_split(np.arange(self.batch_rows), self.world_size)[self.rank]
         names = ("input_ids", *(COLUMNS if self.layout else ()))
         cuts = [own[start : start + self.micro_batch] for start in range(0, len(own), self.micro_batch)]
@@ -316,6 +312,6 @@ def _pick(taken: list[tuple[_Window, Array]], cut: Array, names: tuple[str, ...]
     for window, rows in taken:
         inside = rows[cut[(cut >= start) & (cut < start + len(rows))] - start]
         start += len(rows)
-        for name in names:
-            found.setdefault(name, []).append(window.rows(name, inside))
+        for name, values in window.rows(names, inside).items():
+            found.setdefault(name, []).append(values)
     return {name: np.concatenate(parts) for name, parts in found.items()}
