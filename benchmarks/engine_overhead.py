@@ -14,12 +14,12 @@ import time
 from pathlib import Path
 
 from stages.contract import Context, Outcome, Stage
-from workflows.engine.execute import Settings, execute, silent
 from workflows.engine.graph import Workflow
-from workflows.engine.ledger.ledger import Ledger
-from workflows.engine.ledger.tracking import default_tracking_uri
 from workflows.engine.plan import make_plan
+from workflows.engine.run import Settings, execute, silent
 from workflows.engine.store import ArtifactStore
+from workflows.engine.tracking.tracker import Ledger
+from workflows.engine.tracking.tracking_uri import default_tracking_uri
 
 STEPS, FRESH_STEPS, PLANNED_STEPS = 200, 20, 1000
 
@@ -59,7 +59,7 @@ def drive_seconds(flow: Workflow, store: ArtifactStore, tasks, *, mlflow: bool) 
     began = time.perf_counter()
     ledger = None
     if mlflow:
-        from workflows.engine.execute import _opened
+        from workflows.engine.run import _opened
 
         ledger = Ledger(tracking_uri=default_tracking_uri(store.uri), artifact_root=root, runs=runs, run=run)
         ledger.record(_opened(run, flow, {}, "bench", store))
@@ -82,7 +82,7 @@ def bare_fresh_seconds(num_tasks: int) -> float:
 
 
 def main() -> None:
-    from workflows.engine.tasks import RayTasks
+    from workflows.engine.ray_executor import RayExecutor
 
     with tempfile.TemporaryDirectory() as folder:
         store = ArtifactStore(str(Path(folder) / "store"))
@@ -96,7 +96,7 @@ def main() -> None:
             command="bench",
             by_value=sys.modules[__name__] if __name__ != "__main__" else None,
         )
-        tasks = RayTasks()
+        tasks = RayExecutor()
         with contextlib.closing(tasks):
             drive_seconds(chain(Nothing, 20, salt=10**5), store, tasks, mlflow=False)
             without = drive_seconds(chain(Nothing, STEPS, salt=1000), store, tasks, mlflow=False)

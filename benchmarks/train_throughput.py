@@ -21,7 +21,7 @@ from torch.nn import functional
 from stages.train.loop import Progress, Ranks, Recipe, Training
 from stages.train.objectives import CrossEntropy, SoftTarget
 from stages.train.reader import Reader, ShardPair, SignalsLayout, StepBatch
-from tests.fakes import RecordingReport
+from tests.fakes import RecordingReporter
 from tests.stages.tiny import tiny_llama, write_dataset
 from tests.stages.train.signals import write_signals
 
@@ -92,7 +92,7 @@ def _ours(options: argparse.Namespace, reader: Reader, steps: int) -> Callable[[
             objectives=objectives,  # type: ignore[arg-type]
             recipe=recipe,
             vocabulary=options.vocabulary,
-            report=RecordingReport(),
+            reporter=RecordingReporter(),
             ranks=Ranks(device=torch.device(options.device)),
         ).run(Progress())
 

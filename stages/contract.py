@@ -41,7 +41,7 @@ class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
-class Outside(Config, ABC):
+class ExternalData(Config, ABC):
     """A value that names data from outside: it counts in identity by what the data is, never by where it lies."""
 
     @abstractmethod
@@ -49,7 +49,7 @@ class Outside(Config, ABC):
         """Return plain JSON that changes exactly when the data does.
 
         Raises:
-            OutsideError: the data is missing, unreadable or out of reach.
+            ExternalDataError: the data is missing, unreadable or out of reach.
         """
 
     def resolved(self) -> Self:
@@ -135,10 +135,10 @@ class Artifact:
         return sum(file.size_bytes for file in self.below(f"{name}/*"))
 
 
-class Report(Protocol):
-    """Where a stage tells how far it is. Picklable; may be called from any Ray worker; never blocks, never raises."""
+class Reporter(Protocol):
+    """Where a stage reports how far it is. Picklable; may be called from any Ray worker; never blocks, never raises."""
 
-    def begun(self) -> None:
+    def started(self) -> None:
         """Tell that the work has the resources that it asked for: the wait for them is over."""
 
     def progress(self, done: float, total: float, unit: str) -> None:
@@ -162,7 +162,7 @@ class Context:
     resume: Folder
     """Survives a crash: snapshots and receipts of earlier attempts. Never part of the artifact."""
     resources: Resources
-    report: Report
+    reporter: Reporter
 
     def one(self, name: str) -> Artifact:
         """Return a single input."""
@@ -202,9 +202,9 @@ class Stage(Config, ABC):
     FRESH_PROCESS: ClassVar[bool] = False
     """Needs a worker process of its own, since its library leaves state behind (costs about 230 ms)."""
     PLACES_WORKERS: ClassVar[bool] = False
-    """Hands its work to Ray, which may let it wait for resources: its workers call `report.begun()` as they start."""
+    """Hands its work to Ray, which may let it wait for resources: its workers call `reporter.started()` first."""
 
-    def check(self, sources: "Mapping[str, Stage | Outside | Mapping[str, Stage | Outside]]") -> None:
+    def check(self, sources: "Mapping[str, Stage | ExternalData | Mapping[str, Stage | ExternalData]]") -> None:
         """Check what can be known before anything runs: this config against those of the steps that feed it.
 
         Raises:
@@ -215,7 +215,7 @@ class Stage(Config, ABC):
         """Return the stage with its data from outside resolved: what was planned is what a worker reads."""
         fields = {name: getattr(self, name) for name in type(self).model_fields}
         return self.model_copy(
-            update={name: value.resolved() for name, value in fields.items() if isinstance(value, Outside)}
+            update={name: value.resolved() for name, value in fields.items() if isinstance(value, ExternalData)}
         )
 
     @abstractmethod

@@ -2,7 +2,7 @@
 
     StillhouseError
     ├── ConfigError          the request is wrong; nothing was started      (exit code 2)
-    │   └── OutsideError     data from outside is missing or out of reach   (exit code 2)
+    │   └── ExternalDataError     data from outside is missing or out of reach   (exit code 2)
     └── StageFailed          a step's work failed; trying again gives the same
         ├── Transient        trying again may work (a lost connection, a busy device)
         │   └── WorkerLost   a process or node of it went away
@@ -22,7 +22,7 @@ class ConfigError(StillhouseError, ValueError):
     """The request is wrong: raised before any work starts."""
 
 
-class OutsideError(ConfigError):
+class ExternalDataError(ConfigError):
     """A file, folder or hub id that the request names is missing, unreadable or out of reach."""
 
 

@@ -8,20 +8,20 @@ from typing import Any
 
 from stages.contract import Artifact, Context, Kind, Resources
 from stages.storage import File, Folder
-from workflows.engine.attempts import Done, Reports, Request, Tasks
 from workflows.engine.driver import Driver
+from workflows.engine.events import RunEvent
+from workflows.engine.executor import Attempt, AttemptResult, Executor, ProgressUpdates
 from workflows.engine.failures import Failure
 from workflows.engine.graph import Workflow
-from workflows.engine.ledger.records import Record
-from workflows.engine.plan import ClusterShape, make_plan
+from workflows.engine.plan import ClusterResources, make_plan
 from workflows.engine.results import RunResult
 from workflows.engine.schedule import Phase
 from workflows.engine.store import ArtifactStore
-from workflows.engine.worker import ReportBox, run_attempt
+from workflows.engine.worker import ProgressCollector, run_attempt
 
 
 @dataclass
-class RecordingReport:
+class RecordingReporter:
     """Remembers what a stage told."""
 
     progressed: list[tuple[float, float, str]] = field(default_factory=list)
@@ -29,7 +29,7 @@ class RecordingReport:
     notes: list[str] = field(default_factory=list)
     has_begun: bool = False
 
-    def begun(self) -> None:
+    def started(self) -> None:
         self.has_begun = True
 
     def progress(self, done: float, total: float, unit: str) -> None:
@@ -50,7 +50,7 @@ def fake_context(folder: Path, inputs: Mapping[str, Any] | None = None, **resour
         out=Folder.at(folder / "out"),
         resume=Folder.at(folder / "resume"),
         resources=Resources(**resources),
-        report=RecordingReport(),
+        reporter=RecordingReporter(),
     )
 
 
@@ -81,30 +81,30 @@ class InlineTasks:
     def __init__(self, deaths: Mapping[str, list[Failure]] | None = None, *, cpus: float = 4) -> None:
         self.deaths = {name: list(failures) for name, failures in (deaths or {}).items()}
         self.submitted: list[str] = []
-        self.requests: list[Request] = []
+        self.requests: list[Attempt] = []
         self.cancelled: list[str] = []
-        self._ended: list[tuple[str, Done | Failure]] = []
-        self._box = ReportBox()
-        self._cluster = ClusterShape(cpus, 0, cpus, 0, "the test's cluster")
+        self._ended: list[tuple[str, AttemptResult | Failure]] = []
+        self._box = ProgressCollector()
+        self._cluster = ClusterResources(cpus, 0, cpus, 0, "the test's cluster")
 
-    def shape(self) -> ClusterShape:
+    def cluster_resources(self) -> ClusterResources:
         return self._cluster
 
-    def submit(self, request: Request) -> None:
+    def submit(self, request: Attempt) -> None:
         self.submitted.append(request.step)
         self.requests.append(request)
         if self.deaths.get(request.step):
             self._ended.append((request.step, self.deaths[request.step].pop(0)))
             return
-        names = ("begun", "progress", "curve", "note")
+        names = ("started", "progress", "curve", "note")
         box = type("Box", (), {name: _Method(getattr(self._box, name)) for name in names})()
         self._ended.append((request.step, run_attempt(request, box)))
 
-    def poll(self, timeout_seconds: float) -> list[tuple[str, Done | Failure]]:
+    def poll(self, timeout_seconds: float) -> list[tuple[str, AttemptResult | Failure]]:
         ended, self._ended = self._ended, []
         return ended
 
-    def reports(self) -> Reports:
+    def reports(self) -> ProgressUpdates:
         return self._box.drain()
 
     def cancel(self, step: str) -> None:
@@ -131,9 +131,9 @@ class SilentWatcher:
 
 
 def drive(
-    workflow: Workflow, store: ArtifactStore, tasks: Tasks, *, run: str = "run", **options: Any
-) -> tuple[RunResult, list[Record]]:
+    workflow: Workflow, store: ArtifactStore, tasks: Executor, *, run: str = "run", **options: Any
+) -> tuple[RunResult, list[RunEvent]]:
     """Plan a workflow and drive it to its end; return the result and what the ledger was told."""
-    told: list[Record] = []
-    plan = make_plan(workflow, store, deep=True, cluster=tasks.shape(), **options)
+    told: list[RunEvent] = []
+    plan = make_plan(workflow, store, deep=True, cluster=tasks.cluster_resources(), **options)
     return Driver(plan, store, tasks, run, told.append, SilentWatcher()).go(), told

@@ -19,7 +19,7 @@ class Write(Stage):
     text: str = "x"
 
     def run(self, context: Context) -> Outcome:
-        context.report.progress(1, 1, "files")
+        context.reporter.progress(1, 1, "files")
         context.out.put("text.txt", self.text.encode())
         return Outcome({"characters": float(len(self.text))})
 
@@ -79,7 +79,7 @@ class Stumble(Stage):
                 case "kill":
                     os.kill(os.getpid(), signal.SIGKILL)
                 case "sleep":
-                    context.report.note("asleep")
+                    context.reporter.note("asleep")
                     time.sleep(60)
         context.out.put("text.txt", f"tries={tries + 1} micro_batch={context.resources.micro_batch}".encode())
         return Outcome()
@@ -104,5 +104,5 @@ class Pour(Stage):
                 shards.write(name, f"shard {index}".encode(), {"rows": 1})
                 with Path(self.log).open("a") as log:
                     log.write(f"{index}\n")
-            context.report.progress(index + 1, self.num_shards, "shards")
+            context.reporter.progress(index + 1, self.num_shards, "shards")
         return Outcome({"shards": float(self.num_shards)})

@@ -14,7 +14,7 @@ import pytest
 
 from stages import errors
 from workflows.cli import app
-from workflows.command.find import workflow_names
+from workflows.commands.find import workflow_names
 from workflows.engine import store
 
 ROOT = Path(__file__).parent.parent
@@ -22,17 +22,13 @@ SOURCES = sorted([*ROOT.glob("stages/**/*.py"), *ROOT.glob("workflows/**/*.py")]
 STAGES = sorted(path.parent.name for path in ROOT.glob("stages/*/stage.py"))
 SHARED = {
     "stages.contract",
-    "stages.processes",
-    "stages.translation",
     "stages.storage",
-    "stages.tokenization",
-    "stages.outside",
-    "stages.sources",
-    "stages.checkpoints",
-    "stages.candidates",
     "stages.errors",
-    "stages.fit",
-    "stages.digests",
+    "stages.candidates",
+    "stages.formats",
+    "stages.external",
+    "stages.models",
+    "stages.runtime",
 }
 HEAVY = {
     "ray",
@@ -92,14 +88,14 @@ def test_stage_adapter_imports_nothing_heavy_at_the_top(path: Path) -> None:
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
 def test_ray_is_imported_by_adapters_and_the_engines_tasks_only(path: Path) -> None:
-    if path.name == "stage.py" or name_of(path) == "workflows/engine/tasks.py":
+    if path.name == "stage.py" or name_of(path) == "workflows/engine/ray_executor.py":
         return
     assert not [module for module in imports(path) if module.split(".")[0] == "ray"]
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
 def test_mlflow_is_imported_by_the_ledgers_connection_only(path: Path) -> None:
-    if name_of(path) != "workflows/engine/ledger/connection.py":
+    if name_of(path) != "workflows/engine/tracking/connection.py":
         assert not [module for module in imports(path) if module.split(".")[0] == "mlflow"]
 
 
@@ -115,7 +111,7 @@ def test_importing_the_command_loads_nothing_heavy() -> None:
 
 def test_engine_imports_no_workflow() -> None:
     for path in ROOT.glob("workflows/engine/**/*.py"):
-        above = tuple(f"workflows.{name}" for name in [*workflow_names(), "cli", "command"])
+        above = tuple(f"workflows.{name}" for name in [*workflow_names(), "cli", "commands"])
         assert not [module for module in imports(path) if module.startswith(above)], name_of(path)
 
 

@@ -19,11 +19,11 @@ from rich.table import Table
 from rich.text import Text
 
 from stages.errors import ConfigError, StillhouseError, Transient
-from stages.translation import translate
-from workflows.command import inspect_store
-from workflows.command.artifacts import artifacts
-from workflows.command.find import FoundWorkflow, find_workflow, workflow_names
-from workflows.command.options import (
+from stages.runtime.translation import translate
+from workflows.commands import inspect_store
+from workflows.commands.artifacts import artifacts
+from workflows.commands.find import FoundWorkflow, find_workflow, workflow_names
+from workflows.commands.options import (
     COMMON,
     FAILED,
     HELP,
@@ -37,12 +37,12 @@ from workflows.command.options import (
     Tokens,
     TrackingUri,
 )
-from workflows.command.output import console, execution_json, plan_json, print_fields, print_json
-from workflows.command.parameters import changed_parameters, with_parameters, worded
-from workflows.command.terminal import plan_summary, plan_table, print_outcome, watching
-from workflows.engine.execute import Settings, execute, plan_only
+from workflows.commands.output import console, execution_json, plan_json, print_fields, print_json
+from workflows.commands.parameters import changed_parameters, format_validation_error, with_parameters
+from workflows.commands.terminal import plan_summary, plan_table, print_outcome, watching
 from workflows.engine.graph import Workflow
 from workflows.engine.interrupts import interruptible
+from workflows.engine.run import Settings, execute, plan_only
 
 app = App(
     name="stillhouse",
@@ -65,11 +65,11 @@ def run_command(argv: Sequence[str]) -> int:
     try:
         result = app(list(argv), exit_on_error=False, print_error=False)
     except ValidationError as error:
-        return _fail("ConfigError", worded(error, error.title), WRONG, as_json)
+        return _fail("ConfigError", format_validation_error(error, error.title), WRONG, as_json)
     except CycloptsError as error:
         cause, argument = error.__cause__, error.argument
         if isinstance(cause, ValidationError) and argument is not None:
-            return _fail("ConfigError", worded(cause, argument.name), WRONG, as_json)
+            return _fail("ConfigError", format_validation_error(cause, argument.name), WRONG, as_json)
         return _fail("ConfigError", str(error), WRONG, as_json)
     except ConfigError as error:
         return _fail(type(error).__name__, str(error), WRONG, as_json)
@@ -227,7 +227,7 @@ def init(folder: Path) -> int:
     Args:
         folder: made if it is missing; nothing in it is overwritten.
     """
-    from workflows.command import starter
+    from workflows.commands import starter
 
     path = starter.write(folder)
     console().print(f"wrote {path}; run it: stillhouse run {shlex.quote(str(path))}", highlight=False, soft_wrap=True)
@@ -250,7 +250,7 @@ def doctor(
         address: HOST:PORT of a Ray cluster's head.
         json: print one JSON document and nothing else.
     """
-    from workflows.command.doctor import examine
+    from workflows.commands.doctor import examine
 
     findings = examine(Settings(store=store, tracking_uri=tracking_uri, address=address))
     if json:

@@ -12,21 +12,21 @@ from pydantic import Field
 from stages.contract import Config, Resources
 from stages.errors import ConfigError
 from stages.evaluate.stage import Evaluate
+from stages.external.checkpoints import Checkpoint, PretrainedTokenizer
+from stages.external.documents import Files
 from stages.measure.device import describe_cpu, describe_gpu
 from stages.measure.stage import Measure
-from stages.outside import Checkpoint, PretrainedTokenizer
 from stages.prepare.stage import Prepare
 from stages.promote.stage import Gate, Promote
 from stages.quantize.schemes import DEFAULT_SCHEMES, Scheme
 from stages.quantize.stage import Quantize
-from stages.sources import Files
 from stages.teach.stage import Teach, TopK
 from stages.train.objectives import CrossEntropy, Objective, SoftTarget
 from stages.train.stage import Continue, Smaller, Train
 from workflows.engine.graph import Handle, Source, Workflow
 
 
-class Student(Config):
+class StudentSpec(Config):
     """A model that shall learn from the teacher: another checkpoint, or the teacher's architecture made smaller."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$")
@@ -56,7 +56,7 @@ def compress(
     *,
     teacher: str,
     documents: tuple[str, ...],
-    students: tuple[Student, ...],
+    students: tuple[StudentSpec, ...],
     teacher_revision: str | None = None,
     evaluation: tuple[str, ...] = (),
     sequence_length: Annotated[int, Field(ge=16)] = 512,
@@ -118,7 +118,7 @@ def compress(
     resources = Resources(
         workers=workers, cpus_per_worker=cpus_per_worker, gpus_per_worker=gpus_per_worker, micro_batch=micro_batch
     )
-    big = flow.given("teacher", Checkpoint(source=teacher, revision=teacher_revision))
+    big = flow.external("teacher", Checkpoint(source=teacher, revision=teacher_revision))
     words = PretrainedTokenizer(source=teacher, revision=teacher_revision)
     corpus = flow.step(
         "corpus",
@@ -156,7 +156,7 @@ def compress(
     for student in students:
         start = None
         if student.checkpoint:
-            start = flow.given(student.name, Checkpoint(source=student.checkpoint, revision=student.revision))
+            start = flow.external(student.name, Checkpoint(source=student.checkpoint, revision=student.revision))
         trained[student.name] = flow.step(
             f"train.{student.name}",
             Train(
@@ -217,7 +217,7 @@ def _objectives(w_ce: float, w_kd: float, temperature: float) -> tuple[Objective
     return (*ce, *kd)
 
 
-def _check_request(documents: tuple[str, ...], students: tuple[Student, ...], w_ce: float, w_kd: float) -> None:
+def _check_request(documents: tuple[str, ...], students: tuple[StudentSpec, ...], w_ce: float, w_kd: float) -> None:
     if not students:
         raise ConfigError("""no students: give at least one, e.g. --students '{"name": "half", "layers": 6}'""")
     if not documents:

@@ -11,20 +11,20 @@ from pydantic import Field
 from stages.contract import Config, Resources
 from stages.errors import ConfigError
 from stages.evaluate.stage import Evaluate
+from stages.external.documents import PythonDocs
 from stages.measure.device import describe_cpu
 from stages.measure.stage import Measure
 from stages.prepare.stage import ByteLevelBPE, Prepare
 from stages.promote.stage import Gate, Promote
 from stages.quantize.schemes import DEFAULT_SCHEMES, Scheme
 from stages.quantize.stage import Quantize
-from stages.sources import PythonDocs
 from stages.teach.stage import Teach, TopK
 from stages.train.objectives import CrossEntropy, Objective, SoftTarget
 from stages.train.stage import Llama, Train
 from workflows.engine.graph import Workflow
 
 
-class Setting(Config):
+class LossMix(Config):
     """What a student learns from: `L = w_ce·CE + w_kd·T²·KL(teacher ‖ student)`.
 
     The weights are explicit, since texts define α in opposite ways.
@@ -44,8 +44,8 @@ class Setting(Config):
         return (*ce, *kd)
 
 
-PLAIN = Setting(name="plain", w_ce=1.0)
-DISTILLED = Setting(name="distilled", w_ce=0.5, w_kd=0.5)
+PLAIN = LossMix(name="plain", w_ce=1.0)
+DISTILLED = LossMix(name="distilled", w_ce=0.5, w_kd=0.5)
 
 TWO = Resources(workers=2, cpus_per_worker=1)
 """Two ranks, actors or trials on two cores."""
@@ -53,7 +53,7 @@ TWO = Resources(workers=2, cpus_per_worker=1)
 
 def quickstart(
     *,
-    students: tuple[Setting, ...] = (PLAIN, DISTILLED),
+    students: tuple[LossMix, ...] = (PLAIN, DISTILLED),
     teacher: Llama = Llama(layers=3, width=192, heads=4, kv_heads=2, ffn_width=512),  # noqa: B008  frozen
     student: Llama = Llama(layers=2, width=128, heads=4, kv_heads=2, ffn_width=384),  # noqa: B008  frozen
     vocabulary_size: Annotated[int, Field(ge=300, le=65536)] = 2048,

@@ -6,7 +6,7 @@ the same for a model and for its quantized versions, whose files also hold scale
 
 from pathlib import Path
 
-from stages.checkpoints import model_config
+from stages.models.checkpoints import model_config
 
 __all__ = ["count_parameters", "read_axes"]
 

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from stages.errors import StageFailed
 from stages.evaluate.rows import Batch
 from stages.ops.divergences import kl_divergence
-from stages.translation import within_memory
+from stages.runtime.translation import within_memory
 
 __all__ = ["DocumentSums", "Head", "Reference", "kept_from", "kept_to", "output_layer", "score_batches"]
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from stages.contract import Artifact, Context, Input, Kind, Outcome, Report, Split, Stage
+from stages.contract import Artifact, Context, Input, Kind, Outcome, Reporter, Split, Stage
 
 if TYPE_CHECKING:
     from stages.evaluate.passes import Pass
@@ -94,14 +94,14 @@ class _Work:
     micro_batch: int | None
     num_threads: int
     device: str
-    report: Report
+    reporter: Reporter
 
 
 def _work(config: Evaluate, context: Context) -> _Work:
     resources = context.resources
     device = "cuda" if resources.gpus_per_worker > 0 else "cpu"
     threads = max(1, int(resources.cpus_per_worker))
-    return _Work(config, context.one("data"), resources.micro_batch, threads, device, context.report)
+    return _Work(config, context.one("data"), resources.micro_batch, threads, device, context.reporter)
 
 
 def _run_passes(passes: "list[Pass]", work: _Work, context: Context) -> "list[Scored]":
@@ -134,8 +134,8 @@ def _run_passes(passes: "list[Pass]", work: _Work, context: Context) -> "list[Sc
             scored = ray.get(facts)
             name = one.candidate.name
             kept[name], done[name] = states, scored
-            context.report.progress(len(done), len(passes), "models")
-            context.report.note(f"{name}: {scored.total('nll') / scored.total('tokens'):.4f} nats per token")
+            context.reporter.progress(len(done), len(passes), "models")
+            context.reporter.note(f"{name}: {scored.total('nll') / scored.total('tokens'):.4f} nats per token")
     except BaseException:
         for _, stream in running.values():
             ray.cancel(stream)
@@ -147,20 +147,20 @@ def _score(one: "Pass", work: _Work, kept: Mapping[str, list[Any]]) -> Iterator[
     """Score one model in a worker; yield its output layer and states where others need them, then what was found."""
     import torch
 
-    from stages.checkpoints import load_model
     from stages.errors import StageFailed
     from stages.evaluate.checkpoint_facts import count_parameters, read_axes
     from stages.evaluate.rows import read_batches
     from stages.evaluate.scores import Scored
     from stages.evaluate.scoring import DocumentSums, kept_from, output_layer, score_batches, store_head
-    from stages.fit import check_fit
+    from stages.models.checkpoints import load_model
+    from stages.models.compatibility import check_compatible
 
-    work.report.begun()
+    work.reporter.started()
     torch.set_num_threads(work.num_threads)
     candidate = one.candidate
     folder = candidate.artifact.folder(candidate.folder)
     facts = work.data.read_json("dataset.json")
-    check_fit(f"the candidate {candidate.name!r}", folder, facts)
+    check_compatible(f"the candidate {candidate.name!r}", folder, facts)
     model = load_model(folder, dtype=work.config.dtype, device=work.device)
     head = output_layer(model)
     if one.keep:

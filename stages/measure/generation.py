@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from stages.translation import within_memory
+from stages.runtime.translation import within_memory
 
 __all__ = ["Load", "Timings", "measure_memory", "summarize", "time_in_turns"]
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from stages.contract import Context, Input, Kind, Outcome, Report, Stage
+from stages.contract import Context, Input, Kind, Outcome, Reporter, Stage
 
 if TYPE_CHECKING:
     from stages.candidates import Candidate
@@ -85,7 +85,7 @@ class Measure(Stage):
         candidates = read_candidates(context.many("models"))
         runnable = [candidate for candidate in candidates if not _is_quantized(candidate)]
         task = ray.remote(_measure).options(**options)
-        found = ray.get(task.remote(self, runnable, resources.gpus_per_worker > 0, context.report))
+        found = ray.get(task.remote(self, runnable, resources.gpus_per_worker > 0, context.reporter))
         absent = {**dict.fromkeys(FIGURES), "reason": NO_KERNEL}
         models = {c.name: {**found[c.name], "reason": None} if c.name in found else absent for c in candidates}
         fixed = ("device", "threads", "dtype", "batch_size", "prompt_tokens", "new_tokens", "repeats")
@@ -98,14 +98,16 @@ def _is_quantized(candidate: "Candidate") -> bool:
     return "quantization_config" in candidate.artifact.read_json(f"{candidate.folder}/config.json")
 
 
-def _measure(config: Measure, candidates: "list[Candidate]", gpu: bool, report: Report) -> dict[str, dict[str, Any]]:
+def _measure(
+    config: Measure, candidates: "list[Candidate]", gpu: bool, reporter: Reporter
+) -> dict[str, dict[str, Any]]:
     """Load the models in a worker and measure them; return their figures by name."""
     import torch
 
-    from stages.checkpoints import load_model
     from stages.measure.generation import Load, measure_memory, summarize, time_in_turns
+    from stages.models.checkpoints import load_model
 
-    report.begun()
+    reporter.started()
     _check_device(config, gpu)
     torch.set_num_threads(config.threads)
     load = Load(config.batch_size, config.prompt_tokens, config.new_tokens)
@@ -122,7 +124,7 @@ def _measure(config: Measure, candidates: "list[Candidate]", gpu: bool, report: 
         warmup=config.warmup,
         repeats=config.repeats,
         seed=config.seed,
-        progress=lambda done, total: report.progress(done, total, "turns"),
+        progress=lambda done, total: reporter.progress(done, total, "turns"),
     )
     return {name: {**summarize(runs[name], load), "peak_memory_bytes": memory[name]} for name in models}
 

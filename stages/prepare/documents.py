@@ -21,7 +21,7 @@ from typing import Any, Literal
 from stages.contract import Split
 from stages.errors import StageFailed, nearest
 from stages.prepare.parts import Part
-from stages.prepare.reading import Row, first_row_number, read_piece
+from stages.prepare.reading import SourceRow, first_row_number, read_piece
 
 Schema = Literal["text", "chat", "prompt-completion"]
 NUM_EXAMPLES = 10
@@ -186,7 +186,7 @@ class PartReader:
                     num_documents += 1
                     yield (index, row.number), document
 
-    def _document(self, index: int, row: Row) -> Document | None:
+    def _document(self, index: int, row: SourceRow) -> Document | None:
         try:
             if row.problem is not None:
                 raise RowRejected(row.problem)

@@ -3,7 +3,7 @@
 from typing import Any
 
 from stages.errors import StageFailed, Transient
-from stages.sources import HubDataset, LocalDataset
+from stages.external.documents import HubDataset, LocalDataset
 
 
 def open_dataset(source: HubDataset | LocalDataset) -> Any:

@@ -11,8 +11,16 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
 
+from stages.external.documents import (
+    LINE_SUFFIXES,
+    PARQUET_SUFFIXES,
+    DocumentSource,
+    Files,
+    HubDataset,
+    LocalDataset,
+    PythonDocs,
+)
 from stages.prepare.opening import open_dataset
-from stages.sources import LINE_SUFFIXES, PARQUET_SUFFIXES, Files, HubDataset, LocalDataset, PythonDocs, Source
 from stages.storage import File
 
 PieceKind = Literal["text", "lines", "parquet", "rows", "topics", "module"]
@@ -54,7 +62,7 @@ class Part:
         return sum(piece.size_bytes for piece in self.pieces)
 
 
-def plan_parts(source: Source, part_bytes: int) -> list[Part]:
+def plan_parts(source: DocumentSource, part_bytes: int) -> list[Part]:
     """Plan the parts of a source, in an order that depends on its identity only.
 
     Args:
@@ -62,7 +70,7 @@ def plan_parts(source: Source, part_bytes: int) -> list[Part]:
         part_bytes: bytes of source in one part; a single larger text file is still one part.
 
     Raises:
-        OutsideError: the source is missing or out of reach.
+        ExternalDataError: the source is missing or out of reach.
     """
     if isinstance(source, Files):
         return _group(_file_pieces(source.files(), part_bytes), part_bytes)

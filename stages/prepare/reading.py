@@ -25,7 +25,7 @@ PARQUET_BATCH_ROWS = 1024
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class SourceRow:
     """A row as it was read: the text of a text file, or a mapping; or what is wrong with it."""
 
     number: int
@@ -34,7 +34,7 @@ class Row:
     problem: str | None = None
 
 
-def read_piece(piece: Piece) -> Iterator[Row]:
+def read_piece(piece: Piece) -> Iterator[SourceRow]:
     """Read a piece's rows in order.
 
     Raises:
@@ -43,11 +43,11 @@ def read_piece(piece: Piece) -> Iterator[Row]:
     if piece.kind == "topics":
         from stages.prepare.python_docs import read_topics
 
-        return (Row(number, text) for number, (_, text) in enumerate(read_topics(), 1))
+        return (SourceRow(number, text) for number, (_, text) in enumerate(read_topics(), 1))
     if piece.kind == "module":
         from stages.prepare.python_docs import read_module
 
-        return iter([Row(1, read_module(piece.name))])
+        return iter([SourceRow(1, read_module(piece.name))])
     if piece.kind == "rows":
         return _read_rows(piece)
     reader = {"text": _read_text, "lines": _read_lines, "parquet": _read_parquet}[piece.kind]
@@ -67,15 +67,15 @@ def _local_path(piece: Piece) -> Path:
     return path
 
 
-def _read_text(piece: Piece, path: Path) -> Iterator[Row]:
+def _read_text(piece: Piece, path: Path) -> Iterator[SourceRow]:
     data = path.read_bytes()
     try:
         text = data.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
-        yield Row(1, None, f"not UTF-8 at byte {error.start}")
+        yield SourceRow(1, None, f"not UTF-8 at byte {error.start}")
         return
     for number, document in enumerate(cut_text(text), 1):
-        yield Row(number, document)
+        yield SourceRow(number, document)
 
 
 def cut_text(text: str, max_characters: int = TEXT_DOCUMENT_CHARACTERS) -> Iterator[str]:
@@ -94,7 +94,7 @@ def cut_text(text: str, max_characters: int = TEXT_DOCUMENT_CHARACTERS) -> Itera
     yield text[start:].strip("\n")
 
 
-def _read_lines(piece: Piece, path: Path) -> Iterator[Row]:
+def _read_lines(piece: Piece, path: Path) -> Iterator[SourceRow]:
     """Read the lines that begin in the byte range; a `.json` file that holds one list is read whole by the first."""
     with path.open("rb") as source:
         if path.suffix.lower() == ".json" and source.read(64).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"[":
@@ -111,28 +111,28 @@ def _read_lines(piece: Piece, path: Path) -> Iterator[Row]:
                 yield _json_row(number, line)
 
 
-def _json_row(number: int, line: bytes) -> Row:
+def _json_row(number: int, line: bytes) -> SourceRow:
     try:
         value = json.loads(line)
     except (ValueError, RecursionError) as error:
-        return Row(number, None, f"not JSON ({error})")
+        return SourceRow(number, None, f"not JSON ({error})")
     if not isinstance(value, dict):
-        return Row(number, None, f"a JSON {type(value).__name__}, expected an object with fields")
-    return Row(number, value)
+        return SourceRow(number, None, f"a JSON {type(value).__name__}, expected an object with fields")
+    return SourceRow(number, value)
 
 
-def _read_json_list(path: Path) -> Iterator[Row]:
+def _read_json_list(path: Path) -> Iterator[SourceRow]:
     try:
         values = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        yield Row(1, None, f"not JSON ({error})")
+        yield SourceRow(1, None, f"not JSON ({error})")
         return
     for number, value in enumerate(values, 1):
         problem = None if isinstance(value, dict) else f"a JSON {type(value).__name__}, expected an object with fields"
-        yield Row(number, None if problem else value, problem)
+        yield SourceRow(number, None if problem else value, problem)
 
 
-def _read_parquet(piece: Piece, path: Path) -> Iterator[Row]:
+def _read_parquet(piece: Piece, path: Path) -> Iterator[SourceRow]:
     """Read the rows of one of `stop` equal fractions; only the row groups that overlap it are decoded."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -155,15 +155,15 @@ def _read_parquet(piece: Piece, path: Path) -> Iterator[Row]:
                     low, high = max(first - at, 0), min(last - at, batch.num_rows)
                     if low < high:
                         values = batch.slice(low, high - low).to_pylist()
-                        yield from (Row(at + low + i - first + 1, value) for i, value in enumerate(values))
+                        yield from (SourceRow(at + low + i - first + 1, value) for i, value in enumerate(values))
                     at += batch.num_rows
             position += num_rows
 
 
-def _read_rows(piece: Piece) -> Iterator[Row]:
+def _read_rows(piece: Piece) -> Iterator[SourceRow]:
     assert piece.dataset is not None
     data = open_dataset(piece.dataset).select(range(piece.start, piece.stop))
-    return (Row(number, value) for number, value in enumerate(data, 1))
+    return (SourceRow(number, value) for number, value in enumerate(data, 1))
 
 
 def first_row_number(piece: Piece) -> int:

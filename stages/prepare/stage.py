@@ -10,12 +10,12 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from stages.contract import Config, Context, Input, Kind, Outcome, Outside, Report, Shards, Stage
+from stages.contract import Config, Context, ExternalData, Input, Kind, Outcome, Reporter, Shards, Stage
 from stages.errors import ConfigError, StageFailed
-from stages.outside import PretrainedTokenizer
-from stages.processes import quiet_data
-from stages.sources import HubDataset, Source
-from stages.translation import translate
+from stages.external.checkpoints import PretrainedTokenizer
+from stages.external.documents import DocumentSource, HubDataset
+from stages.runtime.processes import quiet_data
+from stages.runtime.translation import translate
 
 
 class ByteLevelBPE(Config):
@@ -36,7 +36,7 @@ class Prepare(Stage):
     PLACES_WORKERS: ClassVar = True
     INPUTS: ClassVar[Mapping[str, Input]] = {"tokenizer": Input(("model", "dataset"), required=False)}
 
-    source: Source
+    source: DocumentSource
     """Where documents come from."""
     tokenizer: ByteLevelBPE | PretrainedTokenizer | None = None
     """Train one, or take one from outside; None where the input `tokenizer` is given."""
@@ -74,7 +74,7 @@ class Prepare(Stage):
             )
         return self
 
-    def check(self, sources: Mapping[str, Stage | Outside | Mapping[str, Stage | Outside]]) -> None:
+    def check(self, sources: Mapping[str, Stage | ExternalData | Mapping[str, Stage | ExternalData]]) -> None:
         """Check that there is exactly one tokenizer.
 
         Raises:
@@ -96,7 +96,7 @@ class Prepare(Stage):
         Raises:
             StageFailed: too many rejected rows, no usable text, too little of it, or a tokenizer that will not do.
         """
-        from stages.checkpoints import upload_folder
+        from stages.models.checkpoints import upload_folder
         from stages.prepare import work
         from stages.prepare.documents import detect_schema
         from stages.prepare.encoding import set_tokenizer_threads
@@ -105,7 +105,7 @@ class Prepare(Stage):
 
         set_tokenizer_threads(context.resources.total_cpus)
         if isinstance(self.source, HubDataset):
-            context.report.begun()  # downloading is work, and needs none of the workers' resources
+            context.reporter.started()  # downloading is work, and needs none of the workers' resources
         parts = plan_parts(self.source, self.part_bytes)
         schema = detect_schema(parts, self.text_field) if self.row_schema == "auto" else self.row_schema
         rows: dict[str, Any] = {"schema": schema, "text_field": self.text_field}
@@ -119,7 +119,7 @@ class Prepare(Stage):
             upload_folder(folder, context.out, "tokenizer")
         pad = facts["eos_token_id"] if facts["pad_token_id"] is None else facts["pad_token_id"]
         shards = Shards(context.out, context.resume)
-        job = work.Job(
+        job = work.PrepareJob(
             **rows,
             division=division,
             sequence_length=self.sequence_length,
@@ -130,11 +130,11 @@ class Prepare(Stage):
         totals = work.total_facts(list(_prepare_parts(parts, job, context)))
         rejected = totals["rejected"]
         if rejected["count"]:
-            context.report.note(
+            context.reporter.note(
                 f"{rejected['count']} of {rejected['rows_read']} rows are left out, such as {rejected['examples'][0]}"
             )
         if totals["unlearned_answers"]:
-            context.report.note(
+            context.reporter.note(
                 f"{totals['unlearned_answers']} answers in chats are no targets, since the chat template changes them"
             )
         work.check_totals(totals, schema=schema, division=division, max_rejected_fraction=self.max_rejected_fraction)
@@ -144,8 +144,8 @@ class Prepare(Stage):
 
     def _make_tokenizer(self, context: Context, parts: list[Any], rows: dict[str, Any], folder: Path) -> Any:
         """Train or copy the tokenizer into a local folder, and return it loaded."""
+        from stages.models.tokenization import copy_tokenizer
         from stages.prepare.tokenizer import train_byte_level_bpe
-        from stages.tokenization import copy_tokenizer
 
         given = context.optional("tokenizer")
         if isinstance(self.tokenizer, PretrainedTokenizer):
@@ -180,7 +180,7 @@ def _prepare_parts(parts: list[Any], job: Any, context: Context) -> Iterator[dic
     yield from (finished[part.index] for part in parts if part.index in finished)
     items = [(part, written & {shard_name(split, part.index) for split in SPLITS}) for part in missing]
     for num_done, facts in enumerate(_map_parts(_prepare, items, {"job": job}, context), len(parts) - len(missing) + 1):
-        context.report.progress(num_done, len(parts), "parts")
+        context.reporter.progress(num_done, len(parts), "parts")
         yield facts
 
 
@@ -197,10 +197,10 @@ def _prepare(part: Any, written: frozenset[str], *, job: Any) -> Any:
 
 
 def _apply(
-    row: dict[str, bytes], *, function: Any, num_cpus: float, fixed: dict[str, Any], report: Report
+    row: dict[str, bytes], *, function: Any, num_cpus: float, fixed: dict[str, Any], reporter: Reporter
 ) -> dict[str, bytes]:
     """Apply a function to an item in a worker."""
-    report.begun()
+    reporter.started()
     from stages.prepare.encoding import set_tokenizer_threads
 
     set_tokenizer_threads(num_cpus)
@@ -231,7 +231,7 @@ def _map_parts(function: Any, items: list[tuple[Any, ...]], fixed: dict[str, Any
                 "function": function,
                 "num_cpus": resources.cpus_per_worker,
                 "fixed": fixed,
-                "report": context.report,
+                "reporter": context.reporter,
             },
             compute=TaskPoolStrategy(size=resources.workers),
             num_cpus=resources.cpus_per_worker,

@@ -7,10 +7,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.checkpoints import text_config
 from stages.errors import StageFailed
+from stages.models.checkpoints import text_config
+from stages.models.tokenization import backend_of, tokenizer_digest, vocabulary_size
 from stages.prepare.encoding import DEFAULT_TEMPLATE, EncoderState
-from stages.tokenization import backend_of, tokenizer_digest, vocabulary_size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -49,7 +49,7 @@ class Division:
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class PrepareJob:
     """What is the same for every part."""
 
     schema: Schema
@@ -93,7 +93,7 @@ def limit_documents(parts: Sequence[Part], *, schema: Schema, text_field: str, m
     return limited
 
 
-def prepare_part(part: Part, job: Job, written: frozenset[str]) -> dict[str, Any]:
+def prepare_part(part: Part, job: PrepareJob, written: frozenset[str]) -> dict[str, Any]:
     """Prepare one part, write those of its shards that are not written yet, and return its facts.
 
     Args:

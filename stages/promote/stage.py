@@ -73,7 +73,7 @@ class Promote(Stage):
         context.out.put_json("report.json", report)
         context.out.put("leaderboard.md", write_markdown(report).encode())
         context.out.put("quality-size.png", draw_quality_against_size(report))
-        context.report.note(verdict.reasons[0])
+        context.reporter.note(verdict.reasons[0])
         metrics = {"accepted": float(verdict.champion is not None), "candidates": float(len(verdict.checks))}
         for claim in verdict.claims:
             metrics["claim_holds"] = float(claim["holds"])

@@ -4,11 +4,11 @@ import tempfile
 from pathlib import Path
 
 from stages.errors import StageFailed
-from stages.quantize.records import Record
+from stages.quantize.records import TrialRecord
 from stages.storage import File, Folder, fetch
 
 
-def publish(record: Record, resume: Folder, out: Folder) -> tuple[File, ...]:
+def publish(record: TrialRecord, resume: Folder, out: Folder) -> tuple[File, ...]:
     """Copy one trial's checkpoint from `resume` to `finalists/<scheme>` of `out`.
 
     Raises:

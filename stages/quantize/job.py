@@ -12,7 +12,7 @@ from stages.storage import Folder
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class SearchJob:
     """What every process of a search is handed."""
 
     model: Artifact

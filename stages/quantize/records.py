@@ -9,10 +9,10 @@ from typing import Any
 
 from stages.errors import StageFailed
 from stages.quantize.schemes import Scheme
-from stages.quantize.selection import Point, Verdict, choose
+from stages.quantize.selection import TrialPoint, Verification, choose
 from stages.storage import Folder
 
-Record = dict[str, Any]
+TrialRecord = dict[str, Any]
 """One trial, as JSON: its row of `search.json`; that of a checkpoint names its `folder` in `resume` and its `files`."""
 
 FINALIST_COLUMNS = ("scheme", "kl", "agreement", "size_bytes", "bits_per_weight", "linear_bits_per_weight")
@@ -23,19 +23,19 @@ def receipt_name(scheme: str) -> str:
     return f"trials/{scheme}.json"
 
 
-def new_record(scheme: Scheme) -> Record:
+def new_record(scheme: Scheme) -> TrialRecord:
     """Return what every record of a scheme starts with."""
     return {"scheme": scheme.name, "config": scheme.model_dump(mode="json")}
 
 
-def failed_record(scheme: Scheme, error: str, seconds: float) -> Record:
+def failed_record(scheme: Scheme, error: str, seconds: float) -> TrialRecord:
     """Return the record of a scheme that cannot succeed."""
     return new_record(scheme) | {"status": "failed", "error": error, "seconds": seconds}
 
 
-def read_settled(schemes: Iterable[Scheme], resume: Folder, in_features: Mapping[str, int]) -> dict[str, Record]:
+def read_settled(schemes: Iterable[Scheme], resume: Folder, in_features: Mapping[str, int]) -> dict[str, TrialRecord]:
     """Return records of schemes that need no trial: they have a receipt, or cannot fit layers of these input widths."""
-    settled: dict[str, Record] = {}
+    settled: dict[str, TrialRecord] = {}
     for scheme in schemes:
         if resume.has(receipt_name(scheme.name)):
             settled[scheme.name] = resume.get_json(receipt_name(scheme.name))
@@ -44,7 +44,7 @@ def read_settled(schemes: Iterable[Scheme], resume: Folder, in_features: Mapping
     return settled
 
 
-def check_enough(records: Sequence[Record], min_done: int) -> None:
+def check_enough(records: Sequence[TrialRecord], min_done: int) -> None:
     """Check that enough trials succeeded.
 
     Raises:
@@ -57,13 +57,19 @@ def check_enough(records: Sequence[Record], min_done: int) -> None:
         raise StageFailed(f"{num_done} of {len(records)} schemes succeeded, expected at least {min_done}:{reasons}")
 
 
-def points_of(records: Iterable[Record]) -> list[Point]:
+def points_of(records: Iterable[TrialRecord]) -> list[TrialPoint]:
     """Return the (KL, bytes) points of the trials that are done."""
-    return [Point(r["scheme"], r["kl"], r["size_bytes"]) for r in records if r["status"] == "done"]
+    return [TrialPoint(r["scheme"], r["kl"], r["size_bytes"]) for r in records if r["status"] == "done"]
 
 
 def assemble_search(
-    records: Sequence[Record], front: Iterable[Point], verdict: Verdict, *, base: str, base_bytes: int, max_kl: float
+    records: Sequence[TrialRecord],
+    front: Iterable[TrialPoint],
+    verdict: Verification,
+    *,
+    base: str,
+    base_bytes: int,
+    max_kl: float,
 ) -> dict[str, Any]:
     """Return the content of `search.json`.
 
@@ -82,7 +88,7 @@ def assemble_search(
         | {"folder": f"finalists/{name}", "reloaded_kl": reloaded_kl}
         for name, reloaded_kl in verdict.accepted.items()
     ]
-    chosen = choose((Point(f["scheme"], f["reloaded_kl"], f["size_bytes"]) for f in finalists), max_kl)
+    chosen = choose((TrialPoint(f["scheme"], f["reloaded_kl"], f["size_bytes"]) for f in finalists), max_kl)
     trials = [
         {key: value for key, value in record.items() if key not in ("folder", "files")}
         | {"pareto": record["scheme"] in on_front, "reload_error": verdict.rejected.get(record["scheme"])}

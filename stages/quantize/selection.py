@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
-class Point:
+class TrialPoint:
     """One measured scheme."""
 
     name: str
@@ -25,16 +25,16 @@ class Point:
     """Weights on disk."""
 
 
-def pareto_front(points: Iterable[Point]) -> tuple[Point, ...]:
+def pareto_front(points: Iterable[TrialPoint]) -> tuple[TrialPoint, ...]:
     """Return the points that no other beats, smallest first; of points equal in both numbers, the first by name."""
-    front: list[Point] = []
+    front: list[TrialPoint] = []
     for point in sorted(points, key=lambda p: (p.size_bytes, p.kl, p.name)):
         if math.isfinite(point.kl) and (not front or point.kl < front[-1].kl):
             front.append(point)
     return tuple(front)
 
 
-def preference(front: tuple[Point, ...], max_kl: float) -> tuple[Point, ...]:
+def preference(front: tuple[TrialPoint, ...], max_kl: float) -> tuple[TrialPoint, ...]:
     """Return the front in the order in which its points become finalists (see the module's rule)."""
     if not front:
         return ()
@@ -45,14 +45,14 @@ def preference(front: tuple[Point, ...], max_kl: float) -> tuple[Point, ...]:
     return tuple(front[i] for i in order)
 
 
-def choose(points: Iterable[Point], max_kl: float) -> Point | None:
+def choose(points: Iterable[TrialPoint], max_kl: float) -> TrialPoint | None:
     """Return the smallest point whose KL is within the limit, or None."""
     within = [point for point in points if point.kl <= max_kl]
     return min(within, key=lambda p: (p.size_bytes, p.kl, p.name), default=None)
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class Verification:
     """What became of the points that were measured again from their files."""
 
     accepted: dict[str, float] = field(default_factory=dict)
@@ -62,12 +62,12 @@ class Verdict:
 
 
 def verify(
-    order: Sequence[Point],
+    order: Sequence[TrialPoint],
     *,
     wanted: int,
     tolerance: float,
     reload: Callable[[Sequence[str]], Mapping[str, float | str]],
-) -> Verdict:
+) -> Verification:
     """Measure points again in order of preference until enough of them hold.
 
     Args:
@@ -76,7 +76,7 @@ def verify(
         tolerance: largest difference of the two KLs, in nats per token.
         reload: measures points from their files; gives a KL, or why there is none.
     """
-    verdict, rest = Verdict(), list(order)
+    verdict, rest = Verification(), list(order)
     while rest and len(verdict.accepted) < wanted:
         num = wanted - len(verdict.accepted)
         batch, rest = rest[:num], rest[num:]

@@ -17,13 +17,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field, field_validator
 
-from stages.contract import Artifact, Context, Input, Kind, Outcome, Report, Resources, Stage
+from stages.contract import Artifact, Context, Input, Kind, Outcome, Reporter, Resources, Stage
 from stages.errors import OutOfMemory, StageFailed, Transient
-from stages.processes import environment
 from stages.quantize.finalists import publish
 from stages.quantize.imports import import_for_measuring, import_for_quantizing
 from stages.quantize.records import (
-    Record,
+    TrialRecord,
     assemble_search,
     check_enough,
     final_metrics,
@@ -32,12 +31,13 @@ from stages.quantize.records import (
     receipt_name,
 )
 from stages.quantize.schemes import DEFAULT_SCHEMES, Scheme
-from stages.quantize.selection import Point, Verdict, pareto_front, preference, verify
+from stages.quantize.selection import TrialPoint, Verification, pareto_front, preference, verify
+from stages.runtime.processes import environment
+from stages.runtime.translation import translate
 from stages.storage import File
-from stages.translation import translate
 
 if TYPE_CHECKING:
-    from stages.quantize.job import Job, Survey
+    from stages.quantize.job import SearchJob, Survey
     from stages.quantize.rows import Rows
 
 logger = logging.getLogger(__name__)
@@ -102,11 +102,13 @@ class Quantize(Stage):
             rows, calibration=self.calibration_rows, evaluation=self.evaluation_rows, seed=self.seed
         )
         if len(calibration) + len(evaluation) < self.calibration_rows + self.evaluation_rows:
-            context.report.note(
+            context.reporter.note(
                 f"a small calibration split: {len(calibration)} rows to calibrate on, {len(evaluation)} to measure on"
             )
         job = ray.put(self._job(context, calibration))
-        survey_ref, reference = _task(_survey, context.resources, num_returns=2).remote(job, evaluation, context.report)
+        survey_ref, reference = _task(_survey, context.resources, num_returns=2).remote(
+            job, evaluation, context.reporter
+        )
         survey = _get(survey_ref)
         records = self._search(context, job, survey, reference)
         front = pareto_front(points_of(records))
@@ -119,18 +121,18 @@ class Quantize(Stage):
             preference(front, self.max_kl), wanted=self.finalists, tolerance=self.reload_tolerance, reload=reload
         )
         for name, reason in verdict.rejected.items():
-            context.report.note(f"finalist {name} does not count: {reason}")
+            context.reporter.note(f"finalist {name} does not count: {reason}")
             context.out.delete([file.name for file in published.get(name, ())])
         if verdict.rejected and not verdict.accepted:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in verdict.rejected.items())
             raise StageFailed(f"none of {len(verdict.rejected)} finalists survived its reload: {reasons}")
         return self._finish(context, records, front, verdict)
 
-    def _job(self, context: Context, calibration: "Rows") -> "Job":
-        from stages.quantize.job import Job
+    def _job(self, context: Context, calibration: "Rows") -> "SearchJob":
+        from stages.quantize.job import SearchJob
 
         resources = context.resources
-        return Job(
+        return SearchJob(
             model=context.one("model"),
             resume=context.resume,
             calibration_RT=calibration.ids_RT,
@@ -140,7 +142,7 @@ class Quantize(Stage):
             seed=self.seed,
         )
 
-    def _search(self, context: Context, job: Any, survey: "Survey", reference: Any) -> list[Record]:
+    def _search(self, context: Context, job: Any, survey: "Survey", reference: Any) -> list[TrialRecord]:
         """Return every scheme's record: of an earlier attempt, of a trial now, or why it cannot fit."""
         records = read_settled(self.schemes, context.resume, survey.layers.in_features)
         for index, record in enumerate(records.values()):
@@ -156,7 +158,7 @@ class Quantize(Stage):
         return ordered
 
     def _finish(
-        self, context: Context, records: Sequence[Record], front: tuple[Point, ...], verdict: Verdict
+        self, context: Context, records: Sequence[TrialRecord], front: tuple[TrialPoint, ...], verdict: Verification
     ) -> Outcome:
         """Write `search.json`, tell what was chosen, and return the final numbers."""
         model = context.one("model")
@@ -169,26 +171,26 @@ class Quantize(Stage):
         if not verdict.accepted:
             reasons = sorted({str(record["error"]) for record in records if record["status"] != "done"})
             why = reasons[0] if len(reasons) == 1 else f"{reasons[0]}; and {len(reasons) - 1} other reasons"
-            context.report.note(f"chose none, since no scheme succeeded: {why} (search.json has all)")
+            context.reporter.note(f"chose none, since no scheme succeeded: {why} (search.json has all)")
         elif search["chosen"] is None:
             best = min(verdict.accepted.values())
-            context.report.note(
+            context.reporter.note(
                 f"chose none: the best finalist has KL {best:.2g} nats/token, and max_kl is {self.max_kl:g}"
             )
         else:
             size, kl = metrics["chosen_size_bytes"], metrics["chosen_kl"]
-            context.report.note(f"chose {search['chosen']}: {size:.0f} bytes, KL {kl:.2g} nats/token")
+            context.reporter.note(f"chose {search['chosen']}: {size:.0f} bytes, KL {kl:.2g} nats/token")
         return Outcome(metrics)
 
 
-def _tell(context: Context, record: Record, num_settled: int, num_schemes: int) -> None:
+def _tell(context: Context, record: TrialRecord, num_settled: int, num_schemes: int) -> None:
     """Report one settled scheme."""
-    context.report.progress(num_settled, num_schemes, "trials")
+    context.reporter.progress(num_settled, num_schemes, "trials")
     if record["status"] != "done":
-        context.report.note(f"{record['scheme']} failed: {record['error']}")
+        context.reporter.note(f"{record['scheme']} failed: {record['error']}")
         return
-    context.report.note(f"{record['scheme']}: KL {record['kl']:.2g} nats/token, {record['size_bytes']} bytes")
-    context.report.curve(num_settled, {"trial/kl": record["kl"], "trial/size_bytes": record["size_bytes"]})
+    context.reporter.note(f"{record['scheme']}: KL {record['kl']:.2g} nats/token, {record['size_bytes']} bytes")
+    context.reporter.curve(num_settled, {"trial/kl": record["kl"], "trial/size_bytes": record["size_bytes"]})
 
 
 def _options(resources: Resources) -> dict[str, float]:
@@ -216,9 +218,9 @@ def _get(ref: Any) -> Any:
         raise translate(error) from error
 
 
-def _survey(job: "Job", evaluation: "Rows", report: Report) -> Any:
+def _survey(job: "SearchJob", evaluation: "Rows", reporter: Reporter) -> Any:
     """Run in a worker: see `survey_model`."""
-    report.begun()
+    reporter.started()
     import_for_measuring()
     from stages.quantize.trial import survey_model
 
@@ -239,7 +241,7 @@ def _trial(
     return {"out_of_memory": None}
 
 
-def _remeasure(names: Sequence[str], finalists: Artifact, job: "Job", survey: "Survey", reference: Any) -> Any:
+def _remeasure(names: Sequence[str], finalists: Artifact, job: "SearchJob", survey: "Survey", reference: Any) -> Any:
     """Run in a worker: see `remeasure`."""
     import_for_measuring()
     from stages.quantize.trial import remeasure
@@ -249,12 +251,12 @@ def _remeasure(names: Sequence[str], finalists: Artifact, job: "Job", survey: "S
 
 def _run_trials(
     schemes: Mapping[str, Scheme], context: Context, job: Any, survey: "Survey", reference: Any, *, num_settled: int
-) -> dict[str, Record]:
+) -> dict[str, TrialRecord]:
     """Run one Tune trial for each scheme and return their receipts."""
     from ray import tune
 
     resources, num_schemes = context.resources, num_settled + len(schemes)
-    records: dict[str, Record] = {}
+    records: dict[str, TrialRecord] = {}
 
     class Watch(tune.Callback):  # type: ignore[misc]  # the base is untyped
         """Tells of each trial as it ends."""
@@ -308,7 +310,7 @@ def _check_lost(missing: Sequence[str], results: Any, survey: "Survey") -> None:
 def _reload(
     names: Sequence[str],
     context: Context,
-    records: Sequence[Record],
+    records: Sequence[TrialRecord],
     published: dict[str, tuple[File, ...]],
     measuring: tuple[Any, "Survey", Any],
 ) -> Mapping[str, float | str]:

@@ -15,20 +15,20 @@ from uuid import uuid4
 
 import torch
 
-from stages.checkpoints import load_model, save_checkpoint
 from stages.contract import Artifact
 from stages.errors import OutOfMemory, Transient
+from stages.models.checkpoints import load_model, save_checkpoint
 from stages.quantize.compress import find_layers, linear_bytes, quantize_model, quiet
 from stages.quantize.fidelity import Reference, compute_reference, fitting_micro_batch, measure_fidelity
-from stages.quantize.job import Job, Survey
-from stages.quantize.records import Record, failed_record, new_record, receipt_name
+from stages.quantize.job import SearchJob, Survey
+from stages.quantize.records import TrialRecord, failed_record, new_record, receipt_name
 from stages.quantize.rows import Rows
 from stages.quantize.schemes import Scheme
+from stages.runtime.translation import within_memory
 from stages.storage import AlreadyExists, Folder
-from stages.translation import within_memory
 
 
-def survey_model(job: Job, rows: Rows) -> tuple[Survey, Reference]:
+def survey_model(job: SearchJob, rows: Rows) -> tuple[Survey, Reference]:
     """Load the unquantized model once: its layers, and its predictions on the rows that are measured."""
     torch.set_num_threads(job.num_threads)
     folder = job.model.folder("model")
@@ -42,7 +42,7 @@ def survey_model(job: Job, rows: Rows) -> tuple[Survey, Reference]:
     return Survey(find_layers(model), num_parameters, micro_batch), reference
 
 
-def run_trial(scheme: Scheme, job: Job, survey: Survey, reference: Reference) -> Record:
+def run_trial(scheme: Scheme, job: SearchJob, survey: Survey, reference: Reference) -> TrialRecord:
     """Quantize, measure and save one scheme, and leave its receipt.
 
     Returns:
@@ -78,8 +78,8 @@ def _may_pass(error: Exception) -> bool:
 
 
 def _quantize_and_save(
-    scheme: Scheme, job: Job, survey: Survey, reference: Reference, folder: Path, scratch: Path
-) -> Record:
+    scheme: Scheme, job: SearchJob, survey: Survey, reference: Reference, folder: Path, scratch: Path
+) -> TrialRecord:
     torch.set_num_threads(job.num_threads)
     torch.manual_seed(job.seed)
     model = load_model(folder, dtype="auto", device=job.device)
@@ -102,7 +102,7 @@ def _quantize_and_save(
     }
 
 
-def _upload(scratch: Path, scheme: str, resume: Folder) -> Record:
+def _upload(scratch: Path, scheme: str, resume: Folder) -> TrialRecord:
     """Copy a saved checkpoint into `resume`, below a name that no other try of this scheme uses."""
     name = f"trials/{scheme}/{uuid4().hex[:8]}"
     root = scratch / "model"
@@ -112,7 +112,7 @@ def _upload(scratch: Path, scheme: str, resume: Folder) -> Record:
 
 
 def remeasure(
-    schemes: Iterable[str], finalists: Artifact, job: Job, survey: Survey, reference: Reference
+    schemes: Iterable[str], finalists: Artifact, job: SearchJob, survey: Survey, reference: Reference
 ) -> Mapping[str, float | str]:
     """Load finalists from their files by plain transformers and measure each again.
 

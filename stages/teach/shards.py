@@ -20,8 +20,8 @@ import pyarrow.parquet as pq
 import torch
 
 from stages.errors import StageFailed
+from stages.runtime.translation import within_memory
 from stages.teach.capture import Signals
-from stages.translation import within_memory
 
 SCHEMA = pa.schema(
     [

@@ -13,8 +13,8 @@ from pydantic import Field
 
 from stages.contract import Config, Context, Input, Outcome, Shards, Split, Stage
 from stages.errors import ConfigError, StageFailed
-from stages.processes import quiet_data
-from stages.translation import translate
+from stages.runtime.processes import quiet_data
+from stages.runtime.translation import translate
 
 if TYPE_CHECKING:
     from stages.teach.engines.local import LocalTeacher
@@ -86,17 +86,17 @@ class Teach(Stage):
             "teacher": context.one("teacher"),
             "data": context.one("data"),
             "shards": shards,
-            "report": context.report,
+            "reporter": context.reporter,
             "method": self.method,
             "dtype": self.dtype,
             "facts": facts,
             "micro_batch": context.resources.micro_batch,
             "threads": max(1, int(context.resources.cpus_per_worker)),
         }
-        context.report.progress(finished, total, "tokens")
+        context.reporter.progress(finished, total, "tokens")
         for row in _map_shards(missing, job, context):
             finished += row["tokens"]
-            context.report.progress(finished, total, "tokens")
+            context.reporter.progress(finished, total, "tokens")
 
     def _conclude(self, context: Context, shard_facts: list[dict[str, Any]], facts: Mapping[str, Any]) -> Outcome:
         rows, tokens, size = (sum(fact[key] for fact in shard_facts) for key in ("rows", "tokens", "bytes"))
@@ -139,20 +139,20 @@ class _ShardTeacher:
 
     def __init__(self, job: dict[str, Any]) -> None:
         self.job = job
-        job["report"].begun()
+        job["reporter"].started()
         self.engine: LocalTeacher | None = None
 
     def _load(self) -> "LocalTeacher":
         import torch
 
-        from stages.checkpoints import load_model
-        from stages.fit import check_fit
+        from stages.models.checkpoints import load_model
+        from stages.models.compatibility import check_compatible
         from stages.teach.engines.local import LocalTeacher
 
         job = self.job
         torch.set_num_threads(job["threads"])
         folder, facts = job["teacher"].folder("model"), job["facts"]
-        check_fit("the teacher", folder, facts)
+        check_compatible("the teacher", folder, facts)
         model = load_model(folder, dtype=job["dtype"], device=job["device"]).eval()
         method = job["method"]
         return LocalTeacher(model, vocabulary=facts["vocabulary_size"], k=method.k, temperatures=method.temperatures)

@@ -21,11 +21,11 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
-from stages.contract import Report
+from stages.contract import Reporter
 from stages.errors import StageFailed
 from stages.ops.divergences import chunked_sum
+from stages.runtime.translation import within_memory
 from stages.train.reader import MicroBatch, Reader, StepBatch
-from stages.translation import within_memory
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ class Progress:
     """(step, targets, sums of losses over all ranks) of each step since that point; of a snapshot as plain numbers."""
 
 
-class Keeper(Protocol):
+class SnapshotSink(Protocol):
     """Where the loop leaves snapshots."""
 
     def due(self) -> bool:
@@ -145,9 +145,9 @@ class Training:
     recipe: Recipe
     vocabulary: int
     """Logits beyond the dataset's vocabulary are cut off before any softmax."""
-    report: Report
+    reporter: Reporter
     ranks: Ranks = field(default_factory=Ranks)
-    keeper: Keeper | None = None
+    snapshot_writer: SnapshotSink | None = None
     """None on all ranks but the first."""
     clock: Callable[[], float] = time.monotonic
 
@@ -251,11 +251,11 @@ class Training:
             return
         rate = self.recipe.learning_rate_at(progress.step - 1)
         extra = {"train/learning_rate": rate, "train/tokens_per_second": tokens_per_second}
-        self.report.curve(progress.step, {**progress.last, **extra})
-        self.report.progress(progress.step, total, "steps")
+        self.reporter.curve(progress.step, {**progress.last, **extra})
+        self.reporter.progress(progress.step, total, "steps")
 
     def _snapshot(self, optimizer: torch.optim.Optimizer, progress: Progress, *, final: bool) -> None:
-        if self.keeper is None or not (final or self.keeper.due()):
+        if self.snapshot_writer is None or not (final or self.snapshot_writer.due()):
             return
         finite = torch.stack([p.detach().isfinite().all() for p in self.model.parameters()]).all()
         if not finite:  # the next reading of the losses names the step; a snapshot would repeat it for ever
@@ -270,4 +270,4 @@ class Training:
                 for step, targets, s in progress.pending
             ],
         }
-        self.keeper.keep(progress.step, state_tensors(self.model, optimizer), facts)
+        self.snapshot_writer.keep(progress.step, state_tensors(self.model, optimizer), facts)

@@ -88,7 +88,7 @@ def _delete_old(folder: Folder) -> None:
 
 
 @dataclass(slots=True)
-class Keeper:
+class SnapshotWriter:
     """Writes snapshots by time, less often where one takes long."""
 
     resume: Folder

@@ -15,17 +15,17 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from stages.contract import Context, Input, Outcome, Outside, Split, Stage
-from stages.errors import ConfigError, OutsideError, StageFailed
-from stages.outside import Checkpoint
-from stages.processes import environment, own_handlers
+from stages.contract import Context, ExternalData, Input, Outcome, Split, Stage
+from stages.errors import ConfigError, ExternalDataError, StageFailed
+from stages.external.checkpoints import Checkpoint
+from stages.runtime.processes import environment, preserve_signal_handlers
+from stages.runtime.translation import translate
 from stages.train.objectives import CrossEntropy, Objective, SoftTarget
 from stages.train.students import Continue, Llama, Smaller, Student
-from stages.translation import translate
 
 if TYPE_CHECKING:
     from stages.train.reader import SignalsLayout
-    from stages.train.work import Job
+    from stages.train.work import TrainJob
 
 __all__ = ["Continue", "CrossEntropy", "Llama", "Smaller", "SoftTarget", "Train"]
 
@@ -79,7 +79,7 @@ class Train(Stage):
     seed: int = 0
     """Of fresh weights, data order and dropout."""
 
-    def check(self, sources: Mapping[str, Stage | Outside | Mapping[str, Stage | Outside]]) -> None:
+    def check(self, sources: Mapping[str, Stage | ExternalData | Mapping[str, Stage | ExternalData]]) -> None:
         """Check the objectives against the signals, and the student against the checkpoints that are wired."""
         if not self.objectives:
             raise ConfigError("objectives is empty, expected at least one, e.g. CrossEntropy()")
@@ -88,7 +88,7 @@ class Train(Stage):
                 "model is Smaller(…), which is cut from the input 'teacher', and none is wired; pass teacher="
             )
         if isinstance(self.model, Smaller) and isinstance(teacher := sources["teacher"], Checkpoint):
-            with suppress(OutsideError):  # it is told of where its identity is asked for
+            with suppress(ExternalDataError):  # it is told of where its identity is asked for
                 self.model.check(teacher.config() or {})
         if isinstance(self.model, Continue) and not {"teacher", "start"} & sources.keys():
             raise ConfigError(
@@ -106,7 +106,7 @@ class Train(Stage):
         """Train with Ray Train, going on from the newest snapshot; read back what rank 0 wrote."""
         from stages.train import snapshots
         from stages.train.loop import Recipe
-        from stages.train.work import Job
+        from stages.train.work import TrainJob
 
         if context.resources.workers > self.batch_rows:
             raise StageFailed(
@@ -114,7 +114,7 @@ class Train(Stage):
                 f"each of {context.resources.workers} workers; use fewer workers"
             )
         snapshot = snapshots.newest(context.resume)
-        job = Job(
+        job = TrainJob(
             context,
             model=self.model,
             objectives=self.objectives,
@@ -188,11 +188,11 @@ def _trainer_class() -> Any:
     return Trainer
 
 
-def _fit(job: "Job") -> None:
+def _fit(job: "TrainJob") -> None:
     """Run `_work` on every worker; raise what went wrong as an error of ours."""
     with (
         environment(RAY_TRAIN_ENVIRONMENT),
-        own_handlers(),
+        preserve_signal_handlers(),
         tempfile.TemporaryDirectory(prefix="train-") as storage,
     ):
         import ray

@@ -115,12 +115,12 @@ def build_student(
     """
     if isinstance(student, Llama):
         return _fresh(student, facts, seed)
-    from stages.checkpoints import load_model
-    from stages.fit import check_fit
-    from stages.train.narrowing import Size, narrow
+    from stages.models.checkpoints import load_model
+    from stages.models.compatibility import check_compatible
+    from stages.models.narrowing import Size, narrow
 
     assert origin is not None, "Train.check sees to it that there is one"
-    check_fit("the student's checkpoint", origin, facts)
+    check_compatible("the student's checkpoint", origin, facts)
     model = load_model(origin, dtype="float32")
     if isinstance(student, Continue):
         return model

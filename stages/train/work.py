@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from stages.checkpoints import save_checkpoint, stored_dtype
 from stages.contract import Artifact, Context
 from stages.errors import StageFailed
+from stages.models.checkpoints import save_checkpoint, stored_dtype
 from stages.train import snapshots
 from stages.train.loop import Progress, Ranks, Recipe, Training
 from stages.train.objectives import Objective
@@ -21,7 +21,7 @@ MICRO_BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class TrainJob:
     """What travels to the workers."""
 
     context: Context
@@ -38,14 +38,14 @@ class Job:
     """Unix time."""
 
 
-def train_rank(job: Job, ranks: Ranks) -> None:
+def train_rank(job: TrainJob, ranks: Ranks) -> None:
     """Build the student, train, and on rank 0 leave the artifact's files.
 
     Raises:
         StageFailed: the inputs do not fit the stage.
     """
     context = job.context
-    context.report.begun()
+    context.reporter.started()
     torch.set_num_threads(max(1, int(context.resources.cpus_per_worker)))
     data = context.one("data")
     facts = data.read_json("dataset.json")
@@ -63,17 +63,17 @@ def train_rank(job: Job, ranks: Ranks) -> None:
         objectives=job.objectives,
         recipe=job.recipe,
         vocabulary=facts["vocabulary_size"],
-        report=context.report,
+        reporter=context.reporter,
         ranks=ranks,
-        keeper=snapshots.Keeper(context.resume) if ranks.rank == 0 else None,
+        snapshot_writer=snapshots.SnapshotWriter(context.resume) if ranks.rank == 0 else None,
     )
     training.run(progress, tensors)
     if ranks.rank == 0:
         stored = stored_dtype(origin) if origin else torch.float32
-        _leave(context, model.to(stored), progress, data, time.time() - job.started)
+        _write_artifact(context, model.to(stored), progress, data, time.time() - job.started)
 
 
-def _origin(job: Job) -> Path | None:
+def _origin(job: TrainJob) -> Path | None:
     """Return the folder of the checkpoint that the student comes from, None for a fresh one."""
     if isinstance(job.model, Llama):
         return None
@@ -84,7 +84,7 @@ def _origin(job: Job) -> Path | None:
     return origin.folder("model")
 
 
-def _reader(job: Job, ranks: Ranks, length: int) -> Reader:
+def _reader(job: TrainJob, ranks: Ranks, length: int) -> Reader:
     context = job.context
     tokens = context.one("data").paths(f"tokens/{job.split}-*.parquet")
     if not tokens:
@@ -111,7 +111,7 @@ def _reader(job: Job, ranks: Ranks, length: int) -> Reader:
     )
 
 
-def _leave(context: Context, model: Any, progress: Progress, data: Artifact, wall_seconds: float) -> None:
+def _write_artifact(context: Context, model: Any, progress: Progress, data: Artifact, wall_seconds: float) -> None:
     """Write the artifact's files."""
     save_checkpoint(model.eval(), data.folder("tokenizer"), context.out, "model")
     facts = {

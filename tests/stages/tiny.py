@@ -18,7 +18,7 @@ def write_tokenizer(folder: Path, vocabulary: int) -> str:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    from stages.tokenization import tokenizer_digest
+    from stages.models.tokenization import tokenizer_digest
 
     tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(vocabulary)}, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()

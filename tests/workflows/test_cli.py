@@ -9,7 +9,7 @@ import pytest
 from stages.errors import ConfigError
 from stages.measure.device import describe_gpu
 from workflows.cli import run_command
-from workflows.command.find import find_workflow
+from workflows.commands.find import find_workflow
 
 FLOW = '''
 """A workflow for the tests of the command."""
@@ -229,7 +229,7 @@ def test_run_compress_pickled_teacher_is_refused(
 def test_run_gpus_that_are_not_there_are_refused(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("workflows.engine.tasks.os.listdir", lambda path: [])
+    monkeypatch.setattr("workflows.engine.ray_executor.os.listdir", lambda path: [])
     path = tmp_path / "flow.py"
     text = FLOW.replace("data=data)", "data=data, resources=Resources(gpus_per_worker=2))")
     path.write_text(text.replace("from pydantic", "from stages.contract import Resources\nfrom pydantic"))
@@ -318,7 +318,7 @@ def test_artifacts_of_an_empty_store_are_none(capsys: pytest.CaptureFixture[str]
 
 def test_gc_without_a_registry_to_ask_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert run_command(["artifacts", "gc", "--store", str(tmp_path), "--json"]) != 0
-    assert json.loads(capsys.readouterr().out)["error"]["kind"] == "LedgerUnavailable"
+    assert json.loads(capsys.readouterr().out)["error"]["kind"] == "TrackingUnavailable"
 
 
 def test_init_writes_a_workflow_that_plans_and_overwrites_nothing(

@@ -10,12 +10,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.stages.prepare.tokenizers import gpt2_like, qwen_like, write_qwen_as_on_the_hub
-from tests.workflows import commands
-from tests.workflows.commands import run
+from tests.workflows import run_command
+from tests.workflows.run_command import run
 
 pytestmark = [pytest.mark.quickstart, pytest.mark.timeout(600)]
 
-SCHEMES = [option for scheme in commands.SCHEMES[:1] for option in ("--schemes", scheme)]
+SCHEMES = [option for scheme in run_command.SCHEMES[:1] for option in ("--schemes", scheme)]
 SHORT = ("--sequence-length", "32", "--optimizer-steps", "6", "--batch-rows", "4", "--k", "8", "--cpus-per-worker", "1")
 SENTENCES = [f"the {color} {animal} walks {number} miles over the hill and rests" for color in ("red", "gray", "pale")
              for animal in ("fox", "owl", "hen", "dog") for number in range(12)]  # fmt: skip
@@ -112,7 +112,7 @@ def test_compress_qwen3_on_chats_with_another_checkpoint_and_its_own_evaluation(
 
 
 def test_readme_example_of_compress_plans_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    readme = (commands.ROOT / "README.md").read_text()
+    readme = (run_command.ROOT / "README.md").read_text()
     block = next(block for block in readme.split("```") if block.strip().startswith("stillhouse run compress"))
     command = shlex.split(block.replace("\\\n", " "))
     monkeypatch.chdir(tmp_path)

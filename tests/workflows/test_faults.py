@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.workflows.commands import descendants, fingerprints, finish, kill, run, short_quickstart, start, until
+from tests.workflows.run_command import descendants, fingerprints, finish, kill, run, short_quickstart, start, until
 
 pytestmark = [pytest.mark.fault, pytest.mark.timeout(400)]
 

@@ -11,9 +11,9 @@ import psutil
 import pytest
 from mlflow import MlflowClient
 
-from tests.workflows.commands import fingerprints, run, short_quickstart, start, until
-from tests.workflows.engine.ledger.place import answers, free_port
-from workflows.engine.ledger.entries import RUN
+from tests.workflows.engine.tracking.place import answers, free_port
+from tests.workflows.run_command import fingerprints, run, short_quickstart, start, until
+from workflows.engine.tracking.view import RUN
 
 pytestmark = [pytest.mark.quickstart, pytest.mark.timeout(600)]
 

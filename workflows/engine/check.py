@@ -6,7 +6,7 @@ Each rule yields sentences; `check` raises one `ConfigError` with all of them.
 import re
 from collections.abc import Callable, Iterator, Mapping
 
-from stages.contract import Input, Kind, Outside, Stage
+from stages.contract import ExternalData, Input, Kind, Stage
 from stages.errors import ConfigError, nearest
 from workflows.engine.graph import Handle, Source, Step, Workflow
 
@@ -89,7 +89,7 @@ def _required_needs_required(workflow: Workflow) -> Iterator[str]:
 def _stages_fit(workflow: Workflow) -> Iterator[str]:
     """Let each stage compare its config with those that feed it."""
 
-    def origin(source: Source) -> Stage | Outside:
+    def origin(source: Source) -> Stage | ExternalData:
         return workflow.steps[source.step].stage if isinstance(source, Handle) else source.checkpoint
 
     for step in workflow.steps.values():

@@ -14,19 +14,19 @@ from threading import Event as Flag
 from typing import Any
 
 from stages.contract import Artifact
-from stages.errors import OutsideError
+from stages.errors import ExternalDataError
 from stages.storage import Folder
-from workflows.engine.attempts import Done, Reports, Request, Tasks
+from workflows.engine import events
+from workflows.engine.events import RunEvent
+from workflows.engine.executor import Attempt, AttemptResult, Executor, ProgressUpdates
+from workflows.engine.external import ResolvedStep, ResolvedSteps
 from workflows.engine.failures import Failure, FailureKind
 from workflows.engine.graph import Handle, Source, Wiring
 from workflows.engine.heartbeat import Heartbeat, Holder
-from workflows.engine.ledger import records
-from workflows.engine.ledger.records import Record
 from workflows.engine.manifest import build_manifest
-from workflows.engine.pinning import Pinned, Pins
 from workflows.engine.plan import Plan, StepPlan
 from workflows.engine.recorder import Recorder
-from workflows.engine.results import OUTCOME_OF, Outcome, RunResult, StepResult, Watcher
+from workflows.engine.results import STATUS_OF, RunResult, StepResult, StepStatus, Watcher
 from workflows.engine.schedule import (
     Began,
     Capacity,
@@ -39,9 +39,9 @@ from workflows.engine.schedule import (
     Launch,
     Phase,
     Schedule,
-    Settle,
     Stop,
     Tick,
+    Transition,
     advance,
     new_schedule,
 )  # fmt: skip
@@ -64,9 +64,9 @@ class Driver:
 
     plan: Plan
     store: ArtifactStore
-    tasks: Tasks
+    tasks: Executor
     run: str
-    record: Callable[[Record], None]
+    record: Callable[[RunEvent], None]
     watcher: Watcher
     interrupt: Flag = field(default_factory=Flag)
     clock: Callable[[], float] = time.monotonic
@@ -74,7 +74,7 @@ class Driver:
     _schedule: Schedule = field(init=False)
     _claims: dict[str, Claim] = field(init=False, default_factory=dict)
     _commits: dict[str, Commit] = field(init=False, default_factory=dict)
-    _pins: Pins = field(init=False, default_factory=Pins)
+    _resolved: ResolvedSteps = field(init=False, default_factory=ResolvedSteps)
     _shared: set[str] = field(init=False, default_factory=set)
     _hits: frozenset[str] = field(init=False)
     _next_reports: float = field(init=False, default=0.0)
@@ -87,7 +87,7 @@ class Driver:
             name: step.commit for name, step in self.plan.steps.items() if step.status == "HIT" and step.commit
         }
         self._hits = frozenset(self._commits)
-        shape = self.tasks.shape()
+        shape = self.tasks.cluster_resources()
         steps = {name: planned.step for name, planned in self.plan.steps.items()}
         self._schedule = new_schedule(
             steps,
@@ -106,7 +106,7 @@ class Driver:
                 self._recorder.hit(name, self._commits[name])
             for planned in self.plan.having("MISS"):
                 with suppress(Exception):  # told when the step is launched, if it is still so then
-                    self._pins.of(planned)
+                    self._resolved.of(planned)
             self._take(Tick(self.clock()))
             while not self._schedule.over:
                 if self.interrupt.is_set() and not self._schedule.interrupted:
@@ -144,7 +144,7 @@ class Driver:
                 logger.info("deciding to stop %s, since %s", step, reason)
                 self.watcher.step(step, Phase.STOPPING, reason)
                 self.tasks.cancel(step)
-            case Settle(step, phase, reason):
+            case Transition(step, phase, reason):
                 logger.info("%s: %s", step, reason)
                 self.watcher.step(step, phase, reason)
                 if phase.over:
@@ -170,18 +170,18 @@ class Driver:
             return
         self._recorder.opened(launch.step, launch.attempt, "miss")
         try:
-            pinned = self._pins.of(planned)
-            inputs = {name: self._resolve(wiring, pinned) for name, wiring in planned.step.inputs.items()}
+            resolved = self._resolved.of(planned)
+            inputs = {name: self._resolve(wiring, resolved) for name, wiring in planned.step.inputs.items()}
         except Exception as error:  # noqa: BLE001  data from outside, its own code included: one step's trouble
             self._settle_failed(launch.step, launch.attempt, _of_outside(error))
             return
-        if moved := pinned.moved():
+        if moved := resolved.changed():
             self._settle_failed(launch.step, launch.attempt, Failure(FailureKind.PERMANENT, moved))
             return
-        request = Request(
+        request = Attempt(
             step=launch.step,
             attempt=launch.attempt,
-            stage=pinned.stage,
+            stage=resolved.stage,
             fingerprint=planned.fingerprint,
             inputs=inputs,
             root=self.store.folder(planned.fingerprint),
@@ -225,9 +225,9 @@ class Driver:
             found[name] = {"fingerprint": planned.inputs[name], "generation": generation}
         return found
 
-    def _resolve(self, wiring: Wiring, pinned: Pinned) -> Artifact | Mapping[str, Artifact]:
+    def _resolve(self, wiring: Wiring, resolved: ResolvedStep) -> Artifact | Mapping[str, Artifact]:
         def artifact(source: Source) -> Artifact:
-            return self._commits[source.step].artifact if isinstance(source, Handle) else pinned.artifact(source)
+            return self._commits[source.step].artifact if isinstance(source, Handle) else resolved.artifact(source)
 
         return {key: artifact(s) for key, s in wiring.items()} if isinstance(wiring, Mapping) else artifact(wiring)
 
@@ -236,10 +236,10 @@ class Driver:
 
     # Ending one -----------------------------------------------------------------------------------------------------
 
-    def _ended(self, name: str, result: Done | Failure) -> None:
+    def _ended(self, name: str, result: AttemptResult | Failure) -> None:
         state = self._schedule.steps[name]
         self._pass_on(self.tasks.reports())  # the last of its curves, before its record is closed
-        ended = self._commit(name, result) if isinstance(result, Done) else result
+        ended = self._commit(name, result) if isinstance(result, AttemptResult) else result
         if isinstance(ended, Commit):
             self._commits[name] = ended
             self.store.point(self.plan.workflow.name, name, ended)
@@ -254,10 +254,10 @@ class Driver:
             self.watcher.step(name, Phase.COMMITTED, f"{ended.seconds:.1f} s")
             self._take(Committed(name, self.clock()))
             return
-        status: records.Status = "KILLED" if state.phase is Phase.STOPPING else "FAILED"
+        status: events.RunStatus = "KILLED" if state.phase is Phase.STOPPING else "FAILED"
         self._settle_failed(name, state.attempt, ended, status)
 
-    def _settle_failed(self, name: str, attempt: int, failure: Failure, status: records.Status = "FAILED") -> None:
+    def _settle_failed(self, name: str, attempt: int, failure: Failure, status: events.RunStatus = "FAILED") -> None:
         self._recorder.closed(name, attempt, status, {}, {"error": failure.message[:500]})
         self._take(Failed(name, self.clock(), failure))
 
@@ -269,9 +269,9 @@ class Driver:
             except Exception as error:  # noqa: BLE001  the claim dies with this process anyway
                 logger.warning("cannot release the claim on %s: %s", name, error)
 
-    def _commit(self, name: str, done: Done) -> Commit | Failure:
+    def _commit(self, name: str, done: AttemptResult) -> Commit | Failure:
         planned, claim = self.plan.steps[name], self._claims[name]
-        if moved := self._pins.of(planned).moved():
+        if moved := self._resolved.of(planned).changed():
             return Failure(FailureKind.PERMANENT, moved)
         manifest = build_manifest(
             planned,
@@ -290,9 +290,9 @@ class Driver:
         self._release(name)
         return commit
 
-    def _pass_on(self, reports: Reports) -> None:
-        for name, attempt in sorted(reports.begun | reports.curves.keys()):
-            state = self._schedule.steps.get(name)  # tasks may have served another run, whose steps have begun too
+    def _pass_on(self, reports: ProgressUpdates) -> None:
+        for name, attempt in sorted(reports.started | reports.curves.keys()):
+            state = self._schedule.steps.get(name)  # tasks may have served another run, whose steps have started too
             if state and state.phase is Phase.RUNNING and state.attempt == attempt and state.began_at is None:
                 self._take(Began(name, self.clock()))
         for (name, _), (done, total, unit) in reports.progress.items():
@@ -305,8 +305,8 @@ class Driver:
     def _result(self) -> RunResult:
         results = {}
         for name, state in self._schedule.steps.items():
-            outcome: Outcome = (
-                "hit" if name in self._hits else "shared" if name in self._shared else OUTCOME_OF[state.phase]
+            outcome: StepStatus = (
+                "hit" if name in self._hits else "shared" if name in self._shared else STATUS_OF[state.phase]
             )
             log = (
                 self._logs().uri_of(f"{name}.{state.attempt}.log")
@@ -319,4 +319,4 @@ class Driver:
 
 def _of_outside(error: Exception) -> Failure:
     """Return the failure that an error with data from outside is: what is out of reach may come back."""
-    return Failure(FailureKind.TRANSIENT, str(error)) if isinstance(error, OutsideError) else classify(error)
+    return Failure(FailureKind.TRANSIENT, str(error)) if isinstance(error, ExternalDataError) else classify(error)

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from stages.contract import Config, Kind, Resources, Stage
 from stages.errors import ConfigError
-from stages.outside import Checkpoint
+from stages.external.checkpoints import Checkpoint
 
 
 class Retry(Config):
@@ -25,7 +25,7 @@ class Retry(Config):
     timeout_seconds: float | None = Field(None, gt=0)
     """Wall-clock limit of one attempt, from when its work has its resources; None for no limit."""
     pending_timeout_seconds: float = Field(600.0, gt=0)
-    """How long an attempt may wait for its resources: until its stage tells `report.begun()`."""
+    """How long an attempt may wait for its resources: until its stage tells `reporter.started()`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class Handle:
 
 
 @dataclass(frozen=True, slots=True)
-class Given:
+class ExternalHandle:
     """A checkpoint from outside, read where it lies."""
 
     name: str
@@ -45,7 +45,7 @@ class Given:
     kind: Kind = "model"
 
 
-Source = Handle | Given
+Source = Handle | ExternalHandle
 Wiring = Source | Mapping[str, Source]
 
 
@@ -106,9 +106,9 @@ class Workflow:
         self.steps[name] = Step(name, stage, wired, resources or Resources(), retry or Retry(), required)
         return Handle(name, stage.KIND)
 
-    def given(self, name: str, checkpoint: Checkpoint) -> Given:
+    def external(self, name: str, checkpoint: Checkpoint) -> ExternalHandle:
         """Return a handle to a checkpoint from outside."""
-        return Given(name, checkpoint)
+        return ExternalHandle(name, checkpoint)
 
     def in_order(self) -> list[Step]:
         """Return the steps, each after those that it needs.

@@ -15,9 +15,9 @@ from typing import Any, NewType
 
 from pydantic import BaseModel
 
-from stages.contract import Outside
-from stages.errors import ConfigError, OutsideError
-from workflows.engine.graph import Given, Handle, Source, Step, Workflow
+from stages.contract import ExternalData
+from stages.errors import ConfigError, ExternalDataError
+from workflows.engine.graph import ExternalHandle, Handle, Source, Step, Workflow
 
 Fingerprint = NewType("Fingerprint", str)
 
@@ -47,7 +47,7 @@ def canonical(value: Any, where: str = "config") -> Any:
 
     Raises:
         ConfigError: the value has no stable form (a callable, a path, a NaN, an object with a default repr).
-        OutsideError: data from outside is missing or out of reach.
+        ExternalDataError: data from outside is missing or out of reach.
     """
     if value is None or (isinstance(value, bool | int | str) and not isinstance(value, Enum)):
         return value
@@ -57,7 +57,7 @@ def canonical(value: Any, where: str = "config") -> Any:
         return value
     if isinstance(value, Enum):
         return canonical(value.value, where)
-    if isinstance(value, Outside):
+    if isinstance(value, ExternalData):
         return {"outside": type(value).__name__, **value.identity()}
     if isinstance(value, BaseModel):
         fields = {name: canonical(getattr(value, name), f"{where}.{name}") for name in type(value).model_fields}
@@ -70,7 +70,7 @@ def canonical(value: Any, where: str = "config") -> Any:
         return sorted(canonical(item, where) for item in value)
     raise ConfigError(
         f"{where} is a {type(value).__name__}, which has no stable form, so a result could not be found again; "
-        "use a name or number instead, nest a frozen Config, or wrap data from outside in an Outside with identity()"
+        "use a name or number instead, nest a frozen Config, or wrap data from outside in an ExternalData"
     )
 
 
@@ -79,11 +79,11 @@ def _hash(record: Mapping[str, Any]) -> Identity:
     return Identity(Fingerprint(hashlib.sha256(text.encode()).hexdigest()), record)
 
 
-def given_identity(given: Given) -> Identity:
+def external_identity(given: ExternalHandle) -> Identity:
     """Return the identity of a checkpoint from outside.
 
     Raises:
-        OutsideError: it is missing or out of reach.
+        ExternalDataError: it is missing or out of reach.
     """
     return _hash({"schema": SCHEMA, "given": given.kind, "checkpoint": canonical(given.checkpoint, given.name)})
 
@@ -100,15 +100,15 @@ def step_identity(step: Step, inputs: Mapping[str, Any]) -> Identity:
 def identities(workflow: Workflow) -> dict[str, Identity | Unknown]:
     """Return every step's identity, or why it cannot be known."""
     found: dict[str, Identity | Unknown] = {}
-    givens: dict[Given, Identity | Unknown] = {}
+    givens: dict[ExternalHandle, Identity | Unknown] = {}
 
     def of(source: Source) -> Identity | Unknown:
         if isinstance(source, Handle):
             return found[source.step]
         if source not in givens:
             try:
-                givens[source] = given_identity(source)
-            except OutsideError as error:
+                givens[source] = external_identity(source)
+            except ExternalDataError as error:
                 givens[source] = Unknown(str(error), own=True)
         return givens[source]
 
@@ -127,7 +127,7 @@ def _identify(step: Step, inputs: Mapping[str, Identity | Unknown]) -> Identity 
         return step_identity(
             step, {name: known.fingerprint for name, known in inputs.items() if isinstance(known, Identity)}
         )
-    except OutsideError as error:
+    except ExternalDataError as error:
         return Unknown(str(error), own=True)
 
 

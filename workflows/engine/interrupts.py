@@ -9,13 +9,13 @@ from contextlib import contextmanager, suppress
 
 import psutil
 
-from workflows.engine.ledger.ledger import TELLER
+from workflows.engine.tracking.tracker import TELLER
 
 INTERRUPTED_EXIT_CODE = 130
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-def _leave() -> None:
+def _write_artifact() -> None:
     """End this process and a Ray started here, which would leave its agents behind; the ledger's tells what it has."""
     try:
         for child in psutil.Process().children(recursive=True):
@@ -32,7 +32,7 @@ def interruptible(say: Callable[[], None]) -> Iterator[threading.Event]:
 
     A thread counts the signals, by the descriptor that Python writes each to as it comes: a handler would have to wait
     until the main thread is back from C, and Ray's shutdown is there for seconds. Handlers that a library installs
-    meanwhile must be given back (`stages.processes.own_handlers`).
+    meanwhile must be given back (`stages.runtime.processes.preserve_signal_handlers`).
     """
     flag = threading.Event()
     if threading.current_thread() is not threading.main_thread():
@@ -44,7 +44,7 @@ def interruptible(say: Callable[[], None]) -> Iterator[threading.Event]:
             if signum[0] not in SIGNALS:
                 continue
             if flag.is_set():
-                _leave()
+                _write_artifact()
             flag.set()
             threading.Thread(target=say, daemon=True).start()  # a terminal that is gone must not stop the counting
 

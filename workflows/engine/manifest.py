@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from stages.contract import Resources
-from workflows.engine.attempts import Done
+from workflows.engine.executor import AttemptResult
 from workflows.engine.identity import Fingerprint
 from workflows.engine.plan import StepPlan
 from workflows.engine.provenance import code_evidence
@@ -15,7 +15,7 @@ from workflows.engine.store import MANIFEST_SCHEMA, ArtifactStore, Claim
 def build_manifest(
     planned: StepPlan,
     claim: Claim,
-    done: Done,
+    done: AttemptResult,
     *,
     workflow: str,
     run: str,

@@ -17,14 +17,14 @@ from workflows.engine.identity import Fingerprint, Identity, Unknown, difference
 from workflows.engine.provenance import code_digest
 from workflows.engine.store import ArtifactStore, Commit
 
-Status = Literal["HIT", "MISS", "BLOCKED"]
+PlanStatus = Literal["HIT", "MISS", "BLOCKED"]
 
 STORE_READERS = 8
 """Steps looked up at once: a look-up is two to four requests, which on S3 take some 20 ms each."""
 
 
 @dataclass(frozen=True, slots=True)
-class ClusterShape:
+class ClusterResources:
     """What a cluster has, as far as planning needs it."""
 
     cpus: float
@@ -39,7 +39,7 @@ class StepPlan:
     """What would happen to one step."""
 
     step: Step
-    status: Status
+    status: PlanStatus
     reason: str
     identity: Identity | None = None
     commit: Commit | None = None
@@ -85,7 +85,7 @@ class Plan:
     workflow: Workflow
     steps: Mapping[str, StepPlan]
 
-    def having(self, status: Status) -> list[StepPlan]:
+    def having(self, status: PlanStatus) -> list[StepPlan]:
         """Return the steps of a status."""
         return [plan for plan in self.steps.values() if plan.status == status]
 
@@ -107,7 +107,7 @@ def make_plan(
     *,
     only: str | None = None,
     strict_code: bool = False,
-    cluster: ClusterShape | None = None,
+    cluster: ClusterResources | None = None,
     deep: bool = False,
 ) -> Plan:
     """Plan a workflow, or what one step of it needs.
@@ -153,7 +153,7 @@ def _plan_step(
     identity: Identity | Unknown,
     found: _Found,
     before: Mapping[str, StepPlan],
-    cluster: ClusterShape | None,
+    cluster: ClusterResources | None,
     strict_code: bool,
 ) -> StepPlan:
     previous = found.commit or found.previous
@@ -219,7 +219,7 @@ def _changed(step: Step, old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     )
 
 
-def _lacking(need: Resources, cluster: ClusterShape) -> str | None:
+def _lacking(need: Resources, cluster: ClusterResources) -> str | None:
     """Say what a cluster lacks for a step, or None."""
     for what, each, total, largest, have in (
         ("GPU", need.gpus_per_worker, need.total_gpus, cluster.largest_node_gpus, cluster.gpus),

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from stages.contract import Stage
-from workflows.engine.ledger import records
-from workflows.engine.ledger.records import Record
+from workflows.engine import events
+from workflows.engine.events import RunEvent
 from workflows.engine.plan import Plan
 from workflows.engine.store import Commit
 
@@ -21,7 +21,7 @@ class Recorder:
 
     run: str
     plan: Plan
-    tell: Callable[[Record], None]
+    tell: Callable[[RunEvent], None]
 
     def hit(self, name: str, commit: Commit) -> None:
         """A step's result was found."""
@@ -33,19 +33,19 @@ class Recorder:
         planned = self.plan.steps[name]
         assert planned.fingerprint is not None
         stage = type(planned.step.stage).__name__
-        self.tell(records.StepOpened(self.run, name, attempt, now_ms(), stage, planned.fingerprint, cache, {}))
+        self.tell(events.StepOpened(self.run, name, attempt, now_ms(), stage, planned.fingerprint, cache, {}))
 
     def closed(
-        self, name: str, attempt: int, status: records.Status, metrics: Mapping[str, float], tags: Mapping[str, str]
+        self, name: str, attempt: int, status: events.RunStatus, metrics: Mapping[str, float], tags: Mapping[str, str]
     ) -> None:
         """An attempt ended."""
         stage = self.plan.steps[name].step.stage
         config, params = stage.model_dump_json(indent=1), short_params(stage)
-        self.tell(records.StepClosed(self.run, name, attempt, now_ms(), status, metrics, params, tags, config))
+        self.tell(events.StepClosed(self.run, name, attempt, now_ms(), status, metrics, params, tags, config))
 
     def curves(self, name: str, attempt: int, points: list[tuple[str, float, int, int]]) -> None:
         """An attempt's curves grew."""
-        self.tell(records.CurvePoints(self.run, name, attempt, tuple(points)))
+        self.tell(events.CurvePoints(self.run, name, attempt, tuple(points)))
 
 
 def short_params(stage: Stage) -> dict[str, str]:

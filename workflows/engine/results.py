@@ -7,10 +7,10 @@ from typing import Literal, Protocol
 from workflows.engine.schedule import Phase
 from workflows.engine.store import Commit
 
-Outcome = Literal["hit", "committed", "shared", "failed", "skipped", "cancelled"]
+StepStatus = Literal["hit", "committed", "shared", "failed", "skipped", "cancelled"]
 
 
-OUTCOME_OF: Mapping[Phase, Outcome] = {
+STATUS_OF: Mapping[Phase, StepStatus] = {
     Phase.COMMITTED: "committed",
     Phase.FAILED: "failed",
     Phase.SKIPPED: "skipped",
@@ -36,7 +36,7 @@ class StepResult:
     """How a step of a run ended."""
 
     name: str
-    outcome: Outcome
+    outcome: StepStatus
     reason: str
     commit: Commit | None
     log: str | None

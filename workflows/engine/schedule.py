@@ -166,7 +166,7 @@ class Stop:
 
 
 @dataclass(frozen=True, slots=True)
-class Settle:
+class Transition:
     """A step is over without a commit, or waits for another attempt: tell people why."""
 
     step: str
@@ -174,7 +174,7 @@ class Settle:
     reason: str
 
 
-Decision = Launch | Stop | Settle
+Decision = Launch | Stop | Transition
 
 
 def new_schedule(
@@ -243,7 +243,7 @@ class _Draft:
 
     def settle(self, name: str, phase: Phase, reason: str, **changes: Any) -> None:
         self.update(name, phase=phase, reason=reason, **changes)
-        self.decisions.append(Settle(name, phase, reason))
+        self.decisions.append(Transition(name, phase, reason))
 
     def in_phase(self, *phases: Phase) -> Iterator[StepState]:
         return (state for state in list(self.steps.values()) if state.phase in phases)

@@ -18,8 +18,8 @@ from typing import Any, TextIO
 
 from stages.contract import Context
 from stages.errors import OutOfMemory, StageFailed, StillhouseError, Transient, WorkerLost
-from stages.translation import translate
-from workflows.engine.attempts import Done, Reports, Request
+from stages.runtime.translation import translate
+from workflows.engine.executor import Attempt, AttemptResult, ProgressUpdates
 from workflows.engine.failures import Failure, FailureKind
 from workflows.engine.provenance import environment
 from workflows.engine.store import seal
@@ -35,16 +35,16 @@ KINDS = (
 )
 
 
-class ReportBox:
+class ProgressCollector:
     """The actor that keeps what stages tell until the driver fetches it."""
 
     def __init__(self) -> None:
         """Start empty."""
-        self._reports = Reports()
+        self._reports = ProgressUpdates()
 
-    def begun(self, key: tuple[str, int]) -> None:
+    def started(self, key: tuple[str, int]) -> None:
         """Keep that an attempt's work has its resources."""
-        self._reports.begun.add(key)
+        self._reports.started.add(key)
 
     def progress(self, key: tuple[str, int], done: float, total: float, unit: str) -> None:
         """Keep an attempt's latest progress."""
@@ -58,13 +58,13 @@ class ReportBox:
         """Keep a line for people."""
         self._reports.notes.append((*key, text))
 
-    def drain(self) -> Reports:
-        """Return everything and start anew; what has begun is told each time, since an answer may be lost."""
-        reports, self._reports = self._reports, Reports(begun=set(self._reports.begun))
+    def drain(self) -> ProgressUpdates:
+        """Return everything and start anew; what has started is told each time, since an answer may be lost."""
+        reports, self._reports = self._reports, ProgressUpdates(started=set(self._reports.started))
         return reports
 
 
-class ActorReport:
+class ActorReporter:
     """A `stages.contract.Report` that sends to the actor without waiting for it."""
 
     def __init__(self, box: Any, step: str, attempt: int) -> None:
@@ -72,9 +72,9 @@ class ActorReport:
         self._box, self._key = box, (step, attempt)
         self._last = 0.0
 
-    def begun(self) -> None:
+    def started(self) -> None:
         """Tell that the work has its resources."""
-        self._send("begun")
+        self._send("started")
 
     def progress(self, done: float, total: float, unit: str) -> None:
         """Tell how much of the work is done."""
@@ -97,16 +97,16 @@ class ActorReport:
             getattr(self._box, method).remote(self._key, *values)
 
 
-def run_attempt(request: Request, box: Any) -> Done | Failure:
+def run_attempt(request: Attempt, box: Any) -> AttemptResult | Failure:
     """Run one attempt at a step and say how it ended; nothing is committed here."""
-    report = ActorReport(box, request.step, request.attempt)
+    reporter = ActorReporter(box, request.step, request.attempt)
     with _log(request) as log:
         started = time.monotonic()
         logger = logging.getLogger(__name__)
         logger.info("%s attempt %d on %s: %r", request.step, request.attempt, socket.gethostname(), request.stage)
-        context = Context(request.fingerprint, request.inputs, request.out, request.resume, request.resources, report)
+        context = Context(request.fingerprint, request.inputs, request.out, request.resume, request.resources, reporter)
         if not request.stage.PLACES_WORKERS:
-            report.begun()
+            reporter.started()
         try:
             outcome = request.stage.run(context)
             metrics = _checked(outcome.metrics)
@@ -120,7 +120,7 @@ def run_attempt(request: Request, box: Any) -> Done | Failure:
         logger.info(
             "%s done in %.1f s: %d files, %d bytes, peak memory %d bytes", request.step, seconds, len(files), size, peak
         )
-    return Done(files, metrics, outcome.fallbacks, seconds, peak, environment())
+    return AttemptResult(files, metrics, outcome.fallbacks, seconds, peak, environment())
 
 
 def _checked(metrics: Mapping[str, Any]) -> dict[str, float]:
@@ -149,7 +149,7 @@ class FreshWorker:
     cores, Ray 2.60), and such a task was now and then given to a worker that was just leaving, and lost.
     """
 
-    def run(self, request: Request, box: Any) -> Done | Failure:
+    def run(self, request: Attempt, box: Any) -> AttemptResult | Failure:
         """Run one attempt."""
         return run_attempt(request, box)
 
@@ -162,7 +162,7 @@ def classify(error: BaseException) -> Failure:
 
 
 @contextlib.contextmanager
-def _log(request: Request) -> Iterator[TextIO]:
+def _log(request: Attempt) -> Iterator[TextIO]:
     """Send the process's Python output and log records to the attempt's log file in the store."""
     name = f"{request.step}.{request.attempt}.log"
     local = request.logs.local_path()

@@ -40,7 +40,7 @@ def evaluated(world, local_ray):
     inputs = {"data": world["data"], "reference": world["teacher"], "models": models}
     context = fake_context(world["root"] / "run", inputs, workers=2, micro_batch=2)
     outcome = Evaluate().run(context)
-    return (*read_result(context.out), outcome, context.report)
+    return (*read_result(context.out), outcome, context.reporter)
 
 
 def read_result(out: Folder):

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from stages.contract import Artifact
-from stages.tokenization import load_tokenizer, tokenizer_digest
+from stages.models.tokenization import load_tokenizer, tokenizer_digest
 from tests.fakes import artifact_of
 
 VOCABULARY = 50

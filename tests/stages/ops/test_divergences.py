@@ -132,7 +132,7 @@ def test_chunked_sum_with_any_chunk_equals_the_whole(chunk_tokens: int, dtype: t
     (expected,) = torch.autograd.grad(3 * whole / 7, logits)
     (found,) = torch.autograd.grad(loss / 7, logits)
     torch.testing.assert_close(found, expected)
-    assert not found[[1, 4, 6, 7, 10]].any()  # masked tokens get no gradient
+    assert not found[[1, 4, 6, 7, 10]].any()  # redacted tokens get no gradient
 
 
 def test_chunked_sum_without_targets_is_zero_with_a_zero_gradient() -> None:

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stages.errors import StageFailed
+from stages.external.documents import Files
 from stages.prepare.documents import PartReader, RowRejected, detect_schema, document_of, split_of
 from stages.prepare.parts import plan_parts
-from stages.sources import Files
 
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
 

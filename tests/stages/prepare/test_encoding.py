@@ -1,4 +1,4 @@
-"""Tokens, masks and packing: what is decoded is what was written, and only targets are masked true."""
+"""Tokens, masks and packing: what is decoded is what was written, and only targets are redacted true."""
 
 from dataclasses import replace
 from pathlib import Path

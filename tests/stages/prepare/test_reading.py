@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stages.errors import StageFailed, Transient
+from stages.external.documents import Files, HubDataset, LocalDataset, PythonDocs
 from stages.prepare.opening import open_dataset
 from stages.prepare.parts import plan_parts
 from stages.prepare.python_docs import extract_docstrings, list_modules, read_module, read_topics
 from stages.prepare.reading import cut_text, first_row_number, read_piece
-from stages.sources import Files, HubDataset, LocalDataset, PythonDocs
 
 
 @pytest.fixture(autouse=True)

@@ -12,11 +12,11 @@ from transformers import AutoTokenizer
 
 from stages.contract import Context, Outcome, read_receipts
 from stages.errors import ConfigError, StageFailed
-from stages.outside import PretrainedTokenizer
+from stages.external.checkpoints import PretrainedTokenizer
+from stages.external.documents import Files, PythonDocs
 from stages.prepare.stage import ByteLevelBPE, Prepare
-from stages.sources import Files, PythonDocs
 from stages.storage import Folder
-from tests.fakes import RecordingReport, artifact_of, fake_context
+from tests.fakes import RecordingReporter, artifact_of, fake_context
 from tests.stages.prepare.tokenizers import gpt2_like, qwen_like, saved
 
 SPLITS = ("train", "validation", "calibration")
@@ -156,7 +156,7 @@ def test_second_attempt_writes_only_what_is_missing_and_the_same_bytes(tmp_path:
     first.out.delete([lost])
     (first.resume / "receipts").delete([lost.replace("/", "~") + ".json"])
     second = Context(
-        first.fingerprint, {}, Folder.at(tmp_path / "second"), first.resume, first.resources, RecordingReport()
+        first.fingerprint, {}, Folder.at(tmp_path / "second"), first.resume, first.resources, RecordingReporter()
     )
     run(stage, second)
     assert shards(second) == {lost: before[lost]}
@@ -164,7 +164,7 @@ def test_second_attempt_writes_only_what_is_missing_and_the_same_bytes(tmp_path:
     assert set(receipts) == set(before)
     assert [name for name, uri in receipts.items() if uri.startswith(second.out.uri)] == [lost]
     assert description(second) == description(first)
-    assert isinstance(second.report, RecordingReport)
+    assert isinstance(second.report, RecordingReporter)
 
 
 @pytest.mark.ray

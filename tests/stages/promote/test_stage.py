@@ -39,7 +39,7 @@ def test_champion_is_the_smallest_candidate_that_keeps_every_limit(tmp_path):
     assert verdict["reasons"][0].startswith(
         "promoted distilled.w4a16: 11.9x smaller than the teacher (1.1 MB vs 13.1 MB) at 0.13"
     )
-    assert context.report.notes == [verdict["reasons"][0]]
+    assert context.reporter.notes == [verdict["reasons"][0]]
     (out,) = (reason for reason in verdict["reasons"] if reason.startswith("distilled.w2a16 is out"))
     assert "KL to its base" in out
     assert "above the limit of 0.1" in out

@@ -16,7 +16,7 @@ from stages.quantize.records import (
     receipt_name,
 )
 from stages.quantize.schemes import Scheme
-from stages.quantize.selection import Verdict, pareto_front
+from stages.quantize.selection import Verification, pareto_front
 from stages.storage import Folder
 
 INT8, INT4, INT3 = (Scheme(weight_bits=bits, group_size=32) for bits in (8, 4, 3))
@@ -49,7 +49,7 @@ def test_too_few_done_trials_is_an_error_that_names_each_reason() -> None:
 
 def assembled(max_kl: float) -> dict[str, object]:
     records = [done(INT8, 0.01, 100), done(INT4, 0.1, 50), failed_record(INT3, "no luck", 0.0)]
-    verdict = Verdict(accepted={INT4.name: 0.11, INT8.name: 0.01})
+    verdict = Verification(accepted={INT4.name: 0.11, INT8.name: 0.01})
     front = pareto_front(points_of(records))
     return assemble_search(records, front, verdict, base="abc", base_bytes=400, max_kl=max_kl)
 

@@ -6,14 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stages.quantize.selection import Point, choose, pareto_front, preference, verify
+from stages.quantize.selection import TrialPoint, choose, pareto_front, preference, verify
 
 POINTS = st.lists(st.tuples(st.floats(0, 2), st.integers(1, 20)), min_size=1, max_size=12).map(
-    lambda pairs: [Point(f"s{i}", kl, size) for i, (kl, size) in enumerate(pairs)]
+    lambda pairs: [TrialPoint(f"s{i}", kl, size) for i, (kl, size) in enumerate(pairs)]
 )
 
 
-def beats(one: Point, other: Point) -> bool:
+def beats(one: TrialPoint, other: TrialPoint) -> bool:
     return (
         one.kl <= other.kl
         and one.size_bytes <= other.size_bytes
@@ -22,7 +22,7 @@ def beats(one: Point, other: Point) -> bool:
 
 
 @given(POINTS, st.integers(0, 9))
-def test_front_holds_exactly_the_unbeaten_points_in_any_order(points: list[Point], seed: int) -> None:
+def test_front_holds_exactly_the_unbeaten_points_in_any_order(points: list[TrialPoint], seed: int) -> None:
     front = pareto_front(points)
     unbeaten = {(p.kl, p.size_bytes) for p in points if not any(beats(q, p) for q in points)}
     assert {(p.kl, p.size_bytes) for p in front} == unbeaten
@@ -32,7 +32,7 @@ def test_front_holds_exactly_the_unbeaten_points_in_any_order(points: list[Point
 
 
 @given(POINTS, st.floats(0.01, 2))
-def test_preference_starts_with_the_favorite_and_holds_the_whole_front(points: list[Point], max_kl: float) -> None:
+def test_preference_starts_with_the_favorite_and_holds_the_whole_front(points: list[TrialPoint], max_kl: float) -> None:
     front = pareto_front(points)
     order = preference(front, max_kl)
     assert sorted(order, key=lambda p: p.size_bytes) == list(front)
@@ -41,7 +41,7 @@ def test_preference_starts_with_the_favorite_and_holds_the_whole_front(points: l
 
 
 @given(POINTS, st.floats(0.01, 2))
-def test_chosen_is_the_smallest_within_the_limit(points: list[Point], max_kl: float) -> None:
+def test_chosen_is_the_smallest_within_the_limit(points: list[TrialPoint], max_kl: float) -> None:
     chosen = choose(points, max_kl)
     within = [p.size_bytes for p in points if p.kl <= max_kl]
     if chosen is None:
@@ -52,21 +52,21 @@ def test_chosen_is_the_smallest_within_the_limit(points: list[Point], max_kl: fl
 
 
 def test_front_leaves_out_points_that_are_not_numbers() -> None:
-    assert pareto_front([Point("a", float("nan"), 1), Point("b", float("inf"), 1), Point("c", 1.0, 9)]) == (
-        Point("c", 1.0, 9),
-    )
+    assert pareto_front(
+        [TrialPoint("a", float("nan"), 1), TrialPoint("b", float("inf"), 1), TrialPoint("c", 1.0, 9)]
+    ) == (TrialPoint("c", 1.0, 9),)
 
 
 def test_preference_takes_the_safer_neighbor_before_the_bolder_one() -> None:
     front = tuple(
-        Point(name, kl, size) for name, kl, size in [("a", 0.9, 1), ("b", 0.5, 2), ("c", 0.1, 3), ("d", 0.01, 4)]
+        TrialPoint(name, kl, size) for name, kl, size in [("a", 0.9, 1), ("b", 0.5, 2), ("c", 0.1, 3), ("d", 0.01, 4)]
     )
     assert [p.name for p in preference(front, 0.2)] == ["c", "d", "b", "a"]
     assert [p.name for p in preference(front, 0.001)] == ["d", "c", "b", "a"]
     assert preference((), 0.1) == ()
 
 
-ORDER = [Point("a", 0.1, 1), Point("b", 0.05, 2), Point("c", 0.01, 3)]
+ORDER = [TrialPoint("a", 0.1, 1), TrialPoint("b", 0.05, 2), TrialPoint("c", 0.01, 3)]
 
 
 def test_verify_takes_the_next_point_where_one_does_not_hold() -> None:

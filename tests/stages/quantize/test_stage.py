@@ -15,7 +15,7 @@ from stages.quantize import stage as quantize_stage
 from stages.quantize.job import Layers, Survey
 from stages.quantize.schemes import Scheme
 from stages.quantize.stage import Quantize
-from tests.fakes import RecordingReport, fake_context
+from tests.fakes import RecordingReporter, fake_context
 
 INT8 = Scheme(weight_bits=8)
 W8A8 = Scheme(weight_bits=8, activation_bits=8)
@@ -81,8 +81,8 @@ def test_search_chooses_the_smallest_within_the_limit_by_its_reloaded_kl(search:
 
 
 def test_search_finalists_are_complete_checkpoints(search: Search) -> None:
-    from stages.checkpoints import load_model
-    from stages.tokenization import load_tokenizer
+    from stages.models.checkpoints import load_model
+    from stages.models.tokenization import load_tokenizer
 
     assert set(search.finalists) == {INT8.name, W8A8.name, GPTQ4.name}
     for finalist in search.json["finalists"]:
@@ -93,8 +93,8 @@ def test_search_finalists_are_complete_checkpoints(search: Search) -> None:
 
 
 def test_search_tells_how_far_it_is(search: Search) -> None:
-    report = search.context.report
-    assert isinstance(report, RecordingReport)
+    report = search.context.reporter
+    assert isinstance(report, RecordingReporter)
     assert report.progressed == [(done, 4, "trials") for done in (1, 2, 3, 4)]
     assert {point["trial/size_bytes"] for _, point in report.points} == {
         trial["size_bytes"] for trial in search.trials.values() if trial["status"] == "done"

@@ -10,7 +10,7 @@ from stages.contract import Artifact
 from stages.errors import OutOfMemory
 from stages.quantize import trial
 from stages.quantize.fidelity import Reference
-from stages.quantize.job import Job, Survey
+from stages.quantize.job import SearchJob, Survey
 from stages.quantize.records import receipt_name
 from stages.quantize.rows import read_rows, split_rows
 from stages.quantize.schemes import Scheme
@@ -18,14 +18,14 @@ from stages.storage import Folder
 from tests.fakes import artifact_of
 from tests.stages.quantize.conftest import WIDTH
 
-Surveyed = tuple[Job, Survey, Reference]
+Surveyed = tuple[SearchJob, Survey, Reference]
 
 
 @pytest.fixture(scope="module")
 def surveyed(model: Artifact, data: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Surveyed:
     rows = read_rows(data.paths("tokens/calibration-*.parquet"))
     calibration, evaluation = split_rows(rows, calibration=16, evaluation=8, seed=0)
-    job = Job(
+    job = SearchJob(
         model=model,
         resume=Folder.at(tmp_path_factory.mktemp("resume")),
         calibration_RT=calibration.ids_RT,

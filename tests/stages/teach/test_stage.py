@@ -7,9 +7,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from stages.checkpoints import load_model
 from stages.contract import Shards, read_receipts
 from stages.errors import StageFailed
+from stages.models.checkpoints import load_model
 from stages.teach.stage import Teach, TopK
 from tests import references
 from tests.fakes import fake_context
@@ -69,7 +69,7 @@ def test_teach_on_a_tiny_model_stores_what_the_dense_softmax_says(
     summary = signals.read_json("signals.json")
     assert (summary["rows"], summary["tokens"], summary["k"]) == (18, 18 * 16, K)
     assert outcome.metrics["teach/tokens"] == 18 * 16
-    assert context.report.progressed[-1] == (18 * 16, 18 * 16, "tokens")
+    assert context.reporter.progressed[-1] == (18 * 16, 18 * 16, "tokens")
 
 
 @pytest.mark.ray

@@ -16,7 +16,7 @@ from stages.train import loop, snapshots
 from stages.train.loop import Progress, Recipe, Training
 from stages.train.objectives import CrossEntropy, SoftTarget
 from stages.train.reader import Reader, ShardPair, SignalsLayout
-from tests.fakes import RecordingReport
+from tests.fakes import RecordingReporter
 from tests.stages.tiny import tiny_llama, write_dataset
 from tests.stages.train.signals import write_signals
 
@@ -68,7 +68,7 @@ def _training(
         "model": tiny_llama(vocabulary=100, attention_dropout=0.1),  # dropout, and a head wider than the vocabulary
         "objectives": (CrossEntropy(weight=0.5), SoftTarget(weight=0.5, temperature=2.0)),
         "vocabulary": 96,
-        "report": RecordingReport(),
+        "reporter": RecordingReporter(),
     }
     return Training(reader=reader, recipe=recipe, **{**settings, **options})
 
@@ -100,7 +100,7 @@ def test_training_from_a_snapshot_ends_with_the_very_weights_and_curve(
     done = whole.run(Progress())
 
     memory = _Memory(at=5)
-    _training(inputs, keeper=memory).run(Progress())
+    _training(inputs, snapshot_writer=memory).run(Progress())
     tensors, facts = memory.kept[5]
     snapshots.write(Folder.at(tmp_path), 5, tensors, facts)
     found = snapshots.newest(Folder.at(tmp_path))
@@ -120,7 +120,7 @@ def test_training_at_its_end_leaves_a_snapshot_from_which_nothing_is_left_to_do(
     inputs: tuple[Artifact, Artifact],
 ) -> None:
     memory = _Memory()
-    first = _training(inputs, keeper=memory)
+    first = _training(inputs, snapshot_writer=memory)
     first.run(Progress())
     assert list(memory.kept) == [12]
     again = _training(inputs, model=tiny_llama(vocabulary=100, seed=9))
@@ -179,7 +179,7 @@ def test_training_with_a_broken_model_fails_naming_the_step(inputs: tuple[Artifa
         model.model.norm.weight[0] = float("nan")
     memory = _Memory(at=1)
     with pytest.raises(StageFailed, match=r"the loss is nan at optimizer step 0, .* lower learning_rate"):
-        _training(inputs, model=model, keeper=memory).run(Progress())
+        _training(inputs, model=model, snapshot_writer=memory).run(Progress())
     assert memory.kept == {}
 
 

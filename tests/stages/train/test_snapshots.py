@@ -53,7 +53,7 @@ def test_newest_with_damaged_or_missing_bytes_is_passed_over(tmp_path: Path) -> 
 
 def test_keeper_of_slow_snapshots_waits_longer(tmp_path: Path) -> None:
     now = iter([0.0, 0.0, 29.0, 31.0, 31.0, 41.0, 200.0, 242.0])
-    keeper = snapshots.Keeper(Folder.at(tmp_path), clock=lambda: next(now))
-    assert [keeper.due(), keeper.due(), keeper.due()] == [False, False, True]
-    keeper.keep(1, {"weights/a": torch.zeros(1)}, {})  # takes 10 s: the next is due after 200 s
-    assert [keeper.due(), keeper.due()] == [False, True]
+    snapshot_writer = snapshots.SnapshotWriter(Folder.at(tmp_path), clock=lambda: next(now))
+    assert [snapshot_writer.due(), snapshot_writer.due(), snapshot_writer.due()] == [False, False, True]
+    snapshot_writer.keep(1, {"weights/a": torch.zeros(1)}, {})  # takes 10 s: the next is due after 200 s
+    assert [snapshot_writer.due(), snapshot_writer.due()] == [False, True]

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from stages.checkpoints import load_model
 from stages.contract import Artifact
 from stages.errors import ConfigError, StageFailed, WorkerLost
+from stages.models.checkpoints import load_model
+from stages.models.tokenization import load_tokenizer
 from stages.teach.stage import Teach, TopK
-from stages.tokenization import load_tokenizer
 from stages.train import snapshots
 from stages.train.stage import Continue, CrossEntropy, Llama, Smaller, SoftTarget, Train
-from tests.fakes import RecordingReport, artifact_of, fake_context
+from tests.fakes import RecordingReporter, artifact_of, fake_context
 from tests.stages.tiny import tiny_llama, write_dataset, write_model
 from tests.stages.train.signals import write_signals
 
@@ -85,7 +85,7 @@ def test_train_of_a_broken_checkpoint_fails_with_an_error_of_ours(
     assert type(caught.value) is StageFailed
 
 
-class _Killer(RecordingReport):
+class _Killer(RecordingReporter):
     """Kills the process that reports, once training is under way."""
 
     def progress(self, done: float, total: float, unit: str) -> None:
@@ -97,7 +97,7 @@ class _Killer(RecordingReport):
 def test_train_whose_worker_is_killed_fails_in_a_way_that_may_mend(
     local_ray: None, tmp_path: Path, inputs: dict[str, Artifact]
 ) -> None:
-    context = replace(fake_context(tmp_path, inputs, workers=2), report=_Killer())
+    context = replace(fake_context(tmp_path, inputs, workers=2), reporter=_Killer())
     with pytest.raises(WorkerLost):
         _train().run(context)
 

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, Phi3Config, Qwen2Config, Qwen3Config
 
 from stages.errors import StageFailed
-from stages.train.narrowing import Size, evenly_spaced, narrow
+from stages.models.narrowing import Size, evenly_spaced, narrow
 from stages.train.students import Continue, Llama, Smaller, build_student
 from tests.stages.tiny import tiny_llama, write_dataset, write_model
 

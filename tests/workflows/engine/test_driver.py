@@ -7,15 +7,15 @@ from threading import Event as Flag
 import pytest
 
 from stages.contract import Resources
-from stages.outside import Checkpoint
+from stages.external.checkpoints import Checkpoint
 from tests.fakes import InlineTasks, SilentWatcher, drive
 from tests.stages_for_tests import Join, Odd, Pour, Stumble, Write
+from workflows.engine import events
 from workflows.engine.driver import Driver
 from workflows.engine.failures import Failure, FailureKind
 from workflows.engine.graph import Handle, Retry, Workflow
 from workflows.engine.heartbeat import Holder
 from workflows.engine.identity import Fingerprint
-from workflows.engine.ledger import records
 from workflows.engine.manifest import cost_seconds
 from workflows.engine.plan import make_plan
 from workflows.engine.store import ArtifactStore, Claim
@@ -216,8 +216,8 @@ def test_drive_interrupted_before_it_begins_runs_nothing_and_can_go_on(store: Ar
 
 def test_drive_tells_the_ledger_of_every_attempt(store: ArtifactStore) -> None:
     _, told = drive(graph(), store, InlineTasks({"first": [LOST]}))
-    opened = [(r.step, r.attempt) for r in told if isinstance(r, records.StepOpened)]
-    closed = [(r.step, r.attempt, r.status) for r in told if isinstance(r, records.StepClosed)]
+    opened = [(r.step, r.attempt) for r in told if isinstance(r, events.StepOpened)]
+    closed = [(r.step, r.attempt, r.status) for r in told if isinstance(r, events.StepClosed)]
     assert opened == [("data", 1), ("first", 1), ("first", 2), ("second", 1)]
     assert closed == [
         ("data", 1, "FINISHED"),
@@ -226,7 +226,7 @@ def test_drive_tells_the_ledger_of_every_attempt(store: ArtifactStore) -> None:
         ("second", 1, "FINISHED"),
     ]
     _, told = drive(graph(), store, InlineTasks())
-    assert {r.cache for r in told if isinstance(r, records.StepOpened)} == {"hit"}
+    assert {r.cache for r in told if isinstance(r, events.StepOpened)} == {"hit"}
 
 
 def test_drive_manifest_says_where_the_result_came_from(store: ArtifactStore) -> None:
@@ -280,7 +280,7 @@ def test_drive_data_from_outside_that_moves_meanwhile_fails_its_step_alone(
             weights.write_text("other") if harm == "changed" else weights.unlink(missing_ok=True)
 
     flow = graph()
-    given = flow.given("teacher", Checkpoint(source=str(teacher)))
+    given = flow.external("teacher", Checkpoint(source=str(teacher)))
     flow.step("third", Join(), data=Handle("data", "dataset"), parts={"teacher": given}, retry=AT_ONCE)
     result, _ = drive(flow, store, Meanwhile())
     assert {name for name, step in result.steps.items() if step.outcome == "committed"} == {"data", "first", "second"}
@@ -304,7 +304,7 @@ def test_drive_data_from_outside_that_changes_under_an_attempt_is_not_committed(
                 (teacher / "model.safetensors").write_text("other")
 
     flow = graph()
-    given = flow.given("teacher", Checkpoint(source=str(teacher)))
+    given = flow.external("teacher", Checkpoint(source=str(teacher)))
     flow.step("third", Join(), data=Handle("data", "dataset"), parts={"teacher": given}, retry=AT_ONCE)
     result, _ = drive(flow, store, Under())
     assert result.steps["third"].outcome == "failed"
@@ -318,7 +318,7 @@ def test_drive_checkpoints_from_outside_of_one_name_are_each_itself(store: Artif
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text("{}")
         (tmp_path / name / "model.safetensors").write_text(name)
-        givens[name] = flow.given("base", Checkpoint(source=str(tmp_path / name)))
+        givens[name] = flow.external("base", Checkpoint(source=str(tmp_path / name)))
     flow.step("third", Join(), data=Handle("data", "dataset"), parts=givens)
     tasks = InlineTasks()
     drive(flow, store, tasks)
@@ -347,16 +347,16 @@ def test_drive_step_that_is_over_is_held_no_longer(store: ArtifactStore) -> None
 
 def test_drive_stage_that_tells_nothing_has_begun(store: ArtifactStore) -> None:
     class Listening(InlineTasks):
-        begun: set[tuple[str, int]] = set()
+        started: set[tuple[str, int]] = set()
 
         def reports(self):  # type: ignore[no-untyped-def]
             found = super().reports()
-            self.begun |= found.begun
+            self.started |= found.started
             return found
 
     tasks = Listening()
     drive(graph(), store, tasks)
-    assert tasks.begun == {("data", 1), ("first", 1), ("second", 1)}
+    assert tasks.started == {("data", 1), ("first", 1), ("second", 1)}
 
 
 def test_cost_counts_each_step_before_a_result_once(store: ArtifactStore) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from stages.contract import Config, Outcome, Resources, Stage
 from stages.errors import ConfigError
-from stages.outside import Checkpoint
+from stages.external.checkpoints import Checkpoint
 from tests.stages_for_tests import Join, Write
 from workflows.engine.graph import Retry, Workflow
 from workflows.engine.identity import Identity, Unknown, canonical, differences, identities
@@ -116,7 +116,7 @@ def test_identity_same_checkpoint_in_two_places_is_one(tmp_path: Path) -> None:
         flow = Workflow("w")
         data = flow.step("data", Write())
         flow.step(
-            "join", Join(), data=data, parts={"t": flow.given("teacher", Checkpoint(source=str(tmp_path / name)))}
+            "join", Join(), data=data, parts={"t": flow.external("teacher", Checkpoint(source=str(tmp_path / name)))}
         )
         found.add(fingerprint(flow, "join"))
     assert len(found) == 1
@@ -126,7 +126,7 @@ def test_identity_missing_checkpoint_leaves_it_and_what_follows_unknown(tmp_path
     flow = Workflow("w")
     data = flow.step("data", Write())
     first = flow.step(
-        "join", Join(), data=data, parts={"t": flow.given("teacher", Checkpoint(source=str(tmp_path / "gone")))}
+        "join", Join(), data=data, parts={"t": flow.external("teacher", Checkpoint(source=str(tmp_path / "gone")))}
     )
     flow.step("after", Join(), data=data, parts={"j": first})
     found = identities(flow)

@@ -7,12 +7,12 @@ import pytest
 
 from stages.contract import Resources
 from stages.errors import ConfigError
-from stages.outside import Checkpoint
+from stages.external.checkpoints import Checkpoint
 from tests.fakes import InlineTasks, drive
 from tests.stages_for_tests import Join, Write
 from workflows.engine import provenance
 from workflows.engine.graph import Workflow
-from workflows.engine.plan import ClusterShape, Plan, make_plan
+from workflows.engine.plan import ClusterResources, Plan, make_plan
 from workflows.engine.store import ArtifactStore, Commit
 
 
@@ -115,7 +115,7 @@ def test_plan_changed_code_is_told_and_with_strict_code_a_miss(
 
 
 def test_plan_lacking_resource_blocks_with_both_numbers(store: ArtifactStore) -> None:
-    cluster = ClusterShape(cpus=4, gpus=1, largest_node_cpus=2, largest_node_gpus=1)
+    cluster = ClusterResources(cpus=4, gpus=1, largest_node_cpus=2, largest_node_gpus=1)
     wants = {
         "each of its workers needs 2 GPU, and the largest node of this machine has 1": Resources(gpus_per_worker=2),
         "it needs 3 GPU (3 workers × 1), and this machine has 1": Resources(workers=3, gpus_per_worker=1),
@@ -127,14 +127,16 @@ def test_plan_lacking_resource_blocks_with_both_numbers(store: ArtifactStore) ->
 
 def test_plan_hit_is_not_blocked_by_what_it_would_need(store: ArtifactStore) -> None:
     drive(graph(), store, InlineTasks())
-    cluster = ClusterShape(0.5, 0, 0.5, 0)
+    cluster = ClusterResources(0.5, 0, 0.5, 0)
     assert look(store, graph(), cluster=cluster)["second"][0] == "HIT"
 
 
 def test_plan_missing_outside_data_blocks_and_names_it(store: ArtifactStore, tmp_path: Path) -> None:
     flow = Workflow("flow")
     data = flow.step("data", Write())
-    flow.step("join", Join(), data=data, parts={"t": flow.given("teacher", Checkpoint(source=str(tmp_path / "gone")))})
+    flow.step(
+        "join", Join(), data=data, parts={"t": flow.external("teacher", Checkpoint(source=str(tmp_path / "gone")))}
+    )
     status, reason = look(store, flow)["join"]
     assert status == "BLOCKED"
     assert "gone" in reason

@@ -20,9 +20,9 @@ from workflows.engine.schedule import (
     Launch,
     Phase,
     Schedule,
-    Settle,
     Stop,
     Tick,
+    Transition,
     advance,
     new_schedule,
 )
@@ -125,7 +125,7 @@ def test_advance_attempt_past_its_timeout_is_stopped_and_tried_again() -> None:
     state, decisions = advance(state, Tick(41))
     assert [type(d) for d in decisions] == [Stop]
     state, decisions = advance(state, Failed("a", 42, Failure(FailureKind.TRANSIENT, "cancelled")))
-    (settled,) = [d for d in decisions if isinstance(d, Settle)]
+    (settled,) = [d for d in decisions if isinstance(d, Transition)]
     assert "ran past its timeout at attempt 1 of 2" in settled.reason
     assert launched(decisions) == ["a"]
 

@@ -1,0 +1,1 @@
+"""What several stages do with a model: load, save, check that it fits, read its tokenizer."""

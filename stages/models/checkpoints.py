@@ -1,0 +1,184 @@
+"""Loads and saves models as the hub lays them out: safetensors only, no code from outside, no network.
+
+Promises: what is loaded has every weight that its config asks for (transformers fills a missing one with noise and only
+warns); a tokenizer is saved beside its model as the very files that it came in.
+Does not: download (`stages.storage.fetch` does), or look into the weights (`stages.teach` finds NaN).
+"""
+
+import errno
+import json
+import math
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stages.errors import StageFailed, Transient
+from stages.models.tokenization import copy_tokenizer_files
+from stages.runtime.processes import quiet_transformers
+from stages.runtime.translation import within_memory
+from stages.storage import Folder
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+PASSING_ERRNOS = (errno.EAGAIN, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT)
+"""What an overloaded host or a network file system says, and may not say a minute later."""
+
+
+def load_model(folder: Path, *, dtype: str = "float32", device: str = "cpu") -> "PreTrainedModel":
+    """Load a causal language model for inference (`eval` mode).
+
+    Args:
+        folder: a checkpoint as the hub lays it out.
+        dtype: torch's name of the weights' type, e.g. `bfloat16`; `auto` is what the checkpoint names.
+        device: torch's name of the device.
+
+    Raises:
+        OutOfMemory: it does not fit the host's or the device's memory.
+        Transient: its files cannot be read for now.
+        StageFailed: no safetensors, an architecture that transformers does not know as a causal language model, or
+            weights that are missing or of another shape than the config says.
+    """
+    import torch
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    quiet_transformers()
+    model_config(folder)
+    if not list(folder.glob("*.safetensors")):
+        raise StageFailed(f"{folder} has no *.safetensors weights; save the model again with `save_pretrained`")
+    wanted = dtype if dtype == "auto" else getattr(torch, dtype, None)
+    if wanted != "auto" and not isinstance(wanted, torch.dtype):
+        raise StageFailed(f"dtype={dtype!r} is no type of torch; expected e.g. 'float32', 'bfloat16' or 'auto'")
+    try:
+        with within_memory(f"loading the model in {folder}"):
+            model, loading = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=wanted,
+                local_files_only=True,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        text = f"cannot load the model in {folder}: {type(error).__name__}: {error}"
+        if isinstance(error, OSError) and error.errno in PASSING_ERRNOS:
+            raise Transient(text) from error
+        raise StageFailed(text) from error
+    problems = {name: sorted(map(str, loading[name])) for name in ("missing_keys", "mismatched_keys") if loading[name]}
+    if problems:
+        shown = "; ".join(f"{len(keys)} {name.replace('_', ' ')}, such as {keys[0]}" for name, keys in problems.items())
+        raise StageFailed(
+            f"the weights in {folder} are not those that its config.json describes: {shown}; save the model again"
+        )
+    with within_memory(f"moving the model in {folder} to {device}"):
+        loaded: PreTrainedModel = model.to(device).eval()
+    return loaded
+
+
+def save_checkpoint(model: "PreTrainedModel", tokenizer: Path | None, out: Folder, name: str) -> None:
+    """Save a model below `name/`, with the tokenizer that lies in a folder.
+
+    Written in place on a local disk, else uploaded file by file.
+    """
+    quiet_transformers()
+    local = out.local_path()
+    if local is not None:
+        _save(model, tokenizer, local / name)
+        return
+    with tempfile.TemporaryDirectory(prefix="checkpoint-") as temporary:
+        _save(model, tokenizer, Path(temporary))
+        upload_folder(Path(temporary), out, name)
+
+
+def _save(model: "PreTrainedModel", tokenizer: Path | None, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    _mend_generation(model)
+    model.save_pretrained(folder)
+    if tokenizer is not None:
+        copy_tokenizer_files(tokenizer, folder)
+
+
+def _mend_generation(model: "PreTrainedModel") -> None:
+    """Make generation settings such that transformers saves them: it loads a temperature without sampling silently.
+
+    The flags that are there mean sampling; settings that are wrong besides give way to the architecture's own.
+    """
+    from transformers import GenerationConfig
+
+    settings = getattr(model, "generation_config", None)
+    if settings is None:
+        return
+    try:
+        settings.validate(strict=True)
+    except ValueError:
+        settings.do_sample = True
+        try:
+            settings.validate(strict=True)
+        except ValueError:
+            model.generation_config = GenerationConfig.from_model_config(model.config)
+
+
+def upload_folder(folder: Path, out: Folder, name: str) -> None:
+    """Copy a local folder's files below `name/`, in the order of their names."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            out.upload(path, f"{name}/{path.relative_to(folder).as_posix()}")
+
+
+def model_config(folder: Path) -> dict[str, Any]:
+    """Read a checkpoint's `config.json`, without transformers.
+
+    Raises:
+        StageFailed: it is missing, or not a JSON object.
+    """
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise StageFailed(
+            f"{folder} has no config.json; expected a checkpoint as `save_pretrained` writes it"
+        ) from error
+    except ValueError as error:
+        raise StageFailed(f"{path} is not JSON: {error}; save the model again") from error
+    if not isinstance(config, dict):
+        raise StageFailed(f"{path} holds a {type(config).__name__}, expected an object; save the model again")
+    return config
+
+
+def text_config(folder: Path) -> Any:
+    """Return the part of a checkpoint's config that is about text, as transformers completes it (it may be nested).
+
+    Raises:
+        StageFailed: there is none, or transformers does not know the architecture.
+    """
+    from transformers import AutoConfig
+
+    quiet_transformers()
+    model_config(folder)
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False).get_text_config()
+    except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
+        raise StageFailed(f"cannot read the config in {folder}: {type(error).__name__}: {error}") from error
+
+
+def stored_dtype(folder: Path) -> "torch.dtype":
+    """Return the type in which a checkpoint's floating-point weights are stored; of several, the largest tensors'."""
+    import torch
+    from safetensors import safe_open
+
+    sizes: dict[torch.dtype, int] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118  it is no mapping
+                part = file.get_slice(name)
+                dtype = _TORCH_OF.get(part.get_dtype())
+                if dtype is not None:
+                    kind = getattr(torch, dtype)
+                    sizes[kind] = sizes.get(kind, 0) + math.prod(part.get_shape())
+    return max(sizes, key=lambda kind: sizes[kind], default=torch.float32)
+
+
+_TORCH_OF = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float32"}
+"""Safetensors' names of types that a student can be stored in; a float64 checkpoint's student is float32."""

@@ -1,0 +1,130 @@
+"""Documents from outside: identity by content on disk and in S3, and every refusal."""
+
+import json
+from pathlib import Path
+
+import pytest
+from pydantic import TypeAdapter
+
+from stages.errors import ExternalDataError
+from stages.external.documents import DocumentSource, Files, LocalDataset, PythonDocs
+from stages.prepare.parts import plan_parts
+from stages.prepare.reading import read_piece
+from stages.storage import Folder
+from tests.stages.written import write
+
+
+def test_source_is_told_apart_by_its_kind() -> None:
+    parsed = TypeAdapter(DocumentSource).validate_python({"kind": "files", "paths": ["a.txt"]})
+    assert parsed == Files(paths=("a.txt",))
+
+
+def test_python_docs_identity_is_version_and_revision() -> None:
+    assert set(PythonDocs().identity()) == {"kind", "python", "revision"}
+
+
+def test_files_identity_does_not_depend_on_where_they_lie(tmp_path: Path) -> None:
+    for place in ("one", "other"):
+        write(tmp_path / place / "deep", b__md="B", c__png="no", **{".hidden__txt": "no"})
+        write(tmp_path / place, a__txt="A")
+    one, other = Files(paths=(str(tmp_path / "one"),)), Files(paths=(str(tmp_path / "other"),))
+    assert one.identity() == other.identity()
+    write(tmp_path / "one", C__JSONL="{}")
+    assert [file.name for file in one.files()] == ["C.JSONL", "a.txt", "deep/b.md"]
+    (tmp_path / "other" / "a.txt").write_text("changed")
+    assert one.identity() != other.identity()
+
+
+def test_files_by_glob_and_path_are_taken_once(tmp_path: Path) -> None:
+    folder = write(tmp_path / "x", a__jsonl="{}", b__jsonl="{}")
+    write(folder / "sub", c__jsonl="{}")
+    assert len(Files(paths=(f"{folder}/*.jsonl", f"{folder}/a.jsonl")).files()) == 2
+    assert len(Files(paths=(f"{folder}/**/*.jsonl",)).files()) == 3
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("corpus.tx", r"does not exist; did you mean '.*/corpus\.txt'"),
+        ("*.jsonl", r"matches no file to read; expected \.txt"),
+        ("picture.png", r"cannot read documents from .*picture\.png"),
+        ("packed", r"holds 1 compressed files, such as 'b\.jsonl\.gz', which cannot be read; unpack them"),
+        ("packed/*", r"holds 1 compressed files, such as 'b\.jsonl\.gz', which cannot be read; unpack them"),
+        ("pictures", r"matches no file to read \(1 other files, such as 'x\.png'\)"),
+    ],
+    ids=["missing", "glob", "format", "compressed-in-folder", "compressed-in-glob", "folder"],
+)
+def test_files_that_cannot_be_read_are_refused(tmp_path: Path, path: str, message: str) -> None:
+    write(tmp_path, corpus__txt="A", picture__png="")
+    write(tmp_path / "pictures", x__png="")
+    write(tmp_path / "packed", a__jsonl="{}", b__jsonl__gz="")
+    with pytest.raises(ExternalDataError, match=message):
+        Files(paths=(str(tmp_path / path),)).identity()
+
+
+def test_local_dataset_identity_is_that_of_its_rows(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_dict({"text": ["a", "b"]})
+    datasets.disable_progress_bars()
+    rows.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"train": rows}).save_to_disk(tmp_path / "two")
+    one = LocalDataset(path=str(tmp_path / "one"))
+    assert one.identity() == LocalDataset(path=str(tmp_path / "two"), split="train").identity()
+    refusals: list[tuple[LocalDataset, str]] = [
+        (
+            LocalDataset(path=str(tmp_path / "two"), split="test"),
+            r"DatasetDict, but split='test' is none of \['train'\]",
+        ),
+        (LocalDataset(path=str(tmp_path / "one"), split="train"), "plain Dataset"),
+        (LocalDataset(path=str(tmp_path / "on")), "did you mean"),
+        (LocalDataset(path=str(tmp_path)), "is no dataset"),
+    ]
+    for source, message in refusals:
+        with pytest.raises(ExternalDataError, match=message):
+            source.identity()
+
+
+def test_files_in_s3_have_the_identity_of_their_local_copy(s3: str, tmp_path: Path) -> None:
+    for name, text in {"a.txt": "A", "deep/b.jsonl": '{"text": "B"}', "deep/x.png": "", ".cache/c.jsonl": "{}"}.items():
+        Folder.at(f"{s3}/corpus").put(name, text.encode())
+        write((tmp_path / "corpus" / name).parent, **{name.rsplit("/")[-1]: text})
+    remote, local = Files(paths=(f"{s3}/corpus",)), Files(paths=(str(tmp_path / "corpus"),))
+    assert remote.identity() == local.identity()
+    assert [file.name for file in Files(paths=(f"{s3}/corpus/**/*.jsonl",)).files()] == ["deep/b.jsonl"]
+    assert [file.name for file in Files(paths=(f"{s3}/corpus/*",)).files()] == ["a.txt"]
+    assert [file.name for file in Files(paths=(f"{s3}/corpus/a.txt",)).files()] == ["a.txt"]
+    with pytest.raises(ExternalDataError, match=rf"did you mean '{s3}/corpus/a\.txt'"):
+        Files(paths=(f"{s3}/corpus/aa.txt",)).identity()
+    with pytest.raises(ExternalDataError, match="matches no file"):
+        Files(paths=(f"{s3}/corpse",)).identity()
+
+
+def test_files_in_s3_are_planned_and_read_as_their_local_copy(s3: str, tmp_path: Path) -> None:
+    lines = "".join(json.dumps({"text": f"row {i} é"}, ensure_ascii=False) + "\n" for i in range(300))
+    Folder.at(f"{s3}/lines").put("a.jsonl", lines.encode())
+    write(tmp_path / "lines", a__jsonl=lines)
+    read = []
+    for place in (f"{s3}/lines", str(tmp_path / "lines")):
+        parts = plan_parts(Files(paths=(place,)), 2048)
+        assert len(parts) > 2
+        read.append([[(row.number, row.value) for piece in part.pieces for row in read_piece(piece)] for part in parts])
+    assert read[0] == read[1]
+    assert [value["text"] for part in read[0] for _, value in part] == [f"row {i} é" for i in range(300)]
+
+
+def test_files_in_a_missing_bucket_are_out_of_reach(s3: str) -> None:
+    with pytest.raises(ExternalDataError, match=r"cannot list 's3://absent/x'.*credentials"):
+        Files(paths=("s3://absent/x",)).identity()
+
+
+def test_resolved_stage_has_absolute_paths_and_the_same_identity(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from stages.prepare.stage import Prepare
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("text")
+    stage = Prepare(source=Files(paths=("a.txt",)), sequence_length=16)
+    resolved = stage.resolved()
+    assert resolved.source == Files(paths=(str(tmp_path / "a.txt"),))
+    assert resolved.source.identity() == stage.source.identity()

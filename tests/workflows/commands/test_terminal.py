@@ -1,0 +1,66 @@
+"""What a person sees while a run goes, and of a plan."""
+
+import io
+from pathlib import Path
+
+from rich.console import Console
+
+from tests.stages_for_tests import Join, Write
+from workflows.commands.output import console
+from workflows.commands.terminal import LiveWatcher, plan_table
+from workflows.engine.graph import Workflow
+from workflows.engine.plan import Plan, make_plan
+from workflows.engine.schedule import Phase
+from workflows.engine.store import ArtifactStore
+
+
+def plan_of(tmp_path: Path, text: str = "malt") -> tuple[Plan, ArtifactStore]:
+    flow, store = Workflow("flow"), ArtifactStore(str(tmp_path / "store"))
+    data = flow.step("data", Write(text=text))
+    flow.step("joined", Join(), data=data)
+    return make_plan(flow, store), store
+
+
+def shown(value: object) -> str:
+    out = console()
+    with out.capture() as captured:
+        out.print(value)
+    return captured.get()
+
+
+def test_live_view_shows_the_brackets_of_an_error_as_they_are(tmp_path: Path) -> None:
+    plan, _ = plan_of(tmp_path)
+    watcher = LiveWatcher(console(quiet=True), plan)
+    watcher.step("data", Phase.BACKING_OFF, "[/pytorch/third_party/gloo] Connection closed by peer :warning:")
+    assert "[/pytorch/third_party/gloo] Connection closed by peer :warning:" in shown(watcher)
+
+
+def test_live_view_on_a_narrow_terminal_keeps_names_and_times_whole(tmp_path: Path) -> None:
+    plan, _ = plan_of(tmp_path)
+    watcher = LiveWatcher(console(quiet=True), plan)
+    watcher.step("data", Phase.RUNNING, "")
+    watcher.note("data", "a long story " * 20)
+    out = Console(width=40, force_terminal=True, color_system=None)
+    with out.capture() as captured:
+        out.print(watcher)
+    first, second = captured.get().splitlines()
+    assert first.split()[:4] == ["▶", "data", "0.0", "s"]
+    assert first.rstrip().endswith("…")
+    assert second.split() == ["·", "joined"]
+
+
+def test_waiting_for_another_run_is_told_once_where_lines_stay(tmp_path: Path) -> None:
+    plan, _ = plan_of(tmp_path)
+    out = Console(width=80, file=io.StringIO())
+    watcher = LiveWatcher(out, plan)
+    for _ in range(5):
+        watcher.step("data", Phase.HELD, "run a is at it")
+    watcher.step("data", Phase.RUNNING, "")
+    assert out.file.getvalue().count("run a is at it") == 1  # type: ignore[attr-defined]
+
+
+def test_plan_shows_the_brackets_of_an_input_as_they_are(tmp_path: Path) -> None:
+    plan, _ = plan_of(tmp_path)
+    step = plan.steps["joined"]
+    object.__setattr__(step, "reason", "changed: input parts[first] (first)")
+    assert "parts[first]" in shown(plan_table(plan))

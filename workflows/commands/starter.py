@@ -1,0 +1,109 @@
+"""`stillhouse init`: a commented workflow file to start from, that runs."""
+
+from pathlib import Path
+
+from stages.errors import ConfigError
+
+FILE = "my_workflow.py"
+
+TEXT = '''"""A workflow of your own. Run it:  stillhouse run {file}
+
+A workflow is a function that returns a graph of steps. Its keyword parameters are the command's options:
+`stillhouse run {file} --help` lists them with their types, bounds and defaults. Nothing runs while the graph is built;
+a variant is another argument, a matrix is a `for` loop.
+"""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from stages.contract import Resources
+from stages.evaluate.stage import Evaluate
+from stages.external.documents import PythonDocs  # or Files(paths=("my/texts/*.jsonl",))
+from stages.prepare.stage import ByteLevelBPE, Prepare
+from stages.teach.stage import Teach, TopK
+from stages.train.objectives import CrossEntropy, SoftTarget
+from stages.train.stage import Llama, Train
+from workflows.engine.graph import Workflow
+
+
+def my_workflow(
+    *,
+    layers: tuple[int, ...] = (1, 2),
+    optimizer_steps: Annotated[int, Field(ge=1)] = 60,
+    seed: int = 0,
+) -> Workflow:
+    """Distil students of several depths from one teacher.
+
+    Args:
+        layers: one student for each of these numbers of layers.
+        optimizer_steps: of the teacher and of each student.
+        seed: seed of everything random.
+    """
+    flow = Workflow("my-workflow")  # with the base model's name it would be the MLflow experiment's too
+
+    # Everything that a result depends on is in a stage's config; where and how fast it runs is in `resources`.
+    two = Resources(workers=2, cpus_per_worker=1)
+    corpus = flow.step(
+        "corpus",
+        Prepare(
+            source=PythonDocs(),
+            tokenizer=ByteLevelBPE(vocabulary_size=2048),
+            sequence_length=64,
+            max_documents=150,
+            seed=seed,
+        ),
+        resources=two,
+    )
+    teacher = flow.step(
+        "teacher",
+        Train(
+            model=Llama(layers=3, width=128, heads=4),
+            objectives=(CrossEntropy(),),
+            optimizer_steps=optimizer_steps,
+            batch_rows=32,
+            learning_rate=3e-3,
+            seed=seed,
+        ),
+        data=corpus,
+        resources=two,
+    )
+    # The teacher's distribution is computed once and kept; every student learns from the same signals.
+    signals = flow.step("signals", Teach(method=TopK(k=16)), teacher=teacher, data=corpus)
+
+    models = {{"teacher": teacher}}
+    for depth in layers:
+        models[f"layers{{depth}}"] = flow.step(
+            f"train.layers{{depth}}",
+            Train(
+                model=Llama(layers=depth, width=64, heads=4),
+                objectives=(CrossEntropy(weight=0.1), SoftTarget(weight=0.9, temperature=2.0)),
+                optimizer_steps=optimizer_steps,
+                batch_rows=32,
+                learning_rate=3e-3,
+                seed=seed,
+            ),
+            data=corpus,
+            signals=signals,
+            resources=two,
+        )
+    flow.step("scores", Evaluate(seed=seed), data=corpus, reference=teacher, models=models)
+    return flow
+'''
+
+
+def write(folder: Path) -> Path:
+    """Write the starter file into a folder and return its path.
+
+    Raises:
+        ConfigError: the file is there already, or the folder cannot be written.
+    """
+    path = folder / FILE
+    if path.exists():
+        raise ConfigError(f"{str(path)!r} is there already and is not overwritten; give another folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(TEXT.format(file=FILE))
+    except OSError as error:
+        raise ConfigError(f"{str(folder)!r} cannot be written: {error}") from error
+    return path

@@ -1,0 +1,314 @@
+"""Steps as Ray tasks: start a cluster or join one, submit, poll, cancel. The only engine file that imports ray.
+
+A step's task holds no CPU and no GPU: the library inside it (Ray Data, Train, Tune) takes the real ones. Retries are
+the engine's, so Ray's are off. What a stage reports goes to one actor without CPUs that the driver drains.
+"""
+
+import contextlib
+import importlib
+import logging
+import math
+import os
+import secrets
+import socket
+import sys
+import time
+from types import ModuleType
+from typing import Any
+
+import psutil
+
+from stages.errors import ConfigError
+from stages.runtime.processes import preserve_signal_handlers
+from stages.storage import Folder, is_remote
+from workflows.engine.executor import Attempt, AttemptResult, ProgressUpdates
+from workflows.engine.failures import Failure, FailureKind
+from workflows.engine.plan import ClusterResources
+
+logger = logging.getLogger(__name__)
+
+PROBE_SECONDS = 3.0
+"""How long an address may take to accept a connection; a dead one costs Ray itself 30 to 100 s."""
+CANCEL_GRACE_SECONDS = 4.0
+"""How long a cancelled task may take to end before its worker is killed."""
+ORPHAN_SECONDS = 30.0
+"""How long after an attempt's failure to look for placement groups that it left; Ray notes an owner's death in 1 s."""
+
+
+def local_resources() -> ClusterResources:
+    """Return what this machine has, as a Ray started here would offer it."""
+    cpus = max(2, os.cpu_count() or 2)  # two training ranks on a one-core machine are slow, not wrong
+    gpus = len(
+        [name for name in os.listdir("/dev") if name.removeprefix("nvidia").isdigit() and name.startswith("nvidia")]
+    )
+    return ClusterResources(cpus, gpus, cpus, gpus)
+
+
+def probe(address: str) -> None:
+    """Connect to a cluster's address by TCP.
+
+    Raises:
+        ConfigError: nothing answers there.
+    """
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        raise ConfigError(f"{address!r} is no address; expected HOST:PORT of a running Ray head, e.g. 10.0.0.5:6379")
+    try:
+        socket.create_connection((host, int(port)), timeout=PROBE_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise ConfigError(
+            f"no Ray cluster answers at {address!r} ({error}); expected HOST:PORT of a running head, e.g. "
+            "10.0.0.5:6379; "
+            "leave --address out to run on this machine"
+        ) from error
+
+
+class RayExecutor:
+    """Runs attempts on a Ray cluster."""
+
+    def __init__(
+        self, *, address: str | None = None, verbose: bool = False, by_value: ModuleType | None = None
+    ) -> None:
+        """Start Ray on this machine, or join the cluster at an address.
+
+        Args:
+            address: `HOST:PORT` of a running cluster's head; None starts Ray here.
+            verbose: let Ray's and the workers' own output through to the terminal.
+            by_value: the user's own workflow module, which workers cannot import and are sent.
+
+        Raises:
+            ConfigError: nothing answers at the address.
+        """
+        if address:
+            probe(address)
+        _set_environment(local=address is None)
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        self._ray = ray
+        where: dict[str, Any] = {
+            "address": address,
+            "runtime_env": {"py_modules": [_package("stages"), _package("workflows")]},
+        }
+        if address is None:
+            shape = local_resources()
+            where = {
+                "address": "local",
+                "num_cpus": int(shape.cpus),
+                "include_dashboard": False,
+                "_node_ip_address": "127.0.0.1",
+            }
+        level = logging.INFO if verbose else logging.ERROR
+        with preserve_signal_handlers():
+            ray.init(
+                log_to_driver=verbose,
+                logging_level=level,
+                configure_logging=verbose,
+                namespace=f"stillhouse-{secrets.token_hex(4)}",
+                **where,
+            )
+        if not verbose:
+            _silence_ray_stdout()
+        if by_value is not None:
+            ray.cloudpickle.register_pickle_by_value(by_value)
+        remote = importlib.import_module("workflows.engine.worker")
+        self._address = address
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        box = ray.remote(num_cpus=0, max_concurrency=1, max_restarts=-1, scheduling_strategy=here)(
+            remote.ProgressCollector
+        )
+        self._box = box.remote()
+        self._run = ray.remote(num_cpus=0, num_gpus=0, max_retries=0)(remote.run_attempt)
+        self._fresh = ray.remote(num_cpus=0, num_gpus=0, max_restarts=0)(remote.FreshWorker)
+        self._actors: dict[Any, Any] = {}
+        self._running: dict[Any, str] = {}
+        self._cancelled: dict[Any, float] = {}
+        self._orphans_until = 0.0
+
+    def cluster_resources(self) -> ClusterResources:
+        """Return what the cluster's living nodes have."""
+        nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
+        cpus, gpus = [node.get("CPU", 0.0) for node in nodes], [node.get("GPU", 0.0) for node in nodes]
+        name = f"the cluster at {self._address}" if self._address else "this machine"
+        return ClusterResources(sum(cpus), sum(gpus), max(cpus, default=0.0), max(gpus, default=0.0), name)
+
+    def check_store_is_shared(self, store: Folder) -> None:
+        """See that every node can read what this driver writes into the store.
+
+        Raises:
+            ConfigError: a node cannot.
+        """
+        nodes = [node for node in self._ray.nodes() if node["Alive"]]
+        if is_remote(store.uri) or len(nodes) < 2:
+            return
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        mark = f"probe-{secrets.token_hex(8)}"
+        store.put(mark, b"stillhouse")
+        try:
+            look = self._ray.remote(num_cpus=0)(_sees)
+            placed = [
+                look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(n["NodeID"], soft=False)) for n in nodes
+            ]
+            sees = self._ray.get([task.remote(store, mark) for task in placed])
+            blind = [node["NodeManagerHostname"] for node, seen in zip(nodes, sees, strict=True) if not seen]
+        finally:
+            store.delete([mark])
+        if blind:
+            raise ConfigError(
+                f"the store {store.uri} is not the same folder on node {', '.join(blind)}; use a shared file "
+                "system or s3:// or gs://"
+            )
+
+    def submit(self, request: Attempt) -> None:
+        """Start an attempt."""
+        if request.stage.FRESH_PROCESS:
+            actor = self._fresh.remote()
+            ref = actor.run.remote(request, self._box)
+            self._actors[ref] = actor
+        else:
+            ref = self._run.remote(request, self._box)
+        self._running[ref] = request.step
+
+    def poll(self, timeout_seconds: float) -> list[tuple[str, AttemptResult | Failure]]:
+        """Wait for attempts to end, at most so long, and return those that did, by step."""
+        if time.monotonic() < self._orphans_until:
+            try:
+                self._remove_orphans()
+            except self._ray.exceptions.RayError as error:
+                logger.warning("cannot look for placement groups that a lost step left: %s", error)
+        if not self._running:
+            time.sleep(timeout_seconds)
+            return []
+        for ref, since in list(self._cancelled.items()):
+            if time.monotonic() - since > CANCEL_GRACE_SECONDS:
+                self._ray.cancel(ref, force=True)
+                self._cancelled[ref] = math.inf
+        refs = list(self._running)
+        ready, _ = self._ray.wait(refs, num_returns=1, timeout=timeout_seconds)
+        if ready:  # take all that are ready, not only the first
+            ready, _ = self._ray.wait(refs, num_returns=len(refs), timeout=0)
+        ended = [(self._running.pop(ref), self._result(ref)) for ref in ready]
+        if any(isinstance(result, Failure) for _, result in ended):
+            self._orphans_until = time.monotonic() + ORPHAN_SECONDS
+        return ended
+
+    def _result(self, ref: Any) -> AttemptResult | Failure:
+        self._cancelled.pop(ref, None)
+        if actor := self._actors.pop(ref, None):
+            self._ray.kill(actor)
+        try:
+            result: AttemptResult | Failure = self._ray.get(ref)
+        except self._ray.exceptions.TaskCancelledError:
+            return Failure(FailureKind.TRANSIENT, "it was cancelled")
+        except self._ray.exceptions.OutOfMemoryError as error:
+            return Failure(
+                FailureKind.OUT_OF_MEMORY,
+                f"its node ran out of memory and Ray ended its worker: {str(error).splitlines()[0]}",
+            )
+        except self._ray.exceptions.RayTaskError as error:
+            logger.info("%s", error)
+            last = str(error.cause).strip().splitlines()[-1]
+            hint = (
+                "; workers have stillhouse and the workflow's own file, nothing beside it"
+                if "No module" in last
+                else ""
+            )
+            return Failure(FailureKind.PERMANENT, f"its worker could not run it: {last}{hint}")
+        except self._ray.exceptions.RayError as error:
+            return Failure(
+                FailureKind.WORKER_LOST,
+                f"its worker or node died ({type(error).__name__}: {str(error).splitlines()[0]})",
+            )
+        return result
+
+    def _remove_orphans(self) -> None:
+        """Remove this run's placement groups whose creator died: Ray keeps what they reserve until the job ends.
+
+        Ray Train's controller and Tune create them inside a step's process. The public table does not tell the creator.
+        """
+        from ray._private.state import state
+        from ray.core.generated.gcs_pb2 import PlacementGroupTableData as Group
+        from ray.util.placement_group import PlacementGroup
+
+        for raw in state._connect_and_get_accessor().get_placement_group_table():
+            group = Group.FromString(raw)
+            if (
+                group.creator_actor_dead  # also of those that no actor made
+                and group.creator_actor_id != self._ray.ActorID.nil().binary()
+                and not group.is_detached
+                and group.state != Group.REMOVED
+                and group.ray_namespace == self._ray.get_runtime_context().namespace
+            ):
+                handle = PlacementGroup(self._ray.PlacementGroupID(group.placement_group_id))
+                self._ray.util.remove_placement_group(handle)
+                logger.info("deciding to remove placement group %s, since what made it died", handle.id.hex())
+
+    def reports(self) -> ProgressUpdates:
+        """Return what stages told since the last call; nothing where the actor does not answer in time."""
+        try:
+            found: ProgressUpdates = self._ray.get(self._box.drain.remote(), timeout=2.0)
+        except self._ray.exceptions.RayError as error:
+            logger.warning("no reports from the stages: %s", error)
+            return ProgressUpdates()
+        return found
+
+    def cancel(self, step: str) -> None:
+        """End a running attempt: its library first, its worker if that does not end in time."""
+        for ref, name in self._running.items():
+            if name != step or ref in self._cancelled:
+                continue
+            if actor := self._actors.get(ref):  # what it owns (Train's controller, Tune's trials) ends with it
+                self._ray.kill(actor)
+            else:
+                self._ray.cancel(ref, force=False)
+            self._cancelled[ref] = math.inf if actor else time.monotonic()
+
+    def close(self) -> None:
+        """Let go of the cluster; what still runs there for us ends."""
+        workers = []
+        with contextlib.suppress(psutil.Error):
+            children = psutil.Process().children() if self._address is None else []
+            raylets = [child for child in children if child.name() == "raylet"]
+            workers = [worker for raylet in raylets for worker in raylet.children(recursive=True)]
+        self._ray.shutdown()
+        for worker in workers:  # now and then one hangs at its exit (Ray 2.60), for ever
+            with contextlib.suppress(psutil.Error):
+                worker.kill()
+
+
+def _set_environment(*, local: bool) -> None:
+    """Set what Ray reads at import: quiet, and a token of our own for a Ray that we start."""
+    quiet = {
+        "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+        "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+        "RAY_DEDUP_LOGS": "1",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    for name, value in quiet.items():
+        os.environ.setdefault(name, value)
+    if local and "RAY_AUTH_MODE" not in os.environ:
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+
+
+def _silence_ray_stdout() -> None:
+    """Send what raylets tell this driver to its log: with `log_to_driver=False` Ray 2.60 still prints these lines."""
+    from ray._private import worker
+
+    worker.print_to_stdstream = lambda data, ignore_prefix: logger.info("%s", "\n".join(map(str, data["lines"])))
+
+
+def _package(name: str) -> str:
+    file = sys.modules[name].__file__ if name in sys.modules else importlib.import_module(name).__file__
+    assert file is not None
+    return os.path.dirname(file)
+
+
+def _sees(store: Folder, name: str) -> bool:
+    """Run on a node: tell whether it finds a file."""
+    return store.has(name)
