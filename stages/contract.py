@@ -125,14 +125,14 @@ class Artifact:
         paths = [fetch(file, self._cache()) for file in files]
         return paths[0].parents[files[0].name.removeprefix(f"{name}/").count("/")]
 
+    def read_bytes(self, name: str) -> bytes:
+        """Read one of the artifact's files whole; a kind's JSON is read through its model in `stages.formats`."""
+        (path,) = self.paths(name)
+        return path.read_bytes()
+
     def read_json(self, name: str) -> Any:
         """Read one of the artifact's JSON files."""
-        (path,) = self.paths(name)
-        return json.loads(path.read_text())
-
-    def size_bytes(self, name: str) -> int:
-        """Return the bytes on disk of the files below `name/`."""
-        return sum(file.size_bytes for file in self.below(f"{name}/*"))
+        return json.loads(self.read_bytes(name))
 
 
 class Reporter(Protocol):

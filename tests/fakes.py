@@ -13,10 +13,11 @@ from workflows.engine.events import RunEvent
 from workflows.engine.executor import Attempt, AttemptResult, Executor, ProgressUpdates
 from workflows.engine.failures import Failure
 from workflows.engine.graph import Workflow
+from workflows.engine.manifest import Manifest, Provenance
 from workflows.engine.plan import ClusterResources, make_plan
 from workflows.engine.results import RunResult
 from workflows.engine.schedule import Phase
-from workflows.engine.store import ArtifactStore
+from workflows.engine.store import ArtifactStore, Claim
 from workflows.engine.worker import ProgressCollector, run_attempt
 
 
@@ -137,3 +138,29 @@ def drive(
     told: list[RunEvent] = []
     plan = make_plan(workflow, store, deep=True, cluster=tasks.cluster_resources(), **options)
     return Driver(plan, store, tasks, run, told.append, SilentWatcher()).go(), told
+
+
+def fake_manifest(claim: Claim, **changes: Any) -> Manifest:
+    """Return the manifest of a claim's attempt, with some fields changed."""
+    provenance = Provenance(commit="c0", code_digest="d0", packages={}, python="3", host="h", platform="p")
+    fields: dict[str, Any] = {
+        "fingerprint": claim.fingerprint,
+        "generation": claim.generation,
+        "epoch": claim.epoch,
+        "kind": "dataset",
+        "stage": "Fake",
+        "step": "fake",
+        "workflow": "flow",
+        "run": "run",
+        "files": (),
+        "metrics": {},
+        "fallbacks": (),
+        "identity": {},
+        "inputs": {},
+        "resources": Resources(),
+        "provenance": provenance,
+        "seconds": 1.0,
+        "peak_memory_bytes": 0,
+        "created": 0.0,
+    }
+    return Manifest(**(fields | changes))

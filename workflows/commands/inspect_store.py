@@ -61,7 +61,7 @@ def explain(workflow: Workflow, store_uri: str, step: str, *, against: str | Non
     store = ArtifactStore(store_uri)
     commit = store.newest(identity.fingerprint)
     answer: dict[str, Any] = {"step": name, "fingerprint": identity.fingerprint, **identity.record}
-    answer["committed"] = f"generation {commit.generation} by run {commit.manifest['run']}" if commit else "no"
+    answer["committed"] = f"generation {commit.generation} by run {commit.manifest.run}" if commit else "no"
     if against:
         steps = _run_steps(store, against)
         if name not in steps:
@@ -72,7 +72,7 @@ def explain(workflow: Workflow, store_uri: str, step: str, *, against: str | Non
         elif other is None:
             answer[f"against {against}"] = f"another fingerprint, {steps[name]}, which has no commit to compare with"
         else:
-            answer[f"against {against}"] = differences(other.manifest["identity"], identity.record)
+            answer[f"against {against}"] = differences(other.manifest.identity, identity.record)
     return answer
 
 
@@ -91,7 +91,7 @@ def _run_steps(store: ArtifactStore, run: str) -> Mapping[str, str]:
 
 def _commits(store: ArtifactStore) -> list[Commit]:
     found = (store.newest(Fingerprint(fingerprint)) for fingerprint in store.fingerprints())
-    return sorted((commit for commit in found if commit), key=lambda commit: float(commit.manifest["created"]))
+    return sorted((commit for commit in found if commit), key=lambda commit: commit.manifest.created)
 
 
 def _total_bytes(commit: Commit) -> int:
@@ -106,11 +106,11 @@ def list_artifacts(store_uri: str) -> list[dict[str, Any]]:
         {
             "fingerprint": commit.fingerprint,
             "kind": commit.artifact.kind,
-            "step": f"{commit.manifest['workflow']}/{commit.manifest['step']}",
+            "step": f"{commit.manifest.workflow}/{commit.manifest.step}",
             "size_bytes": _total_bytes(commit),
             "seconds": commit.seconds,
-            "created": commit.manifest["created"],
-            "run": commit.manifest["run"],
+            "created": commit.manifest.created,
+            "run": commit.manifest.run,
             "generation": commit.generation,
             "pinned": commit.fingerprint in pins,
         }
@@ -156,18 +156,18 @@ def show(store_uri: str, text: str) -> dict[str, Any]:
     )
     return {
         "fingerprint": fingerprint,
-        "kind": manifest["kind"],
-        "step": f"{manifest['workflow']}/{manifest['step']}",
-        "run": manifest["run"],
+        "kind": manifest.kind,
+        "step": f"{manifest.workflow}/{manifest.step}",
+        "run": manifest.run,
         "generation": commit.generation,
         "load from": "\n".join(folders) or "no checkpoint",
         "size": size(_total_bytes(commit)),
         "took": duration(commit.seconds),
-        "peak memory": size(manifest["peak_memory_bytes"]),
-        "metrics": dict(manifest["metrics"]),
-        "fallbacks": list(manifest["fallbacks"]),
-        "inputs": {name: part["fingerprint"][:12] for name, part in manifest["inputs"].items()},
-        "provenance": manifest["provenance"],
+        "peak memory": size(manifest.peak_memory_bytes),
+        "metrics": dict(manifest.metrics),
+        "fallbacks": list(manifest.fallbacks),
+        "inputs": {name: part.fingerprint[:12] for name, part in manifest.inputs.items()},
+        "provenance": manifest.provenance.model_dump(),
         "files": [
             {"name": file.name, "size_bytes": file.size_bytes, "uri": file.uri} for file in commit.artifact.files
         ],
@@ -188,7 +188,7 @@ def verify(store_uri: str, which: Iterable[str]) -> list[dict[str, Any]]:
         problems = store.problems(commit, deep=True)
         if problems:
             store.withdraw(commit, problems[0])
-        rows.append({"fingerprint": fingerprint, "step": commit.manifest["step"], "problems": problems})
+        rows.append({"fingerprint": fingerprint, "step": commit.manifest.step, "problems": problems})
     return rows
 
 
@@ -228,7 +228,7 @@ def collect(settings: Settings, *, keep_runs: int, delete: bool) -> dict[str, An
         num_bytes = sum(entry.size_bytes for entry in entries)
         freed += num_bytes
         commit = store.newest(Fingerprint(fingerprint))
-        step = f"{commit.manifest['workflow']}/{commit.manifest['step']}" if commit else "(unfinished)"
+        step = f"{commit.manifest.workflow}/{commit.manifest.step}" if commit else "(unfinished)"
         rows.append({"fingerprint": fingerprint, "step": step, "size_bytes": num_bytes})
         if delete:
             # Commits go first: cut short, this leaves files that nobody reads, never a manifest without files.

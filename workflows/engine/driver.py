@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from threading import Event as Flag
-from typing import Any
 
 from stages.contract import Artifact
 from stages.errors import ExternalDataError
@@ -23,8 +22,9 @@ from workflows.engine.external import ResolvedStep, ResolvedSteps
 from workflows.engine.failures import Failure, FailureKind
 from workflows.engine.graph import Handle, Source, Wiring
 from workflows.engine.heartbeat import Heartbeat, Holder
-from workflows.engine.manifest import build_manifest
+from workflows.engine.manifest import InputCommit, Manifest, Provenance
 from workflows.engine.plan import Plan, StepPlan
+from workflows.engine.provenance import code_evidence
 from workflows.engine.recorder import Recorder
 from workflows.engine.results import STATUS_OF, RunResult, StepResult, StepStatus, Watcher
 from workflows.engine.schedule import (
@@ -201,7 +201,7 @@ class Driver:
         if (
             newest is None
             or newest.generation <= planned.seen_generation
-            or newest.manifest["inputs"] != self._input_commits(planned)
+            or newest.manifest.inputs != self._input_commits(planned)
         ):
             return False
         self._commits[launch.step] = newest
@@ -212,17 +212,17 @@ class Driver:
             launch.attempt,
             "FINISHED",
             newest.artifact.metrics,
-            {"made_by_run": str(newest.manifest["run"])},
+            {"made_by_run": newest.manifest.run},
         )
-        self.watcher.step(launch.step, Phase.COMMITTED, f"shared with run {newest.manifest['run']}")
+        self.watcher.step(launch.step, Phase.COMMITTED, f"shared with run {newest.manifest.run}")
         self._take(Committed(launch.step, self.clock()))
         return True
 
-    def _input_commits(self, planned: StepPlan) -> dict[str, dict[str, Any]]:
+    def _input_commits(self, planned: StepPlan) -> dict[str, InputCommit]:
         found = {}
         for name, source in planned.step.sources():
             generation = self._commits[source.step].generation if isinstance(source, Handle) else 0
-            found[name] = {"fingerprint": planned.inputs[name], "generation": generation}
+            found[name] = InputCommit(fingerprint=planned.inputs[name], generation=generation)
         return found
 
     def _resolve(self, wiring: Wiring, resolved: ResolvedStep) -> Artifact | Mapping[str, Artifact]:
@@ -246,7 +246,7 @@ class Driver:
             metrics = {
                 **ended.artifact.metrics,
                 "seconds": ended.seconds,
-                "peak_memory_bytes": ended.manifest["peak_memory_bytes"],
+                "peak_memory_bytes": float(ended.manifest.peak_memory_bytes),
             }
             self._recorder.closed(
                 name, state.attempt, "FINISHED", metrics, {"artifact": self.store.out(self._claims[name]).uri}
@@ -273,14 +273,27 @@ class Driver:
         planned, claim = self.plan.steps[name], self._claims[name]
         if moved := self._resolved.of(planned).changed():
             return Failure(FailureKind.PERMANENT, moved)
-        manifest = build_manifest(
-            planned,
-            claim,
-            done,
+        assert planned.identity is not None
+        stage = planned.step.stage
+        manifest = Manifest(
+            fingerprint=claim.fingerprint,
+            generation=claim.generation,
+            epoch=claim.epoch,
+            kind=stage.KIND,
+            stage=type(stage).__name__,
+            step=name,
             workflow=self.plan.workflow.name,
             run=self.run,
+            files=done.files,
+            metrics=dict(done.metrics),
+            fallbacks=done.fallbacks,
+            identity=dict(planned.identity.record),
             inputs=self._input_commits(planned),
             resources=self._schedule.steps[name].resources,
+            provenance=Provenance(**done.environment, **code_evidence(type(stage))),
+            seconds=done.seconds,
+            peak_memory_bytes=done.peak_memory_bytes,
+            created=time.time(),
         )
         try:
             commit = self.store.commit(claim, manifest)

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from stages.contract import Artifact, Resources, Stage
 from stages.storage import Folder
 from workflows.engine.failures import Failure
+from workflows.engine.manifest import ManifestFile
 from workflows.engine.plan import ClusterResources
 
 
@@ -33,7 +34,7 @@ class Attempt:
 class AttemptResult:
     """An attempt that ended well: what its manifest will say."""
 
-    files: list[dict[str, Any]]
+    files: tuple[ManifestFile, ...]
     metrics: Mapping[str, float]
     fallbacks: tuple[str, ...]
     seconds: float

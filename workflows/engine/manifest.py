@@ -1,65 +1,103 @@
-"""What a commit's manifest says: the files, what they were made from and by, and what that took."""
+"""What a commit's manifest says: its files, what they were made from and by, and what that took."""
 
-import time
+import json
 from collections.abc import Mapping
 from typing import Any
 
-from stages.contract import Resources
-from workflows.engine.executor import AttemptResult
-from workflows.engine.identity import Fingerprint
-from workflows.engine.plan import StepPlan
-from workflows.engine.provenance import code_evidence
-from workflows.engine.store import MANIFEST_SCHEMA, ArtifactStore, Claim
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from stages.contract import Kind, Resources
+from stages.errors import ConfigError
+
+__all__ = ["SCHEMA", "InputCommit", "Manifest", "ManifestFile", "Provenance"]
+
+SCHEMA = 2
+"""Raised with each change of the fields below that another version could not read."""
 
 
-def build_manifest(
-    planned: StepPlan,
-    claim: Claim,
-    done: AttemptResult,
-    *,
-    workflow: str,
-    run: str,
-    inputs: Mapping[str, Mapping[str, Any]],
-    resources: Resources,
-) -> dict[str, Any]:
-    """Return the manifest of an attempt that ended well, as plain JSON."""
-    assert planned.identity is not None
-    stage = planned.step.stage
-    return {
-        "schema": MANIFEST_SCHEMA,
-        "fingerprint": claim.fingerprint,
-        "generation": claim.generation,
-        "epoch": claim.epoch,
-        "kind": stage.KIND,
-        "stage": type(stage).__name__,
-        "step": planned.step.name,
-        "workflow": workflow,
-        "run": run,
-        "files": done.files,
-        "metrics": dict(done.metrics),
-        "fallbacks": list(done.fallbacks),
-        "identity": planned.identity.record,
-        "inputs": inputs,
-        "resources": resources.model_dump(),
-        "provenance": {**done.environment, **code_evidence(type(stage))},
-        "seconds": done.seconds,
-        "peak_memory_bytes": done.peak_memory_bytes,
-        "created": time.time(),
-    }
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
-def cost_seconds(store: ArtifactStore, fingerprint: Fingerprint) -> float:
-    """Return the wall-clock seconds of all the steps that an artifact was made by, each counted once."""
-    seconds = 0.0
-    seen: set[str] = set()
-    todo: list[str] = [fingerprint]
-    while todo:
-        current = Fingerprint(todo.pop())
-        if current in seen:
-            continue
-        seen.add(current)
-        commit = store.newest(current)
-        if commit is not None:
-            seconds += commit.seconds
-            todo += [part["fingerprint"] for part in commit.manifest["inputs"].values()]
-    return seconds
+class ManifestFile(_Part):
+    """One file of an artifact."""
+
+    name: str
+    """Logical name in the artifact."""
+    path: str
+    """Where it lies, relative to the artifact's folder: `out/<epoch>/<name>`."""
+    size_bytes: int
+    sha256: str
+
+
+class InputCommit(_Part):
+    """The commit that an input was read from."""
+
+    fingerprint: str
+    generation: int
+    """0 for data from outside."""
+
+
+class Provenance(_Part):
+    """Evidence about where a result came from: recorded, never identity."""
+
+    commit: str
+    """The repository's commit; `unknown` outside of a checkout."""
+    code_digest: str
+    packages: dict[str, str]
+    python: str
+    host: str
+    platform: str
+
+
+class Manifest(_Part):
+    """One commit of an artifact."""
+
+    fingerprint: str
+    generation: int
+    epoch: int
+    kind: Kind
+    stage: str
+    step: str
+    workflow: str
+    run: str
+    files: tuple[ManifestFile, ...]
+    metrics: dict[str, float]
+    fallbacks: tuple[str, ...]
+    """Each change of algorithm that the config allowed and that did happen."""
+    identity: dict[str, Any]
+    """The record that the fingerprint is the hash of."""
+    inputs: dict[str, InputCommit]
+    resources: Resources
+    provenance: Provenance
+    seconds: float
+    """Wall-clock seconds of the attempt."""
+    peak_memory_bytes: int
+    created: float
+    """Unix time."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON, the schema number included."""
+        return {"schema": SCHEMA, **self.model_dump(mode="json")}
+
+    @classmethod
+    def parse(cls, data: bytes, *, where: str) -> "Manifest":
+        """Read a manifest's bytes; `where` names it in errors.
+
+        Raises:
+            ConfigError: another version of stillhouse wrote it.
+            ValueError: it is torn: not JSON at all.
+        """
+        value: Mapping[str, Any] = json.loads(data)
+        found = value.get("schema")
+        try:
+            if found == SCHEMA:
+                return cls.model_validate({key: item for key, item in value.items() if key != "schema"})
+            problem = f"it has schema {found}, expected {SCHEMA}"
+        except ValidationError as error:
+            first = error.errors()[0]
+            problem = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        raise ConfigError(
+            f"the manifest {where} was written by another version of stillhouse ({problem}); use another store "
+            "(--store), or the version that wrote this one"
+        )

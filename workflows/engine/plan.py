@@ -162,7 +162,7 @@ def _plan_step(
         return StepPlan(step, "BLOCKED" if identity.own else "MISS", identity.reason, seconds_estimate=estimate)
     miss = _why_miss(step, identity, found, before, strict_code)
     if miss is None and found.commit is not None:
-        changed = found.commit.manifest["provenance"]["code_digest"] != code_digest(type(step.stage))
+        changed = found.commit.manifest.provenance.code_digest != code_digest(type(step.stage))
         reason = "committed" + (", code changed since" if changed else "")
         return StepPlan(step, "HIT", reason, identity, found.commit, estimate)
     seen = found.commit.generation if found.commit else 0
@@ -182,7 +182,7 @@ def _why_miss(
         if found.previous is None:
             waits = sorted(need for need in step.needs() if before[need].status != "HIT")
             return "never run" + (f"; waits for {', '.join(waits)}" if waits else "")
-        return _changed(step, found.previous.manifest["identity"], identity.record)
+        return _changed(step, found.previous.manifest.identity, identity.record)
     if found.problems:
         return f"its commit does not verify: {found.problems[0]}"
     for need in sorted(step.needs()):
@@ -190,11 +190,11 @@ def _why_miss(
         if source is None:
             return f"{need} is run again"
         if all(
-            part["fingerprint"] != source.fingerprint or part["generation"] != source.generation
-            for part in commit.manifest["inputs"].values()
+            part.fingerprint != source.fingerprint or part.generation != source.generation
+            for part in commit.manifest.inputs.values()
         ):
             return f"{need} has a newer commit than the one this was made from"
-    if strict_code and commit.manifest["provenance"]["code_digest"] != code_digest(type(step.stage)):
+    if strict_code and commit.manifest.provenance.code_digest != code_digest(type(step.stage)):
         return f"the code of {type(step.stage).__name__} changed (--strict-code)"
     return None
 

@@ -26,7 +26,7 @@ class Recorder:
     def hit(self, name: str, commit: Commit) -> None:
         """A step's result was found."""
         self.opened(name, 0, "hit")
-        self.closed(name, 0, "FINISHED", commit.artifact.metrics, {"made_by_run": str(commit.manifest["run"])})
+        self.closed(name, 0, "FINISHED", commit.artifact.metrics, {"made_by_run": commit.manifest.run})
 
     def opened(self, name: str, attempt: int, cache: Literal["hit", "miss"]) -> None:
         """An attempt began."""

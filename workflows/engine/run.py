@@ -18,12 +18,11 @@ from workflows.engine.executor import Attempt, AttemptResult, Executor, Progress
 from workflows.engine.failures import Failure
 from workflows.engine.graph import Workflow
 from workflows.engine.identity import Fingerprint
-from workflows.engine.manifest import cost_seconds
 from workflows.engine.plan import ClusterResources, Plan, make_plan
 from workflows.engine.provenance import git_commit
 from workflows.engine.ray_executor import RayExecutor, local_resources
 from workflows.engine.results import RunResult, StepResult, Watcher
-from workflows.engine.store import ArtifactStore
+from workflows.engine.store import ArtifactStore, cost_seconds
 from workflows.engine.tracking.publisher import replay
 from workflows.engine.tracking.tracker import RunTracker, TrackerState
 from workflows.engine.tracking.tracking_uri import default_tracking_uri
@@ -100,7 +99,9 @@ def plan_only(workflow: Workflow, settings: Settings) -> Plan:
         )
     tasks = RayExecutor(address=settings.address, verbose=settings.verbose)
     try:
-        return make_plan(workflow, store, only=settings.only, strict_code=settings.strict_code, cluster=tasks.cluster_resources())
+        return make_plan(
+            workflow, store, only=settings.only, strict_code=settings.strict_code, cluster=tasks.cluster_resources()
+        )
     finally:
         tasks.close()
 
@@ -196,10 +197,10 @@ def _tell_results(store: ArtifactStore, result: RunResult, ledger: RunTracker) -
             continue
         report = step.commit.artifact.read_json("report.json")
         reports[name] = with_costs(store, report)
-        scores = step.commit.manifest["inputs"]["scores"]["fingerprint"]
+        scores = step.commit.manifest.inputs["scores"].fingerprint
         for candidate in reports[name]["candidates"]:
             tags = {f"note.{key}": text for key, text in candidate.get("notes", {}).items()}
-            tags |= {"fingerprint": candidate["fingerprint"], "made_by_run": str(step.commit.manifest["run"])}
+            tags |= {"fingerprint": candidate["fingerprint"], "made_by_run": step.commit.manifest.run}
             found = events.CandidateFound(
                 result.run,
                 scores,

@@ -23,13 +23,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stages.contract import Artifact, Kind, read_receipts
+from stages.contract import Artifact, read_receipts
 from stages.errors import ConfigError, StillhouseError, nearest
 from stages.storage import AlreadyExists, File, Folder
 from workflows.engine.heartbeat import Holder, Liveness
 from workflows.engine.identity import Fingerprint
-
-MANIFEST_SCHEMA = 1
+from workflows.engine.manifest import InputCommit, Manifest, ManifestFile
 
 
 class Fenced(StillhouseError):
@@ -51,13 +50,13 @@ class Commit:
 
     fingerprint: Fingerprint
     generation: int
-    manifest: Mapping[str, Any]
+    manifest: Manifest
     artifact: Artifact
 
     @property
     def seconds(self) -> float:
         """Wall-clock seconds that the attempt took."""
-        return float(self.manifest["seconds"])
+        return self.manifest.seconds
 
 
 class ArtifactStore:
@@ -113,12 +112,11 @@ class ArtifactStore:
     def read(self, fingerprint: Fingerprint, generation: int) -> Commit:
         """Read one commit."""
         folder = self.folder(fingerprint)
-        manifest = folder.get_json(f"commits/{generation:06d}.json")
-        files = tuple(
-            File(f["name"], folder.uri_of(f["path"]), f["size_bytes"], f["sha256"]) for f in manifest["files"]
-        )
-        kind: Kind = manifest["kind"]
-        return Commit(fingerprint, generation, manifest, Artifact(kind, fingerprint, files, manifest["metrics"]))
+        name = f"commits/{generation:06d}.json"
+        manifest = Manifest.parse(folder.get(name), where=folder.uri_of(name))
+        files = tuple(File(f.name, folder.uri_of(f.path), f.size_bytes, f.sha256) for f in manifest.files)
+        artifact = Artifact(manifest.kind, fingerprint, files, manifest.metrics)
+        return Commit(fingerprint, generation, manifest, artifact)
 
     def fingerprints(self) -> list[str]:
         """Return every fingerprint that the store knows."""
@@ -188,15 +186,15 @@ class ArtifactStore:
         """Return the folder that only this claim's attempt writes."""
         return self.folder(claim.fingerprint) / "out" / f"{claim.epoch:06d}"
 
-    def resume(self, claim: Claim, inputs: Mapping[str, Mapping[str, Any]] | None = None) -> Folder:
+    def resume(self, claim: Claim, inputs: Mapping[str, InputCommit] | None = None) -> Folder:
         """Return the folder that attempts at this generation share, if they read the same commits of their inputs."""
-        text = json.dumps(inputs or {}, sort_keys=True)
+        text = json.dumps({name: part.model_dump() for name, part in (inputs or {}).items()}, sort_keys=True)
         return self._resume(claim) / hashlib.sha256(text.encode()).hexdigest()[:12]
 
     def _resume(self, claim: Claim) -> Folder:
         return self.folder(claim.fingerprint) / "resume" / f"{claim.generation:06d}"
 
-    def commit(self, claim: Claim, manifest: Mapping[str, Any]) -> Commit:
+    def commit(self, claim: Claim, manifest: Manifest) -> Commit:
         """Publish an attempt's files.
 
         Raises:
@@ -210,7 +208,7 @@ class ArtifactStore:
                 "not committed"
             )
         try:
-            folder.put_json(f"commits/{claim.generation:06d}.json", manifest, create=True)
+            folder.put_json(f"commits/{claim.generation:06d}.json", manifest.to_json(), create=True)
         except AlreadyExists as error:
             raise Fenced(f"generation {claim.generation} of {claim.fingerprint[:12]} is committed already") from error
         return self.read(claim.fingerprint, claim.generation)
@@ -247,14 +245,14 @@ class ArtifactStore:
         folder = self.folder(commit.fingerprint)
         there = {f"out/{entry.name}": entry.size_bytes for entry in (folder / "out").entries()}
         found = []
-        for file in commit.manifest["files"]:
-            path = file["path"]
+        for file in commit.manifest.files:
+            path = file.path
             if path not in there:
-                found.append(f"{file['name']} is missing")
-            elif there[path] != file["size_bytes"]:
-                found.append(f"{file['name']} has {there[path]} bytes, expected {file['size_bytes']}")
-            elif deep and folder.digest(path).sha256 != file["sha256"]:
-                found.append(f"{file['name']} has another sha256 than its manifest names")
+                found.append(f"{file.name} is missing")
+            elif there[path] != file.size_bytes:
+                found.append(f"{file.name} has {there[path]} bytes, expected {file.size_bytes}")
+            elif deep and folder.digest(path).sha256 != file.sha256:
+                found.append(f"{file.name} has another sha256 than its manifest names")
         return found
 
     # Names, pins ----------------------------------------------------------------------------------------------------
@@ -263,10 +261,10 @@ class ArtifactStore:
         """Let `by-name/<workflow>/<step>` name a commit; a symlink beside it on local disk, for people."""
         folder = self.root / "by-name" / workflow
         folder.put_json(f"{step}.json", {"fingerprint": commit.fingerprint, "generation": commit.generation})
-        local, files = folder.local_path(), commit.manifest["files"]
+        local, files = folder.local_path(), commit.manifest.files
         if local is None or not files:
             return
-        newest_out = max(file["path"].split("/")[1] for file in files)
+        newest_out = max(file.path.split("/")[1] for file in files)
         link, target = local / step, Path("../../artifacts") / commit.fingerprint / "out" / newest_out
         fresh = local / f".{step}.{os.getpid()}"
         fresh.unlink(missing_ok=True)
@@ -290,7 +288,7 @@ class ArtifactStore:
         return [entry.name.removesuffix(".json") for entry in (self.root / "pins").entries()]
 
 
-def seal(out: Folder, resume: Folder, root: Folder) -> list[dict[str, Any]]:
+def seal(out: Folder, resume: Folder, root: Folder) -> tuple[ManifestFile, ...]:
     """Return a manifest's file list: shards by their receipts, everything else in `out` hashed as the store holds it.
 
     Raises:
@@ -308,10 +306,16 @@ def seal(out: Folder, resume: Folder, root: Folder) -> list[dict[str, Any]]:
                 "run again"
             )
         files.append(file)
-    return [
-        {"name": f.name, "path": f.uri.removeprefix(root.uri + "/"), "size_bytes": f.size_bytes, "sha256": f.sha256}
+    return tuple(
+        ManifestFile(name=f.name, path=f.uri.removeprefix(root.uri + "/"), size_bytes=f.size_bytes, sha256=f.sha256)
         for f in sorted(files, key=lambda f: f.name)
-    ]
+    )
+
+
+def cost_seconds(store: ArtifactStore, fingerprint: Fingerprint) -> float:
+    """Return the wall-clock seconds of all the steps that an artifact was made by, each counted once."""
+    commits = (store.newest(Fingerprint(found)) for found in reachable(store, [fingerprint]))
+    return sum(commit.seconds for commit in commits if commit is not None)
 
 
 def reachable(store: ArtifactStore, roots: Iterable[str]) -> set[str]:
@@ -324,5 +328,5 @@ def reachable(store: ArtifactStore, roots: Iterable[str]) -> set[str]:
             continue
         found.add(current)
         for generation in store.generations(current):
-            todo.extend(part["fingerprint"] for part in store.read(current, generation).manifest["inputs"].values())
+            todo.extend(part.fingerprint for part in store.read(current, generation).manifest.inputs.values())
     return found

@@ -115,7 +115,7 @@ def run_attempt(request: Attempt, box: Any) -> AttemptResult | Failure:
             log.write(traceback.format_exc())
             return classify(error)
         seconds = time.monotonic() - started
-        size = sum(file["size_bytes"] for file in files)
+        size = sum(file.size_bytes for file in files)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         logger.info(
             "%s done in %.1f s: %d files, %d bytes, peak memory %d bytes", request.step, seconds, len(files), size, peak

@@ -71,4 +71,4 @@ def test_gc_keeps_what_a_living_run_uses_however_old(store: ArtifactStore) -> No
 def _step(store: ArtifactStore, fingerprint: str) -> tuple[str, str]:
     commit = store.newest(store.resolve(fingerprint))
     assert commit is not None
-    return commit.manifest["step"], commit.manifest["run"]
+    return commit.manifest.step, commit.manifest.run

@@ -16,9 +16,8 @@ from workflows.engine.failures import Failure, FailureKind
 from workflows.engine.graph import Handle, Retry, Workflow
 from workflows.engine.heartbeat import Holder
 from workflows.engine.identity import Fingerprint
-from workflows.engine.manifest import cost_seconds
 from workflows.engine.plan import make_plan
-from workflows.engine.store import ArtifactStore, Claim
+from workflows.engine.store import ArtifactStore, Claim, cost_seconds
 
 BROKEN = Failure(FailureKind.PERMANENT, "the flask broke")
 LOST = Failure(FailureKind.WORKER_LOST, "the node died")
@@ -234,10 +233,10 @@ def test_drive_manifest_says_where_the_result_came_from(store: ArtifactStore) ->
     commit = result.steps["second"].commit
     assert commit is not None
     manifest = commit.manifest
-    assert set(manifest["inputs"]) == {"data", "parts[first]"}
-    assert manifest["identity"]["config"] == {"mark": "2:"}
-    assert manifest["provenance"]["python"]
-    assert manifest["metrics"] == {"parts": 2.0}
+    assert set(manifest.inputs) == {"data", "parts[first]"}
+    assert manifest.identity["config"] == {"mark": "2:"}
+    assert manifest.provenance.python
+    assert manifest.metrics == {"parts": 2.0}
 
 
 def test_drive_rotten_input_is_made_again_before_it_is_read(store: ArtifactStore) -> None:

@@ -14,8 +14,10 @@ import pytest
 from stages.contract import Shards
 from stages.errors import ConfigError, StageFailed, StillhouseError
 from stages.storage import File, Folder, fetch
+from tests.fakes import fake_manifest
 from workflows.engine.heartbeat import Heartbeat, Holder, Liveness
 from workflows.engine.identity import Fingerprint
+from workflows.engine.manifest import InputCommit, Manifest
 from workflows.engine.store import ArtifactStore, Claim, Commit, Fenced, reachable, seal
 
 F = Fingerprint("f" * 64)
@@ -34,9 +36,9 @@ def claimed(store: ArtifactStore, run: str = "run", fingerprint: Fingerprint = F
     return claim
 
 
-def manifest(store: ArtifactStore, claim: Claim, **inputs: dict[str, Any]) -> dict[str, Any]:
+def manifest(store: ArtifactStore, claim: Claim, **inputs: InputCommit) -> Manifest:
     files = seal(store.out(claim), store.resume(claim), store.folder(claim.fingerprint))
-    return {"files": files, "kind": "dataset", "metrics": {}, "inputs": inputs, "seconds": 1.0}
+    return fake_manifest(claim, files=files, inputs=inputs)
 
 
 def test_commit_written_files_are_read_back(store: ArtifactStore) -> None:
@@ -186,7 +188,7 @@ def test_shards_same_shard_from_two_attempts_is_kept_once(store: ArtifactStore) 
     Shards(store.out(second), store.resume(second)).write("s/0.txt", b"zero", {})
     Shards(store.out(first), store.resume(second)).write("s/0.txt", b"zero", {})
     files = seal(store.out(second), store.resume(second), store.folder(F))
-    assert [file["path"] for file in files] == ["out/000002/s/0.txt"]
+    assert [file.path for file in files] == ["out/000002/s/0.txt"]
     assert store.out(first).entries() == []
 
 
@@ -223,7 +225,7 @@ def test_reachable_follows_inputs(store: ArtifactStore) -> None:
     made_from = claimed(store, fingerprint=Fingerprint("1" * 64))
     store.commit(made_from, manifest(store, made_from))
     claim = claimed(store)
-    store.commit(claim, manifest(store, claim, data={"fingerprint": "1" * 64, "generation": 1}))
+    store.commit(claim, manifest(store, claim, data=InputCommit(fingerprint="1" * 64, generation=1)))
     assert reachable(store, [F]) == {F, "1" * 64}
 
 

@@ -1,0 +1,51 @@
+"""`dataset.json`: what a dataset of packed tokens is, beside its tokenizer and its token shards (`tokens.py`)."""
+
+from typing import Any, ClassVar
+
+from pydantic import Field
+
+from stages.contract import Split
+from stages.formats.json_format import FormatModel, JsonFormat
+
+__all__ = ["DatasetInfo", "RejectedRows", "SplitCounts"]
+
+
+class SplitCounts(FormatModel):
+    """How much one split holds."""
+
+    shards: int
+    rows: int
+    """Packed rows of `sequence_length` tokens."""
+    tokens: int
+    """Targets: tokens whose prediction is learned or scored."""
+    documents: int
+
+
+class RejectedRows(FormatModel):
+    """Rows of the source that are not what their schema says."""
+
+    count: int
+    rows_read: int
+    examples: tuple[str, ...]
+    """The first of them in words."""
+
+
+class DatasetInfo(JsonFormat):
+    """`dataset.json`."""
+
+    FILE: ClassVar = "dataset.json"
+
+    tokenizer_digest: str
+    vocabulary_size: int
+    """Highest token id + 1: how many logits a model needs at least."""
+    sequence_length: int
+    """Tokens in one packed row."""
+    bos_token_id: int | None
+    eos_token_id: int
+    pad_token_id: int | None
+    splits: dict[Split, SplitCounts]
+    rejected: RejectedRows
+    unlearned_answers: int
+    """Answers in chats that are no targets, since the chat template changes them."""
+    sources: tuple[dict[str, Any], ...] = Field(min_length=1)
+    """The identity of each source of documents."""

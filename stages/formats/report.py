@@ -1,0 +1,82 @@
+"""`report.json`: the verdict on all candidates, and each candidate with the same `final/*` metrics as every other."""
+
+from typing import ClassVar, Literal
+
+from stages.contract import Split
+from stages.formats.json_format import FormatModel, JsonFormat
+
+__all__ = ["Check", "Claim", "Report", "ReportedCandidate", "Verdict"]
+
+
+class Check(FormatModel):
+    """One limit of the gate, applied to one candidate."""
+
+    limit: str
+    """The gate's field."""
+    bound: float
+    value: float | None
+    """None where it could not be found."""
+    interval: tuple[float, float] | None
+    """95 % interval; None for what is exact or not measured."""
+    passed: bool
+    text: str
+    """The same in words."""
+
+
+class Claim(FormatModel):
+    """Whether one model predicts held-out text better than another, beyond noise."""
+
+    claim: str
+    difference_nats_per_token: float
+    interval: tuple[float, float]
+    """95 % interval of the difference."""
+    perplexities: dict[str, float]
+    holds: bool
+    text: str
+
+
+class Verdict(FormatModel):
+    """What was decided, and why."""
+
+    outcome: Literal["accepted", "rejected"]
+    champion: str | None
+    """Name of the accepted candidate."""
+    registered_name: str
+    """Name in the model registry."""
+    reasons: tuple[str, ...]
+    claims: tuple[Claim, ...]
+    checks: dict[str, tuple[Check, ...]]
+    """Candidate → its checks; the teacher has none."""
+
+
+class ReportedCandidate(FormatModel):
+    """A candidate as people compare it."""
+
+    name: str
+    fingerprint: str
+    folder: str
+    uri: str
+    """The folder to load it from."""
+    kind: str
+    base: str | None
+    params: dict[str, str]
+    """Few and short: the axes that people plot."""
+    metrics: dict[str, float]
+    """`final/…`; one that is not known is absent."""
+    intervals: dict[str, tuple[float, float]]
+    """95 % intervals of some of them."""
+    notes: dict[str, str]
+    """Metric → why it is absent."""
+
+
+class Report(JsonFormat):
+    """`report.json`."""
+
+    FILE: ClassVar = "report.json"
+
+    verdict: Verdict
+    reference: str | None
+    split: Split
+    tokens: int
+    documents: int
+    candidates: tuple[ReportedCandidate, ...]

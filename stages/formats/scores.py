@@ -1,0 +1,64 @@
+"""`scores.json`: the quality of each candidate; `documents.parquet` beside it holds sums for each document."""
+
+from typing import ClassVar
+
+from stages.contract import Split
+from stages.formats.json_format import FormatModel, JsonFormat
+
+__all__ = ["REFERENCE", "CandidateScores", "Scores"]
+
+REFERENCE = "@reference"
+"""Name of the reference's rows in `documents.parquet` where it is not among the models; no step can be named so."""
+
+
+class CandidateScores(FormatModel):
+    """One candidate's scores."""
+
+    fingerprint: str
+    """Of the artifact that holds the candidate."""
+    folder: str
+    """The checkpoint's logical folder in it."""
+    uri_prefix: str
+    """URI of the folder to load the checkpoint from."""
+    kind: str
+    """How it was made, in a word: `model`, `quantized`, `pruned`, …; for people, nothing depends on it."""
+    base: str | None
+    """Name of the candidate that it was derived from, where that is among those scored."""
+    base_fingerprint: str | None
+    """Fingerprint of the artifact that it was derived from, if any."""
+    method: str | None
+    """How it was derived, e.g. a scheme's name."""
+    axes: dict[str, str]
+    """Shape and number format, for plots."""
+    parameters: int
+    size_bytes: int
+    bits_per_weight: float
+    compression_x: float
+    """The reference's bytes over the candidate's."""
+    cross_entropy: float
+    """Nats per token."""
+    perplexity: float
+    kl_to_reference: float
+    """Mean KL(reference ‖ candidate), nats per token."""
+    agreement: float
+    """Fraction of tokens where candidate and reference find the same token likeliest."""
+    kl_to_base: float | None
+    agreement_with_base: float | None
+
+
+class Scores(JsonFormat):
+    """`scores.json`."""
+
+    FILE: ClassVar = "scores.json"
+
+    split: Split
+    dtype: str
+    tokens: int
+    documents: int
+    rows: int
+    dataset_fingerprint: str
+    reference: str | None
+    """The reference's name among the models; None where it is not among them."""
+    reference_fingerprint: str
+    reference_bytes: int
+    models: dict[str, CandidateScores]

@@ -1,0 +1,36 @@
+"""`speed.json`: latency, throughput and memory of each candidate on one kind of machine."""
+
+from typing import ClassVar
+
+from stages.formats.json_format import FormatModel, JsonFormat
+
+__all__ = ["CandidateSpeed", "Speed"]
+
+
+class CandidateSpeed(FormatModel):
+    """One candidate's figures; None, with the reason, where they were not measured."""
+
+    prefill_p50_ms: float | None = None
+    prefill_p95_ms: float | None = None
+    latency_p50_ms: float | None = None
+    """Median milliseconds of one decode step."""
+    latency_p95_ms: float | None = None
+    tokens_per_second: float | None = None
+    peak_memory_bytes: int | None = None
+    reason: str | None = None
+    """Why the figures are absent."""
+
+
+class Speed(JsonFormat):
+    """`speed.json`."""
+
+    FILE: ClassVar = "speed.json"
+
+    device: str
+    threads: int
+    dtype: str
+    batch_size: int
+    prompt_tokens: int
+    new_tokens: int
+    repeats: int
+    models: dict[str, CandidateSpeed]
