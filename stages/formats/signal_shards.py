@@ -9,7 +9,7 @@ Does not: know how signals come about (`stages.teach.capture`) or what they mean
 Shapes: R rows, T tokens of a row, N = R · T, K kept entries, C temperatures.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Literal, get_args
@@ -24,7 +24,7 @@ from stages.formats.tokens import DIGEST_BYTES
 __all__ = [
     "COLUMNS",
     "PATTERN",
-    "SCHEMA",
+    "Record",
     "SignalColumn",
     "read_column",
     "read_digests",
@@ -40,6 +40,8 @@ SignalColumn = Literal["ids", "log_probs", "tail_log_mass", "log_partitions"]
 COLUMNS: tuple[SignalColumn, ...] = get_args(SignalColumn)
 DTYPES: dict[SignalColumn, str] = {"ids": "<i4", "log_probs": "<f2", "tail_log_mass": "<f4", "log_partitions": "<f4"}
 SCHEMA = pa.schema([("digest", pa.binary(DIGEST_BYTES)), *((name, pa.binary()) for name in COLUMNS)])
+Record = Any
+"""Some rows as Arrow has them: what `record` makes and `writer` takes."""
 PATTERN = "signals/*.parquet"
 """The glob that an artifact's signal shards match."""
 
@@ -50,14 +52,14 @@ def signals_name(tokens_name: str) -> str:
 
 
 @contextmanager
-def writer(sink: IO[bytes]) -> Iterator[Any]:
-    """Yield a Parquet writer of records into a sink."""
+def writer(sink: IO[bytes]) -> Iterator[Callable[[Record], None]]:
+    """Yield what writes one record after another into a sink."""
     options: dict[str, Any] = {"compression": "zstd", "compression_level": 1, "use_dictionary": False}
     with pq.ParquetWriter(sink, SCHEMA, **options) as parquet:
-        yield parquet
+        yield parquet.write_batch
 
 
-def record(digests: Sequence[bytes], values: Mapping[SignalColumn, NDArray[Any]]) -> pa.RecordBatch:
+def record(digests: Sequence[bytes], values: Mapping[SignalColumn, NDArray[Any]]) -> Record:
     """Return rows as they are stored: the digests of R rows, and each column's values at their R · T tokens."""
     columns = [_binary(values[name], DTYPES[name], len(digests)) for name in COLUMNS]
     return pa.RecordBatch.from_arrays([pa.array(digests, pa.binary(DIGEST_BYTES)), *columns], schema=SCHEMA)

@@ -10,7 +10,7 @@ Shapes: R rows, B rows of a batch, T tokens of a row.
 import hashlib
 import io
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -53,7 +53,7 @@ class TokenRows:
     """The document of each token; −1 at padding."""
     mask_RT: NDArray[np.bool_]
     """True where the token is a target: never at a row's first token, which nothing before it predicts."""
-    digests: Sequence[bytes] = ()
+    digests: list[bytes] = field(default_factory=list)
     """Of each row's token ids: what rows are joined and told apart by."""
 
     def __len__(self) -> int:
@@ -66,7 +66,7 @@ class TokenRows:
             self.ids_RT[indices],
             self.document_ids_RT[indices] if self.document_ids_RT.size else self.document_ids_RT,
             self.mask_RT[indices] if self.mask_RT.size else self.mask_RT,
-            [self.digests[place] for place in places] if self.digests else (),
+            [self.digests[place] for place in places] if self.digests else [],
         )
 
 
@@ -159,7 +159,7 @@ def _to_rows(table: Any) -> TokenRows:
         ids_RT=_array(table, "input_ids", np.int32),
         document_ids_RT=_array(table, "document_ids", np.int64),
         mask_RT=_array(table, "loss_mask", np.bool_),
-        digests=table["digest"].to_pylist() if "digest" in table.column_names else (),
+        digests=table["digest"].to_pylist() if "digest" in table.column_names else [],
     )
 
 

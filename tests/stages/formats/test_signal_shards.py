@@ -27,11 +27,11 @@ def test_columns_are_read_bit_for_bit_whatever_the_records(tmp_path: Path, recor
     digests = [bytes([row] * 16) for row in range(ROWS)]
     values = values_of(ROWS, seed=0)
     path = tmp_path / "a.parquet"
-    with path.open("wb") as sink, signal_shards.writer(sink) as writer:
+    with path.open("wb") as sink, signal_shards.writer(sink) as write:
         for start in range(0, ROWS, record_rows):
             part = slice(start * LENGTH, (start + record_rows) * LENGTH)
             chunk = {name: column[part] for name, column in values.items()}
-            writer.write_batch(signal_shards.record(digests[start : start + record_rows], chunk))
+            write(signal_shards.record(digests[start : start + record_rows], chunk))
     assert signal_shards.read_digests(path) == digests
     for name, width in WIDTHS.items():
         found = signal_shards.read_column(path, name, width=width)
