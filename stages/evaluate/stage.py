@@ -152,6 +152,7 @@ def _score(one: "Pass", work: _Work, kept: Mapping[str, list[Any]]) -> Iterator[
     from stages.evaluate.rows import read_batches
     from stages.evaluate.scores import Scored
     from stages.evaluate.scoring import DocumentSums, kept_from, output_layer, score_batches, store_head
+    from stages.formats.dataset import DatasetInfo
     from stages.models.checkpoints import load_model
     from stages.models.compatibility import check_compatible
 
@@ -159,20 +160,20 @@ def _score(one: "Pass", work: _Work, kept: Mapping[str, list[Any]]) -> Iterator[
     torch.set_num_threads(work.num_threads)
     candidate = one.candidate
     folder = candidate.artifact.folder(candidate.folder)
-    facts = work.data.read_json("dataset.json")
-    check_compatible(f"the candidate {candidate.name!r}", folder, facts)
+    dataset = DatasetInfo.read(work.data)
+    check_compatible(f"the candidate {candidate.name!r}", folder, dataset)
     model = load_model(folder, dtype=work.config.dtype, device=work.device)
     head = output_layer(model)
     if one.keep:
         yield store_head(head)
-    rows = work.micro_batch or max(1, TOKENS_PER_BATCH // facts["sequence_length"])
+    rows = work.micro_batch or max(1, TOKENS_PER_BATCH // dataset.sequence_length)
     batches = read_batches(_shards(work.config, work.data), _chosen_rows(work.config, work.data), rows_per_batch=rows)
     sums = DocumentSums()
     for states in score_batches(
         model,
         head,
         batches,
-        vocabulary_size=facts["vocabulary_size"],
+        vocabulary_size=dataset.vocabulary_size,
         references={name: _reference(refs, work) for name, refs in kept.items()},
         sums=sums,
         name=candidate.name,
