@@ -143,8 +143,8 @@ def _look_up(workflow: Workflow, store: ArtifactStore, name: str, identity: Iden
     problems = store.problems(commit, deep=False) if commit else []
     withdrawal = store.withdrawal(fingerprint) if fingerprint and not commit else None
     pointer, previous = (None if commit else store.pointed(workflow.name, name)), None
-    if pointer and pointer["fingerprint"] != fingerprint:
-        previous = store.newest(Fingerprint(pointer["fingerprint"]))
+    if pointer and pointer.fingerprint != fingerprint:
+        previous = store.newest(pointer.fingerprint)
     return _Found(commit, problems, withdrawal, previous)
 
 

@@ -2,8 +2,7 @@
 
     <store>/runs/<run>/ledger/000001.json      a batch of records with their times, secrets already redacted
                              /sent-000001.json  MLflow has this batch and all before it
-                             /taken-<n>.json    who sends from here on: the run itself, or one that replays it
-                             /free-<n>.json     that one has let go
+                             /claims/, /released/  the lease: who sends, the run itself or one that replays it
                              /finished.json     all is sent and no MLflow run of it is left open
 
 Promises: a batch is whole or absent, and stays as it is; only one sender holds a journal, while it lives.
@@ -12,14 +11,15 @@ Does not: know MLflow. Batches may hold NaN and infinities as Python's `json` wr
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from numbers import Real
 from typing import Any
 
 from stages.storage import AlreadyExists, Folder
 from workflows.engine.events import RunEvent, from_json, to_json
-from workflows.engine.lease import Lease, numbered
+from workflows.engine.heartbeat import Liveness
+from workflows.engine.lease import Lease
 from workflows.engine.redaction import redacted_tree
 
 __all__ = ["Journal", "unfinished"]
@@ -34,7 +34,7 @@ class Journal:
     def __init__(self, folder: Folder) -> None:
         """Open the journal in a folder `<store>/runs/<run>/ledger`; nothing is written yet."""
         self._folder = folder
-        self.sender = Lease(folder)
+        self.sender = Lease(folder, Liveness(Folder(folder.uri.rsplit("/", 2)[0])))
         """Who may send this journal."""
         self._last = 0
 
@@ -102,3 +102,9 @@ def unfinished(runs: Folder) -> list[tuple[str, Journal]]:
 def _plain(value: object) -> float | str:
     """Return a value that `json` does not know (NumPy's numbers, paths) as one that it does."""
     return float(value) if isinstance(value, Real) else str(value)
+
+
+def numbered(names: Iterable[str], prefix: str) -> list[int]:
+    """Return the numbers of the objects `<prefix><number>.json`, in order."""
+    stems = [name.removeprefix(prefix).removesuffix(".json") for name in names if name.startswith(prefix)]
+    return sorted(int(stem) for stem in stems if stem.isdigit())

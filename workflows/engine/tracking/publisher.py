@@ -56,8 +56,8 @@ def replay(runs: Folder, *, tracking_uri: str, artifact_root: str, connect: Conn
         return MlflowStore(connection, careful=True)
 
     for run, journal in unfinished(runs):
-        term = journal.sender.take(holder_of(run, os.getpid()), liveness) if journal.numbers() else None
-        if term is None:
+        term = journal.sender.acquire(holder_of(run, os.getpid())) if journal.numbers() else None
+        if not isinstance(term, int):
             continue
         sender = Sender(run, journal, books, _turn_of(runs, run))
         try:
@@ -73,14 +73,14 @@ def replay(runs: Folder, *, tracking_uri: str, artifact_root: str, connect: Conn
             break
         finally:
             num_sent += sender.num_sent
-            journal.sender.let_go(term)
+            journal.sender.release(term)
     return num_sent
 
 
-def _turn_of(runs: Folder, run: str) -> Callable[[], AbstractContextManager[None]]:
+def _turn_of(runs: Folder, run: str) -> Callable[[], AbstractContextManager[object]]:
     """Return what makes a process wait for its turn to tell MLflow of what the runs of one store share."""
-    terms = Lease(Folder(runs.uri.rpartition("/")[0]) / "mlflow" / "turns")
-    return lambda: terms.held(run, Liveness(runs))
+    lease = Lease(Folder(runs.uri.rpartition("/")[0]) / "mlflow" / "turns", Liveness(runs))
+    return lambda: lease.held(holder_of(run, os.getpid()))
 
 
 class _Passed(logging.Handler):

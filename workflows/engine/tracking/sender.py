@@ -45,7 +45,7 @@ class Sender:
         run: str,
         journal: Journal,
         books: Callable[[], MlflowStore],
-        turn: Callable[[], AbstractContextManager[None]],
+        turn: Callable[[], AbstractContextManager[object]],
     ) -> None:
         """Stand ready to send.
 

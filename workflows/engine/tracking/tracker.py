@@ -18,7 +18,6 @@ from dataclasses import dataclass, replace
 
 from stages.storage import Folder
 from workflows.engine.events import RunEvent
-from workflows.engine.heartbeat import Liveness
 from workflows.engine.lease import holder_of
 from workflows.engine.redaction import redacted
 from workflows.engine.tracking.journal import Journal
@@ -82,7 +81,7 @@ class RunTracker:
             self._degrade(str(error))
         self._journal = Journal(runs / run / "ledger")
         self._child = _start_child(tracking_uri, artifact_root, runs, run)
-        self._term = self._journal.sender.take(holder_of(run, self._child.pid), Liveness(runs))
+        self._term = self._journal.sender.acquire(holder_of(run, self._child.pid))
         self._journaling = threading.Lock()
         self._closing = threading.Event()
         self._listener = threading.Thread(target=self._listen, name="ledger-answers", daemon=True)
@@ -117,9 +116,9 @@ class RunTracker:
             reason = state.error or f"MLflow did not take them within {timeout_seconds:g} s"
             state = replace(state, error=reason)
             logger.warning("%d records wait in the journal (%s); the next run sends them", state.waiting, reason)
-            if self._term is not None:
+            if isinstance(self._term, int):
                 with suppress(Exception):  # `replay` finds out by itself
-                    self._journal.sender.let_go(self._term)
+                    self._journal.sender.release(self._term)
         return state
 
     def _loop(self) -> None:
