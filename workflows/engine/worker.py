@@ -97,20 +97,20 @@ class ActorReporter:
             getattr(self._box, method).remote(self._key, *values)
 
 
-def run_attempt(request: Attempt, box: Any) -> AttemptResult | Failure:
+def run_attempt(attempt: Attempt, box: Any) -> AttemptResult | Failure:
     """Run one attempt at a step and say how it ended; nothing is committed here."""
-    reporter = ActorReporter(box, request.step, request.attempt)
-    with _log(request) as log:
+    reporter = ActorReporter(box, attempt.step, attempt.attempt)
+    with _log(attempt) as log:
         started = time.monotonic()
         logger = logging.getLogger(__name__)
-        logger.info("%s attempt %d on %s: %r", request.step, request.attempt, socket.gethostname(), request.stage)
-        context = Context(request.fingerprint, request.inputs, request.out, request.resume, request.resources, reporter)
-        if not request.stage.PLACES_WORKERS:
+        logger.info("%s attempt %d on %s: %r", attempt.step, attempt.attempt, socket.gethostname(), attempt.stage)
+        context = Context(attempt.fingerprint, attempt.inputs, attempt.out, attempt.resume, attempt.resources, reporter)
+        if not attempt.stage.PLACES_WORKERS:
             reporter.started()
         try:
-            outcome = request.stage.run(context)
+            outcome = attempt.stage.run(context)
             metrics = _checked(outcome.metrics)
-            files = seal(request.out, request.resume, request.root)
+            files = seal(attempt.out, attempt.resume, attempt.root)
         except Exception as error:  # noqa: BLE001  the border of the step's process: every error becomes a decision of the engine
             log.write(traceback.format_exc())
             return classify(error)
@@ -118,7 +118,7 @@ def run_attempt(request: Attempt, box: Any) -> AttemptResult | Failure:
         size = sum(file.size_bytes for file in files)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         logger.info(
-            "%s done in %.1f s: %d files, %d bytes, peak memory %d bytes", request.step, seconds, len(files), size, peak
+            "%s done in %.1f s: %d files, %d bytes, peak memory %d bytes", attempt.step, seconds, len(files), size, peak
         )
     return AttemptResult(files, metrics, outcome.fallbacks, seconds, peak, environment())
 
@@ -149,9 +149,9 @@ class FreshWorker:
     cores, Ray 2.60), and such a task was now and then given to a worker that was just leaving, and lost.
     """
 
-    def run(self, request: Attempt, box: Any) -> AttemptResult | Failure:
+    def run(self, attempt: Attempt, box: Any) -> AttemptResult | Failure:
         """Run one attempt."""
-        return run_attempt(request, box)
+        return run_attempt(attempt, box)
 
 
 def classify(error: BaseException) -> Failure:
@@ -162,10 +162,10 @@ def classify(error: BaseException) -> Failure:
 
 
 @contextlib.contextmanager
-def _log(request: Attempt) -> Iterator[TextIO]:
+def _log(attempt: Attempt) -> Iterator[TextIO]:
     """Send the process's Python output and log records to the attempt's log file in the store."""
-    name = f"{request.step}.{request.attempt}.log"
-    local = request.logs.local_path()
+    name = f"{attempt.step}.{attempt.attempt}.log"
+    local = attempt.logs.local_path()
     path = (local or Path(tempfile.mkdtemp(prefix="stillhouse-log-"))) / name
     path.parent.mkdir(parents=True, exist_ok=True)
     root = logging.getLogger()
@@ -184,5 +184,5 @@ def _log(request: Attempt) -> Iterator[TextIO]:
             if local is None:
                 log.flush()
                 with contextlib.suppress(Exception):  # a log that cannot be stored must not hide how the attempt ended
-                    request.logs.upload(path, name)
+                    attempt.logs.upload(path, name)
                 os.unlink(path)
