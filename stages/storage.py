@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import obstore
 from obstore.exceptions import AlreadyExistsError as AlreadyExists
+from obstore.exceptions import BaseError
 from obstore.store import LocalStore, ObjectStore, from_url
 
 from stages.errors import ConfigError
@@ -31,10 +32,12 @@ from stages.errors import ConfigError
 if TYPE_CHECKING:
     from obstore.store import ClientConfig
 
-__all__ = ["AlreadyExists", "Entry", "File", "Folder", "cache_root", "fetch", "is_remote", "sha256_of"]
+__all__ = ["STORE_ERRORS", "AlreadyExists", "Entry", "File", "Folder", "cache_root", "fetch", "is_remote", "sha256_of"]
 
 logger = logging.getLogger(__name__)
 
+STORE_ERRORS = (OSError, BaseError)
+"""What every method here may raise where the store, or the way to it, fails."""
 CHUNK_BYTES = 8 * 1024 * 1024
 """Read and write granularity: large enough that S3 multipart parts are legal (≥ 5 MiB)."""
 DIGEST_METADATA = "sha256"
