@@ -232,7 +232,7 @@ class Shards:
     """Output files of long work, each with a receipt, so that a later attempt does only those that are missing.
 
     A shard is written under this attempt's own folder; its receipt, written after it into `resume`, says where it
-    lies and what its bytes are. Picklable: workers write through it directly.
+    lies in the artifact and what its bytes are. Picklable: workers write through it directly.
     """
 
     out: Folder
@@ -240,24 +240,36 @@ class Shards:
 
     def done(self) -> dict[str, dict[str, Any]]:
         """Return the facts of every shard that is written, by logical name."""
-        receipts = self.resume / "receipts"
-        found = [receipts.get_json(entry.name) for entry in receipts.entries()]
-        return {receipt["name"]: receipt["facts"] for receipt in found}
+        return {receipt["name"]: receipt["facts"] for receipt in _receipts(self.resume)}
 
     def write(self, name: str, data: bytes, facts: Mapping[str, Any]) -> None:
         """Write a shard, then its receipt. A shard that another attempt finished meanwhile stays as it is."""
         file = self.out.put(name, data)
         receipts, receipt_name = self.resume / "receipts", name.replace("/", "~") + ".json"
-        receipt = {"name": name, "uri": file.uri, "size_bytes": file.size_bytes, "sha256": file.sha256}
+        path = file.uri.removeprefix(_artifact_folder(self.resume).uri + "/")
+        receipt = {"name": name, "path": path, "size_bytes": file.size_bytes, "sha256": file.sha256}
         try:
             receipts.put_json(receipt_name, {**receipt, "facts": dict(facts)}, create=True)
         except AlreadyExists:
-            if receipts.get_json(receipt_name)["uri"] != file.uri:  # else it is ours, of a task that Ray ran twice
+            found = receipts.find_json(receipt_name)
+            if found is None:  # a power cut tore it
+                receipts.put_json(receipt_name, {**receipt, "facts": dict(facts)})
+            elif found["path"] != path:  # else it is ours, of a task that Ray ran twice
                 self.out.delete([name])
 
 
 def read_receipts(resume: Folder) -> list[File]:
-    """Return the files that the receipts below a `resume` folder name."""
+    """Return the files that the receipts below a `resume` folder name, under the spelling by which it is reached."""
+    root = _artifact_folder(resume)
+    return [File(r["name"], root.uri_of(r["path"]), r["size_bytes"], r["sha256"]) for r in _receipts(resume)]
+
+
+def _receipts(resume: Folder) -> list[dict[str, Any]]:
     receipts = resume / "receipts"
-    found = [receipts.get_json(entry.name) for entry in receipts.entries()]
-    return [File(r["name"], r["uri"], r["size_bytes"], r["sha256"]) for r in found]
+    found = (receipts.find_json(entry.name) for entry in receipts.entries())
+    return [receipt for receipt in found if receipt is not None]
+
+
+def _artifact_folder(resume: Folder) -> Folder:
+    """Return the folder that holds an artifact's `out/…` and `resume/…`."""
+    return Folder(resume.uri.rpartition("/resume")[0])
