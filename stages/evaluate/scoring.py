@@ -1,7 +1,7 @@
 """Score one causal language model on packed rows: cross-entropy, divergence from references, top-1 agreement.
 
 A reference's distributions are kept as its states and its output head (`stages.models.heads`); log-probabilities are
-computed anew for some tokens at a time. A state of a 4,096-wide model with 128k words is 8 KB in bfloat16 instead of
+computed anew for some tokens at a time. A state of a 4,096-wide model with a vocabulary of 128k is 8 KB in bfloat16 instead of
 256 KB of logits. Where a head cannot be replayed the logits are kept all the same, in the model's dtype: V numbers for
 each token, in Ray's object store, which spills to disk; `Evaluate.max_rows` bounds them.
 
