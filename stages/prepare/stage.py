@@ -2,7 +2,6 @@
 
 import pickle
 import tempfile
-import warnings
 from collections.abc import Iterator, Mapping
 from operator import itemgetter
 from pathlib import Path
@@ -16,7 +15,8 @@ from stages.external.checkpoints import PretrainedTokenizer
 from stages.external.documents import DocumentSource, HubDataset
 from stages.formats.dataset import DatasetInfo
 from stages.runtime.processes import quiet_data
-from stages.runtime.translation import translate
+from stages.runtime.ray_workarounds import deprecated_options
+from stages.runtime.workers import WorkerSetup, translated_errors, worker_options
 
 if TYPE_CHECKING:
     from stages.prepare.summary import Summary
@@ -214,14 +214,12 @@ def _prepare(part: Any, written: frozenset[str], *, job: Any) -> Any:
     return part.index, prepare_part(part, job, written)
 
 
-def _apply(
-    row: dict[str, bytes], *, function: Any, num_cpus: float, fixed: dict[str, Any], reporter: Reporter
-) -> dict[str, bytes]:
+def _apply(row: dict[str, bytes], *, function: Any, fixed: dict[str, Any], setup: WorkerSetup) -> dict[str, bytes]:
     """Apply a function to an item in a worker."""
-    reporter.started()
+    setup.begin(uses_torch=False)
     from stages.prepare.encoding import set_tokenizer_threads
 
-    set_tokenizer_threads(num_cpus)
+    set_tokenizer_threads(setup.num_threads)
     return {"result": pickle.dumps(function(*pickle.loads(row["item"]), **fixed))}
 
 
@@ -233,34 +231,23 @@ def _map_parts(function: Any, items: list[tuple[Any, ...]], fixed: dict[str, Any
     """
     import ray
     from ray.data import DataContext, TaskPoolStrategy
-    from ray.util.annotations import RayDeprecationWarning
 
     if not items:
         return
     quiet_data(DataContext.get_current())
     resources = context.resources
     rows = [{"item": pickle.dumps(item)} for item in items]
-    with warnings.catch_warnings():
-        # Ray 2.60 deprecates every way to pass `max_retries`, and names none in their place.
-        warnings.simplefilter("ignore", RayDeprecationWarning)
+    with deprecated_options():
         data = ray.data.from_items(rows, override_num_blocks=min(len(rows), MAX_BLOCKS)).map(
             _apply,
-            fn_kwargs={
-                "function": function,
-                "num_cpus": resources.cpus_per_worker,
-                "fixed": fixed,
-                "reporter": context.reporter,
-            },
+            fn_kwargs={"function": function, "fixed": fixed, "setup": WorkerSetup.of(context)},
             compute=TaskPoolStrategy(size=resources.workers),
-            num_cpus=resources.cpus_per_worker,
-            memory=resources.memory_bytes_per_worker,
             max_retries=0,
+            **worker_options(resources),
         )
-    try:
+    with translated_errors():
         for row in data.iter_rows():
             yield pickle.loads(row["result"])
-    except ray.exceptions.RayError as error:
-        raise translate(error) from error
 
 
 MAX_BLOCKS = 10_000
