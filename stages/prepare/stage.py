@@ -52,11 +52,11 @@ class Prepare(Stage):
     calibration_fraction: float = Field(0.05, ge=0, le=1)
     """Fraction of documents that pruning and quantization look at; never trained or evaluated on."""
     row_schema: Literal["auto", "text", "chat", "prompt-completion"] = "auto"
-    """What rows hold (`stages/prepare/documents.py`); `auto` tells it from the fields of the first row."""
+    """What rows hold (`stages/prepare/documents.py`); `auto` finds it by the fields of the first row."""
     text_field: str = "text"
     """The field of a `text` row that holds the text."""
     max_rejected_fraction: float = Field(0.01, ge=0, le=1)
-    """Rows that may be other than their schema says; more fail the step."""
+    """Fraction of rows that may be other than their schema expects; more fail the step."""
     max_documents: int | None = Field(None, ge=1)
     """Take only the first documents, in the order of file names; None takes all."""
     part_bytes: int = Field(8 * 1024 * 1024, ge=1024)
@@ -226,8 +226,8 @@ def _apply(row: dict[str, bytes], *, function: Any, fixed: dict[str, Any], setup
 def _map_parts(function: Any, items: list[tuple[Any, ...]], fixed: dict[str, Any], context: Context) -> Iterator[Any]:
     """Map items with Ray Data, one task an item, and yield the results in the order in which they finish.
 
-    No retries: they are the engine's, and a shard written twice under one name by one attempt would take the
-    receipt's file away (`Shards.write`).
+    No retries: they are the engine's, and a shard written twice under one name by one attempt would remove
+    the receipt's file (`Shards.write`).
     """
     import ray
     from ray.data import DataContext, TaskPoolStrategy

@@ -1,4 +1,4 @@
-"""`Train`: a student from a dataset, and from what a teacher says of it where an objective asks, with Ray Train.
+"""`Train`: a student from a dataset, with a teacher's signals or a live teacher where an objective needs them.
 
 Ray Train places the workers and joins them; retries are the engine's and snapshots are ours, so its own resume, its
 checkpoints and its reports are not used.

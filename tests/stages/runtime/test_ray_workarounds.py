@@ -4,9 +4,6 @@ from pathlib import Path
 
 import pytest
 import ray
-from ray.train import RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer
-from ray.util.annotations import RayDeprecationWarning
 
 from stages.runtime.ray_workarounds import RAY_VERSION, deprecated_options, trainer_class
 
@@ -18,7 +15,11 @@ def test_ray_is_of_the_version_that_the_workarounds_were_seen_in() -> None:
     )
 
 
+@pytest.mark.ray
 def test_trainer_leaves_out_just_the_unwanted_callbacks(tmp_path: Path) -> None:
+    from ray.train import RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
     def callbacks(kind: type) -> list[str]:
         run = RunConfig(storage_path=str(tmp_path), name="run")
         trainer = kind(lambda: None, scaling_config=ScalingConfig(num_workers=1), run_config=run)
@@ -32,6 +33,8 @@ def test_trainer_leaves_out_just_the_unwanted_callbacks(tmp_path: Path) -> None:
 
 @pytest.mark.ray
 def test_ray_data_still_deprecates_being_told_not_to_retry(local_ray: None) -> None:
+    from ray.util.annotations import RayDeprecationWarning
+
     data = ray.data.from_items([{"item": 1}])
     with pytest.warns(RayDeprecationWarning):  # else deprecated_options can go
         data.map(lambda row: row, max_retries=0)
