@@ -144,17 +144,20 @@ def _run_passes(passes: "list[Pass]", work: _Work, context: Context) -> "list[Sc
 
 
 def _score(one: "Pass", work: _Work, kept: Mapping[str, list[Any]]) -> Iterator[Any]:
-    """Score one model in a worker; yield its output layer and states where others need them, then what was found."""
+    """Score one model in a worker; yield its output head and states where others need them, then what was found."""
+    from itertools import chain
+
     import torch
 
     from stages.errors import StageFailed
     from stages.evaluate.checkpoint_facts import count_parameters, read_axes
     from stages.evaluate.rows import read_batches
     from stages.evaluate.scores import Scored
-    from stages.evaluate.scoring import DocumentSums, kept_from, output_layer, score_batches, store_head
+    from stages.evaluate.scoring import DocumentSums, score_batches
     from stages.formats.dataset import DatasetInfo
     from stages.models.checkpoints import load_model
     from stages.models.compatibility import check_compatible
+    from stages.models.heads import PackedTensor, observe_head
 
     work.reporter.started()
     torch.set_num_threads(work.num_threads)
@@ -163,23 +166,30 @@ def _score(one: "Pass", work: _Work, kept: Mapping[str, list[Any]]) -> Iterator[
     dataset = DatasetInfo.read(work.data)
     check_compatible(f"the candidate {candidate.name!r}", folder, dataset)
     model = load_model(folder, dtype=work.config.dtype, device=work.device)
-    head = output_layer(model)
-    if one.keep:
-        yield store_head(head)
     rows = work.micro_batch or max(1, TOKENS_PER_BATCH // dataset.sequence_length)
     batches = read_batches(_shards(work.config, work.data), _chosen_rows(work.config, work.data), rows_per_batch=rows)
+    first = next(batches, None)
+    if first is None:
+        raise StageFailed(f"the dataset's split {work.config.split!r} has no rows; expected text to score")
+    head = observe_head(model, torch.as_tensor(first.input_ids_BT, device=work.device).long(), dataset.vocabulary_size)
+    if one.keep:
+        if not head.is_replayed:
+            work.reporter.note(
+                f"{candidate.name}: its output head cannot be replayed, so {facts['vocabulary_size']} logits of every "
+                "token are kept to compare others with; Evaluate.max_rows bounds them"
+            )
+        yield head.pack()
     sums = DocumentSums()
     for states in score_batches(
         model,
         head,
-        batches,
-        vocabulary_size=dataset.vocabulary_size,
+        chain([first], batches),
         references={name: _reference(refs, work) for name, refs in kept.items()},
         sums=sums,
         name=candidate.name,
     ):
         if one.keep:
-            yield kept_from(states)
+            yield PackedTensor.of(states)
     if not sums.sums:
         raise StageFailed(
             f"the rows of split {work.config.split!r} hold no targets; expected text that is to be predicted"
@@ -190,13 +200,11 @@ def _score(one: "Pass", work: _Work, kept: Mapping[str, list[Any]]) -> Iterator[
 def _reference(refs: list[Any], work: _Work) -> Any:
     """Return a distribution that an earlier task kept; its states are fetched one batch at a time."""
     import ray
-    import torch
 
-    from stages.evaluate.scoring import Reference, kept_to, stored_head
+    from stages.evaluate.scoring import Reference
 
-    dtype = getattr(torch, work.config.dtype)
-    head = stored_head(ray.get(refs[0]), dtype, work.device)
-    return Reference(head, (kept_to(ray.get(ref), dtype) for ref in refs[1:]))
+    head = ray.get(refs[0]).unpack(work.device)
+    return Reference(head, (ray.get(ref).tensor(work.device) for ref in refs[1:]))
 
 
 def _shards(config: Evaluate, data: Artifact) -> Any:

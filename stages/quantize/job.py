@@ -19,6 +19,8 @@ class SearchJob:
     resume: Folder
     calibration_RT: np.ndarray
     """Token ids that schemes are calibrated on."""
+    vocabulary_size: int
+    """Entries of the dataset's vocabulary, over which the KL is normalized."""
     micro_batch: int | None
     device: str
     num_threads: int

@@ -53,7 +53,7 @@ class Quantize(Stage):
     """Try quantization schemes on a model and keep the best of size against KL."""
 
     KIND: ClassVar[Kind] = "search"
-    REVISION: ClassVar[str] = "2026-11-21 first"
+    REVISION: ClassVar[str] = "2026-11-25 KL over the dataset's vocabulary, search.json with a schema"
     PLACES_WORKERS: ClassVar = True
     INPUTS: ClassVar[Mapping[str, Input]] = {"model": Input(("model",)), "data": Input(("dataset",))}
     FRESH_PROCESS: ClassVar[bool] = True
@@ -129,6 +129,7 @@ class Quantize(Stage):
         return self._finish(context, records, front, verdict)
 
     def _job(self, context: Context, calibration: "Rows") -> "SearchJob":
+        from stages.formats.dataset import DatasetInfo
         from stages.quantize.job import SearchJob
 
         resources = context.resources
@@ -136,6 +137,7 @@ class Quantize(Stage):
             model=context.one("model"),
             resume=context.resume,
             calibration_RT=calibration.ids_RT,
+            vocabulary_size=DatasetInfo.read(context.one("data")).vocabulary_size,
             micro_batch=resources.micro_batch,
             device="cuda" if resources.gpus_per_worker > 0 else "cpu",
             num_threads=max(1, int(resources.cpus_per_worker)),

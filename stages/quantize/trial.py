@@ -19,7 +19,7 @@ from stages.contract import Artifact
 from stages.errors import OutOfMemory, Transient
 from stages.models.checkpoints import load_model, save_checkpoint
 from stages.quantize.compress import find_layers, linear_bytes, quantize_model, quiet
-from stages.quantize.fidelity import Reference, compute_reference, fitting_micro_batch, measure_fidelity
+from stages.quantize.fidelity import BasePredictions, fitting_micro_batch, measure_fidelity, predict
 from stages.quantize.job import SearchJob, Survey
 from stages.quantize.records import TrialRecord, failed_record, new_record, receipt_name
 from stages.quantize.rows import Rows
@@ -28,7 +28,7 @@ from stages.runtime.translation import within_memory
 from stages.storage import AlreadyExists, Folder
 
 
-def survey_model(job: SearchJob, rows: Rows) -> tuple[Survey, Reference]:
+def survey_model(job: SearchJob, rows: Rows) -> tuple[Survey, BasePredictions]:
     """Load the unquantized model once: its layers, and its predictions on the rows that are measured."""
     torch.set_num_threads(job.num_threads)
     folder = job.model.folder("model")
@@ -37,12 +37,12 @@ def survey_model(job: SearchJob, rows: Rows) -> tuple[Survey, Reference]:
         words = model.config.get_text_config().vocab_size
         micro_batch = fitting_micro_batch(job.micro_batch, sequence_length=rows.ids_RT.shape[1], vocabulary_size=words)
         with within_memory("the unquantized model", micro_batch=micro_batch):
-            reference = compute_reference(model, rows, micro_batch=micro_batch, device=job.device)
+            base = predict(model, rows, vocabulary_size=job.vocabulary_size, micro_batch=micro_batch, device=job.device)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    return Survey(find_layers(model), num_parameters, micro_batch), reference
+    return Survey(find_layers(model), num_parameters, micro_batch), base
 
 
-def run_trial(scheme: Scheme, job: SearchJob, survey: Survey, reference: Reference) -> TrialRecord:
+def run_trial(scheme: Scheme, job: SearchJob, survey: Survey, base: BasePredictions) -> TrialRecord:
     """Quantize, measure and save one scheme, and leave its receipt.
 
     Returns:
@@ -56,7 +56,7 @@ def run_trial(scheme: Scheme, job: SearchJob, survey: Survey, reference: Referen
     with tempfile.TemporaryDirectory(prefix="stillhouse-trial-") as scratch:
         try:
             with quiet(), within_memory(f"scheme {scheme.name}", micro_batch=survey.micro_batch):
-                measured = _quantize_and_save(scheme, job, survey, reference, folder, Path(scratch))
+                measured = _quantize_and_save(scheme, job, survey, base, folder, Path(scratch))
         except Exception as error:  # a trial is a border: what its scheme does wrong is its result
             if _may_pass(error):
                 raise
@@ -78,7 +78,7 @@ def _may_pass(error: Exception) -> bool:
 
 
 def _quantize_and_save(
-    scheme: Scheme, job: SearchJob, survey: Survey, reference: Reference, folder: Path, scratch: Path
+    scheme: Scheme, job: SearchJob, survey: Survey, base: BasePredictions, folder: Path, scratch: Path
 ) -> TrialRecord:
     torch.set_num_threads(job.num_threads)
     torch.manual_seed(job.seed)
@@ -91,7 +91,7 @@ def _quantize_and_save(
         micro_batch=survey.micro_batch,
     )
     # Before saving: `save_pretrained` packs the weights in place.
-    fidelity = measure_fidelity(model, reference, micro_batch=survey.micro_batch, device=job.device)
+    fidelity = measure_fidelity(model, base, micro_batch=survey.micro_batch, device=job.device)
     save_checkpoint(model, folder, Folder.at(scratch), "model")
     size_bytes = sum(path.stat().st_size for path in (scratch / "model").glob("*.safetensors"))
     return {
@@ -112,7 +112,7 @@ def _upload(scratch: Path, scheme: str, resume: Folder) -> TrialRecord:
 
 
 def remeasure(
-    schemes: Iterable[str], finalists: Artifact, job: SearchJob, survey: Survey, reference: Reference
+    schemes: Iterable[str], finalists: Artifact, job: SearchJob, survey: Survey, base: BasePredictions
 ) -> Mapping[str, float | str]:
     """Load finalists from their files by plain transformers and measure each again.
 
@@ -126,7 +126,7 @@ def remeasure(
         try:
             with quiet(), within_memory(f"finalist {scheme}", micro_batch=survey.micro_batch):
                 model = load_model(folder, dtype="auto", device=job.device)
-                found[scheme] = measure_fidelity(model, reference, micro_batch=survey.micro_batch, device=job.device).kl
+                found[scheme] = measure_fidelity(model, base, micro_batch=survey.micro_batch, device=job.device).kl
         except Exception as error:  # as in `run_trial`
             if _may_pass(error) and not isinstance(error, OSError):
                 raise

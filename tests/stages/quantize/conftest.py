@@ -1,7 +1,6 @@
 """A tiny model and a tiny dataset, as artifacts in the common formats."""
 
 import hashlib
-import json
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from stages.contract import Artifact
+from stages.formats.dataset import DatasetInfo, RejectedRows, SplitCounts
+from stages.storage import Folder
 from tests.fakes import artifact_of
 
 VOCABULARY = 256
@@ -46,7 +47,18 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     ids, masks = calibration_rows(40)
     write_shard(folder / "tokens/calibration-00000.parquet", ids[:24], masks[:24])
     write_shard(folder / "tokens/calibration-00001.parquet", ids[24:], masks[24:])
-    (folder / "dataset.json").write_text(json.dumps({"vocabulary_size": VOCABULARY, "sequence_length": SEQUENCE}))
+    DatasetInfo(
+        tokenizer_digest="0" * 64,
+        vocabulary_size=VOCABULARY,
+        sequence_length=SEQUENCE,
+        bos_token_id=None,
+        eos_token_id=0,
+        pad_token_id=0,
+        splits={"calibration": SplitCounts(shards=2, rows=40, tokens=40 * (SEQUENCE - 1), documents=1)},
+        rejected=RejectedRows(count=0, rows_read=0, examples=()),
+        unlearned_answers=0,
+        sources=({},),
+    ).write(Folder.at(folder))
     return artifact_of("dataset", folder)
 
 

@@ -1,5 +1,7 @@
 """Distances to a reference, against float64, for models with and without a plain output head."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -7,8 +9,19 @@ from scipy.special import log_softmax
 
 from stages.contract import Artifact
 from stages.errors import StageFailed
-from stages.quantize.fidelity import compute_reference, fitting_micro_batch, measure_fidelity
+from stages.quantize.fidelity import BasePredictions, fitting_micro_batch, measure_fidelity, predict
 from stages.quantize.rows import Rows, read_rows
+
+
+class Embedding(torch.nn.Module):
+    """The least that a backbone is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = torch.nn.Embedding(256, 16)
+
+    def forward(self, input_ids: torch.Tensor, use_cache: bool) -> SimpleNamespace:
+        return SimpleNamespace(last_hidden_state=self.embed(input_ids))
 
 
 class Toy(torch.nn.Module):
@@ -17,19 +30,19 @@ class Toy(torch.nn.Module):
     def __init__(self, seed: int, cap: float | None = None, bias: bool = False) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
-        self.embed = torch.nn.Embedding(256, 16)
+        self.base_model = Embedding()
         self.head = torch.nn.Linear(16, 256, bias=bias)
         for parameter in self.parameters():
             parameter.data = torch.randn(parameter.shape, generator=generator)
         self.cap = cap
+        self.config = SimpleNamespace(get_text_config=SimpleNamespace)
 
     def get_output_embeddings(self) -> torch.nn.Module:
         return self.head
 
-    def forward(self, input_ids: torch.Tensor, use_cache: bool) -> object:
-        logits = self.head(self.embed(input_ids))
-        logits = logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
-        return type("Output", (), {"logits": logits})
+    def forward(self, input_ids: torch.Tensor, use_cache: bool) -> SimpleNamespace:
+        logits = self.head(self.base_model(input_ids, use_cache=use_cache).last_hidden_state)
+        return SimpleNamespace(logits=logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap)
 
 
 @pytest.fixture(scope="module")
@@ -39,10 +52,14 @@ def rows(data: Artifact) -> Rows:
     return rows
 
 
-def log_probs(model: Toy, rows: Rows) -> np.ndarray:
+def log_probs(model: Toy, rows: Rows, vocabulary_size: int = 256) -> np.ndarray:
     with torch.no_grad():
         logits = model(torch.tensor(rows.ids_RT, dtype=torch.long), use_cache=False).logits
-    return log_softmax(logits.double().numpy()[rows.predicts_RT], axis=-1)
+    return log_softmax(logits.double().numpy()[rows.predicts_RT][:, :vocabulary_size], axis=-1)
+
+
+def predicted(model: Toy, rows: Rows, micro_batch: int = 4, vocabulary_size: int = 256) -> BasePredictions:
+    return predict(model, rows, vocabulary_size=vocabulary_size, micro_batch=micro_batch, device="cpu")
 
 
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
@@ -51,31 +68,38 @@ def test_fidelity_is_the_mean_kl_of_float64_for_any_micro_batch(rows: Rows, cap:
     base, other = Toy(0, cap, bias), Toy(1, cap, bias)
     p, q = log_probs(base, rows), log_probs(other, rows)
     kls = (np.exp(p) * (p - q)).sum(-1)
-    reference = compute_reference(base, rows, micro_batch=3, device="cpu")
-    assert (reference.hidden_ND is None) == (cap is not None)
+    predictions = predicted(base, rows, 3)
+    assert (predictions.head.weight is None) == (cap is not None)
     for micro_batch in (1, 4, 7):
-        found = measure_fidelity(other, reference, micro_batch=micro_batch, device="cpu")
+        found = measure_fidelity(other, predictions, micro_batch=micro_batch, device="cpu")
         assert found.kl == pytest.approx(kls.mean(), rel=1e-5)
         assert found.kl_p99 == pytest.approx(np.percentile(kls, 99), rel=1e-4)
         assert found.agreement == (p.argmax(-1) == q.argmax(-1)).mean()
         assert found.num_tokens == rows.predicts_RT.sum()
 
 
+def test_fidelity_is_normalized_over_the_datasets_vocabulary_not_the_padded_head(rows: Rows) -> None:
+    rows = Rows(rows.ids_RT % 100, rows.predicts_RT)
+    base, other = Toy(0), Toy(1)
+    p, q = log_probs(base, rows, 100), log_probs(other, rows, 100)
+    found = measure_fidelity(other, predicted(base, rows, 3, vocabulary_size=100), micro_batch=2, device="cpu")
+    assert found.kl == pytest.approx((np.exp(p) * (p - q)).sum(-1).mean(), rel=1e-5)
+    assert found.agreement == (p.argmax(-1) == q.argmax(-1)).mean()
+
+
 def test_fidelity_of_the_model_itself_is_zero(rows: Rows) -> None:
     base = Toy(0)
-    found = measure_fidelity(
-        base, compute_reference(base, rows, micro_batch=2, device="cpu"), micro_batch=7, device="cpu"
-    )
+    found = measure_fidelity(base, predicted(base, rows, 2), micro_batch=7, device="cpu")
     assert found.kl == pytest.approx(0, abs=1e-6)
     assert found.agreement == 1
 
 
 def test_fidelity_of_a_model_that_says_nan_is_an_error(rows: Rows) -> None:
-    reference = compute_reference(Toy(0), rows, micro_batch=4, device="cpu")
+    predictions = predicted(Toy(0), rows)
     broken = Toy(1)
     broken.head.weight.data[0, 0] = float("nan")
     with pytest.raises(StageFailed, match="KL to the unquantized model is nan"):
-        measure_fidelity(broken, reference, micro_batch=4, device="cpu")
+        measure_fidelity(broken, predictions, micro_batch=4, device="cpu")
 
 
 @pytest.mark.parametrize(

@@ -9,16 +9,16 @@ import pytest
 from stages.contract import Artifact
 from stages.errors import OutOfMemory
 from stages.quantize import trial
-from stages.quantize.fidelity import Reference
+from stages.quantize.fidelity import BasePredictions
 from stages.quantize.job import SearchJob, Survey
 from stages.quantize.records import receipt_name
 from stages.quantize.rows import read_rows, split_rows
 from stages.quantize.schemes import Scheme
 from stages.storage import Folder
 from tests.fakes import artifact_of
-from tests.stages.quantize.conftest import WIDTH
+from tests.stages.quantize.conftest import VOCABULARY, WIDTH
 
-Surveyed = tuple[SearchJob, Survey, Reference]
+Surveyed = tuple[SearchJob, Survey, BasePredictions]
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +29,7 @@ def surveyed(model: Artifact, data: Artifact, tmp_path_factory: pytest.TempPathF
         model=model,
         resume=Folder.at(tmp_path_factory.mktemp("resume")),
         calibration_RT=calibration.ids_RT,
+        vocabulary_size=VOCABULARY,
         micro_batch=None,
         device="cpu",
         num_threads=1,

@@ -1,0 +1,203 @@
+"""A model's output head, replayed: from what the backbone computes at a position to the model's logits there.
+
+Logits of a vocabulary of 128,256 are 31 times larger than the vectors of width 4,096 that they come from. So stages run
+the backbone, keep its vectors (the *states*), and make logits of some positions at a time; any other process that is
+handed the head makes the same ones later.
+
+The one rule: `observe_head` runs the model on real tokens and replays the head on the backbone's output. Where that
+gives the model's own logits bit for bit, the head is replayed; where not (a head that is no plain linear map, a factor
+that is not known here, a step between backbone and head), the states are the logits themselves. There is no tolerance:
+the replay does what the model does in the same shape and order, so that equal is equal (0 differing bits in float32,
+bfloat16 and float16 on CPU, for Llama, GPT-2, Gemma 2, Cohere and Granite), while a bound that leaves room for
+bfloat16's rounding (3 % of the largest logit) overlooks a soft cap that is four times as large as the logits.
+
+Promises: every causal language model of transformers has a path that works; logits are over the dataset's vocabulary
+only, a padded head's other entries are cut off before anything is normalized; log-probabilities are float32. Products
+for other numbers of positions than the model's own pass round differently: by a unit or two in the last place.
+Memory: a state is `D` numbers of the model's dtype, or, where whole logits are kept, `V`.
+Does not: mask attention within a row, which is padded on the right only.
+
+Shapes: B rows, T tokens of a row, N positions, D width of the backbone, V the dataset's vocabulary, X either of both.
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional
+
+from stages.runtime.translation import within_memory
+
+__all__ = ["Head", "PackedHead", "PackedTensor", "log_prob_chunks", "observe_head"]
+
+logger = logging.getLogger(__name__)
+
+OBSERVED_TOKENS = 64
+"""Tokens of the first row that a head is observed on: 64 × 262,144 logits in float32 are 67 MB."""
+CHUNK_BYTES = 256 * 1024 * 1024
+"""Memory for the log-probabilities of one chunk of positions; about six `[N, V]` float32 tensors live at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class PackedTensor:
+    """A tensor as an array, which Ray hands to other processes without a copy; bfloat16, unknown to numpy, as bits."""
+
+    array: NDArray[Any]
+    dtype: str
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "PackedTensor":
+        """Pack a tensor from any device."""
+        plain = tensor.detach().cpu().contiguous()
+        bits = plain.view(torch.int16) if plain.dtype == torch.bfloat16 else plain
+        return cls(bits.numpy(), str(plain.dtype).removeprefix("torch."))
+
+    def tensor(self, device: Any, rows: slice = slice(None)) -> Tensor:
+        """Return a copy of the tensor, or of some of its rows, on a device."""
+        return torch.from_numpy(np.array(self.array[rows])).view(getattr(torch, self.dtype)).to(device)
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """A model's output head over the dataset's vocabulary; without a weight, states are the logits themselves."""
+
+    vocabulary_size: int
+    weight_VD: Tensor | None = None
+    bias_V: Tensor | None = None
+    scale: float = 1.0
+    """Factor on the logits (Cohere's `logit_scale`)."""
+    divisor: float = 1.0
+    """Divides the logits (Granite's `logits_scaling`)."""
+    softcap: float | None = None
+    """Logits are squeezed into ± this by tanh (Gemma's `final_logit_softcapping`)."""
+
+    @property
+    def is_replayed(self) -> bool:
+        """Whether states are the backbone's vectors, not whole logits."""
+        return self.weight_VD is not None
+
+    def states(self, model: Any, input_ids_BT: Tensor, chosen_BT: Tensor | None = None) -> Tensor:
+        """Run a model over rows and return its states `[N, X]` at the chosen positions, at all where none are given."""
+        if self.is_replayed:
+            states_BTX = model.base_model(input_ids=input_ids_BT, use_cache=False).last_hidden_state
+        else:
+            states_BTX = model(input_ids=input_ids_BT, use_cache=False).logits[..., : self.vocabulary_size]
+        chosen_NX: Tensor = states_BTX.flatten(0, 1) if chosen_BT is None else states_BTX[chosen_BT]
+        return chosen_NX
+
+    def logits(self, states_NX: Tensor, out: Tensor | None = None) -> Tensor:
+        """Return logits `[N, V]` in the states' dtype; into `out` [N, V] where it is given and the head is replayed."""
+        if self.weight_VD is None:
+            return states_NX
+        if out is None:
+            logits_NV = functional.linear(states_NX, self.weight_VD, self.bias_V)
+        elif self.bias_V is None:
+            logits_NV = torch.mm(states_NX, self.weight_VD.t(), out=out)
+        else:
+            logits_NV = torch.addmm(self.bias_V, states_NX, self.weight_VD.t(), out=out)
+        # In the order and in the operations of the models: a product with 1/6 is not a division by 6.
+        if self.scale != 1.0:
+            logits_NV *= self.scale
+        if self.divisor != 1.0:
+            logits_NV /= self.divisor
+        if self.softcap is not None:
+            logits_NV.div_(self.softcap).tanh_().mul_(self.softcap)
+        return logits_NV
+
+    def log_probs(self, states_NX: Tensor) -> Tensor:
+        """Return float32 log-probabilities `[N, V]`."""
+        return self.logits(states_NX).float().log_softmax(-1)
+
+    def pack(self) -> "PackedHead":
+        """Return the head as another process can be handed it."""
+        weight = None if self.weight_VD is None else PackedTensor.of(self.weight_VD)
+        bias = None if self.bias_V is None else PackedTensor.of(self.bias_V)
+        return PackedHead(self.vocabulary_size, weight, bias, self.scale, self.divisor, self.softcap)
+
+
+@dataclass(frozen=True, slots=True)
+class PackedHead:
+    """A head on its way to another process; see `Head`."""
+
+    vocabulary_size: int
+    weight: PackedTensor | None
+    bias: PackedTensor | None
+    scale: float
+    divisor: float
+    softcap: float | None
+
+    def unpack(self, device: Any) -> Head:
+        """Return the head on a device."""
+        weight_VD = None if self.weight is None else self.weight.tensor(device)
+        bias_V = None if self.bias is None else self.bias.tensor(device)
+        return Head(self.vocabulary_size, weight_VD, bias_V, self.scale, self.divisor, self.softcap)
+
+
+@torch.inference_mode()
+def observe_head(model: Any, input_ids_BT: Tensor, vocabulary_size: int) -> Head:
+    """Return a loaded model's head, as it is to be replayed, or one that keeps whole logits.
+
+    Runs one short forward pass, which also makes a compressed checkpoint unpack its weights.
+
+    Args:
+        model: a causal language model in evaluation mode.
+        input_ids_BT: rows of real tokens, of which the first one's beginning is used.
+        vocabulary_size: entries of the dataset's vocabulary; a head may be padded to more.
+
+    Raises:
+        OutOfMemory: not even those tokens fit.
+    """
+    seen: list[Tensor | None] = []
+
+    def keep(_: nn.Module, __: Any, output: Any) -> None:
+        seen.append(getattr(output, "last_hidden_state", None))
+
+    hook = model.base_model.register_forward_hook(keep)
+    try:
+        with within_memory(f"observing the output head of {type(model).__name__}"):
+            logits_BTV = model(input_ids=input_ids_BT[:1, :OBSERVED_TOKENS], use_cache=False).logits
+    finally:
+        hook.remove()
+    states_BTD = seen[0] if len(seen) == 1 else None
+    whole = _read_head(model, logits_BTV.shape[-1])
+    if (
+        states_BTD is not None
+        and whole is not None
+        and whole.weight_VD is not None
+        and torch.equal(whole.logits(states_BTD).to(logits_BTV.dtype), logits_BTV)
+    ):
+        bias_V = None if whole.bias_V is None else whole.bias_V[:vocabulary_size]
+        logger.info("deciding to replay the output head, since it gives the model's logits bit for bit")
+        weight_VD = whole.weight_VD[:vocabulary_size]
+        return Head(vocabulary_size, weight_VD, bias_V, whole.scale, whole.divisor, whole.softcap)
+    logger.info("deciding to take whole logits, since %s's output head cannot be replayed", type(model).__name__)
+    return Head(vocabulary_size)
+
+
+def _read_head(model: Any, num_entries: int) -> Head | None:
+    """Return the head that a model's modules and config describe, padding included; None where it is no linear map."""
+    layer = model.get_output_embeddings()
+    if type(layer) is not nn.Linear:
+        return None
+    config = model.config.get_text_config()
+    factors = [getattr(config, name, None) for name in ("logit_scale", "logits_scaling", "final_logit_softcapping")]
+    scale, divisor, softcap = factors
+    return Head(num_entries, layer.weight, layer.bias, float(scale or 1.0), float(divisor or 1.0), softcap)
+
+
+def log_prob_chunks(*models: tuple[Head, Tensor]) -> Iterator[tuple[slice, Sequence[Tensor]]]:
+    """Yield, some positions at a time, which they are and each model's log-probabilities there, `[n, V]` float32.
+
+    Args:
+        models: heads over one vocabulary, each with its states at the same positions.
+    """
+    head, states_NX = models[0]
+    size = max(1, CHUNK_BYTES // (head.vocabulary_size * 4 * 6))
+    for start in range(0, len(states_NX), size):
+        chunk = slice(start, start + size)
+        yield chunk, [each.log_probs(states[chunk]) for each, states in models]
