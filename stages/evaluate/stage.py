@@ -175,7 +175,7 @@ def _score(one: "Pass", work: _Work, kept: Mapping[str, list[Any]]) -> Iterator[
     if one.keep:
         if not head.is_replayed:
             work.reporter.note(
-                f"{candidate.name}: its output head cannot be replayed, so {facts['vocabulary_size']} logits of every "
+                f"{candidate.name}: its output head cannot be replayed, so {dataset.vocabulary_size} logits of every "
                 "token are kept to compare others with; Evaluate.max_rows bounds them"
             )
         yield head.pack()
