@@ -54,6 +54,7 @@ PURE = ("graph", "check", "identity", "plan", "schedule", "failures")
 RAY_IMPORTERS = {
     "workflows/engine/ray_executor.py",
     "workflows/engine/ray_workarounds.py",
+    "stages/runtime/ray_workarounds.py",
     "stages/runtime/workers.py",
 }
 MAX_LINES = 350
