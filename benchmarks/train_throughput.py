@@ -18,9 +18,13 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from stages.train.loop import Progress, Ranks, Recipe, Training
+from stages.train.batches import StepBatch
+from stages.train.forward import LossSum
+from stages.train.loop import Progress, Ranks, Training
 from stages.train.objectives import CrossEntropy, SoftTarget
-from stages.train.reader import Reader, ShardPair, SignalsLayout, StepBatch
+from stages.train.optimizer import Recipe
+from stages.train.reader import Reader
+from stages.train.windows import ShardPair, SignalsLayout
 from tests.fakes import RecordingReporter
 from tests.stages.tiny import tiny_llama, write_dataset
 from tests.stages.train.signals import write_signals
@@ -83,15 +87,15 @@ def _ours(options: argparse.Namespace, reader: Reader, steps: int) -> Callable[[
         optimizer_steps=steps, learning_rate=1e-3, warmup_fraction=0.05, final_fraction=0.1, weight_decay=0.1,
         gradient_clip=1.0, dtype=options.dtype, seed=0,
     )  # fmt: skip
-    objectives = [CrossEntropy()] + ([SoftTarget(temperature=TEMPERATURE)] if options.objective == "soft" else [])
+    soft = [SoftTarget(temperature=TEMPERATURE)] if options.objective == "soft" else []
+    objectives = [CrossEntropy(), *soft]
 
     def work() -> None:
         Training(
             model=model,
             reader=reader,
-            objectives=objectives,  # type: ignore[arg-type]
+            loss=LossSum(objectives, options.vocabulary, dtype=options.dtype),
             recipe=recipe,
-            vocabulary=options.vocabulary,
             reporter=RecordingReporter(),
             ranks=Ranks(device=torch.device(options.device)),
         ).run(Progress())

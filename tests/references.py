@@ -32,6 +32,13 @@ def dense_kl(teacher_NV: Array, student_NV: Array, temperature: float) -> tuple[
     return (p * (log_p - log_q)).sum(-1), (q - p) / temperature
 
 
+def reverse_kl(teacher_NV: Array, student_NV: Array, temperature: float) -> tuple[Array, Array]:
+    """KL(softmax(s/τ) ‖ softmax(t/τ)) per token, and its gradient q (log q − log p − KL) / τ with regard to s."""
+    log_p, log_q = log_softmax(teacher_NV / temperature), log_softmax(student_NV / temperature)
+    kl = (np.exp(log_q) * (log_q - log_p)).sum(-1)
+    return kl, np.exp(log_q) * (log_q - log_p - kl[..., None]) / temperature
+
+
 def sparse_kl(
     teacher_NV: Array, student_NV: Array, ids_NK: NDArray[np.int64], temperature: float
 ) -> tuple[Array, Array]:

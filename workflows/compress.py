@@ -52,6 +52,10 @@ class StudentSpec(Config):
                 f"got checkpoint={self.checkpoint!r}, layers={self.layers}, heads={self.heads}, width={self.width}"
             )
 
+    def model(self) -> Continue | Smaller:
+        """Return how the student comes from its origin."""
+        return Continue() if self.checkpoint else Smaller(layers=self.layers, heads=self.heads, width=self.width)
+
 
 def compress(
     *,
@@ -155,13 +159,13 @@ def compress(
         signals = flow.step("signals", teach, teacher=big, data=corpus, resources=resources)
     trained: dict[str, Handle] = {}
     for student in students:
-        start = None
+        origin = big
         if student.checkpoint:
-            start = flow.external(student.name, Checkpoint(source=student.checkpoint, revision=student.revision))
+            origin = flow.external(student.name, Checkpoint(source=student.checkpoint, revision=student.revision))
         trained[student.name] = flow.step(
             f"train.{student.name}",
             Train(
-                model=Continue() if start else Smaller(layers=student.layers, heads=student.heads, width=student.width),
+                model=student.model(),
                 objectives=_objectives(w_ce, w_kd, temperature),
                 optimizer_steps=optimizer_steps,
                 batch_rows=batch_rows,
@@ -170,8 +174,7 @@ def compress(
             ),
             data=corpus,
             signals=signals,
-            teacher=None if start else big,
-            start=start,
+            origin=origin,
             resources=resources,
         )
     # A student that cannot be quantized is still a candidate: `search.json` says why of each scheme.

@@ -154,6 +154,7 @@ def _score(one: "Pass", work: _Work, kept: Mapping[str, list[Any]]) -> Iterator[
     from stages.evaluate.rows import read_batches
     from stages.evaluate.scores import Scored
     from stages.evaluate.scoring import DocumentSums, score_batches
+    from stages.formats.dataset import DatasetInfo
     from stages.models.checkpoints import load_model
     from stages.models.compatibility import check_compatible
     from stages.models.heads import PackedTensor, observe_head
@@ -162,19 +163,19 @@ def _score(one: "Pass", work: _Work, kept: Mapping[str, list[Any]]) -> Iterator[
     torch.set_num_threads(work.num_threads)
     candidate = one.candidate
     folder = candidate.artifact.folder(candidate.folder)
-    facts = work.data.read_json("dataset.json")
-    check_compatible(f"the candidate {candidate.name!r}", folder, facts)
+    dataset = DatasetInfo.read(work.data)
+    check_compatible(f"the candidate {candidate.name!r}", folder, dataset)
     model = load_model(folder, dtype=work.config.dtype, device=work.device)
-    rows = work.micro_batch or max(1, TOKENS_PER_BATCH // facts["sequence_length"])
+    rows = work.micro_batch or max(1, TOKENS_PER_BATCH // dataset.sequence_length)
     batches = read_batches(_shards(work.config, work.data), _chosen_rows(work.config, work.data), rows_per_batch=rows)
     first = next(batches, None)
     if first is None:
         raise StageFailed(f"the dataset's split {work.config.split!r} has no rows; expected text to score")
-    head = observe_head(model, torch.as_tensor(first.input_ids_BT, device=work.device).long(), facts["vocabulary_size"])
+    head = observe_head(model, torch.as_tensor(first.input_ids_BT, device=work.device).long(), dataset.vocabulary_size)
     if one.keep:
         if not head.is_replayed:
             work.reporter.note(
-                f"{candidate.name}: its output head cannot be replayed, so {facts['vocabulary_size']} logits of every "
+                f"{candidate.name}: its output head cannot be replayed, so {dataset.vocabulary_size} logits of every "
                 "token are kept to compare others with; Evaluate.max_rows bounds them"
             )
         yield head.pack()

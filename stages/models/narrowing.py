@@ -56,7 +56,7 @@ def _resolve(config: Any, size: Size) -> tuple[list[int], int, int]:
         ("width", size.width, width),
     ):
         if wanted is not None and wanted > most:
-            raise StageFailed(f"Smaller.{name} is {wanted}, expected at most the teacher's {most}")
+            raise StageFailed(f"Smaller.{name} is {wanted}, expected at most the origin's {most}")
     own_head_size = getattr(config, "head_dim", None) is not None
     head_size = config.head_dim if own_head_size else width // heads
     new_width = size.width or (width if own_head_size or size.heads is None else size.heads * head_size)

@@ -14,7 +14,7 @@ renormalized away (renormalized top-k teaches over-confidence: https://arxiv.org
 Shapes: N tokens, M unmasked tokens, V vocabulary, K kept entries.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,8 +26,8 @@ from stages.ops.targets import SparseTarget
 CHUNK_TOKENS = 256
 """Rows of logits in float32 at once: 256 × 4,096 × 4 B = 4 MiB stays near the cache (measured on two CPU cores)."""
 
-Term = Callable[[Tensor, slice], tuple[Tensor, ...]]
-"""(logits of a chunk [n, V] float32, which of the M targets it holds) → the terms' sums, the weighted loss first."""
+Term = Callable[[tuple[Tensor, ...], slice], tuple[Tensor, ...]]
+"""(each value's rows of a chunk, float32; which of the M targets they are) → the sums, the weighted loss first."""
 
 
 def cross_entropy(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
@@ -43,6 +43,21 @@ def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
     log_p, log_q = log_p.float(), log_q.float()
     difference = torch.where(log_p == float("-inf"), torch.zeros_like(log_p), log_p - log_q)
     return (log_p.exp() * difference).sum(-1)
+
+
+def reverse_kl_divergence(logits_NV: Tensor, teacher_logits_NV: Tensor, temperature: float) -> Tensor:
+    """Return KL(student ‖ teacher) of both softened by a temperature, which divides the logits.
+
+    Args:
+        logits_NV: the student's logits.
+        teacher_logits_NV: the teacher's, over the same vocabulary.
+        temperature: divides both. The result is not multiplied by its square.
+
+    Returns:
+        [N] float32, in nats; differentiable with regard to the student's logits.
+    """
+    log_q_NV = (logits_NV.float() / temperature).log_softmax(-1)
+    return kl_divergence(log_q_NV, (teacher_logits_NV.float() / temperature).log_softmax(-1))
 
 
 def sparse_kl_divergence(logits_NV: Tensor, target: SparseTarget, temperature: float) -> Tensor:
@@ -69,50 +84,54 @@ def sparse_kl_divergence(logits_NV: Tensor, target: SparseTarget, temperature: f
 
 
 class _ChunkedSum(torch.autograd.Function):
-    """Sums terms over chunks of rows, taking each chunk's gradient at once; keeps one gradient in the logits' dtype."""
+    """Sums terms over chunks of rows, taking each chunk's gradient at once; keeps one gradient for each value."""
 
     @staticmethod
-    def forward(
-        ctx: Any, logits_NV: Tensor, positions_M: Tensor, term: Term, chunk_tokens: int
-    ) -> tuple[Tensor, Tensor]:
-        wanted = logits_NV.requires_grad
-        gradient_NV = torch.zeros_like(logits_NV) if wanted else None
+    def forward(ctx: Any, positions_M: Tensor, term: Term, chunk_tokens: int, *values: Tensor) -> tuple[Tensor, Tensor]:
+        wanted = [value.requires_grad for value in values]
+        gradients = [torch.zeros_like(value) if value.requires_grad else None for value in values]
         sums: Tensor | None = None
         for start in range(0, len(positions_M), chunk_tokens):
             index = positions_M[start : start + chunk_tokens]
-            with torch.set_grad_enabled(wanted):
-                chunk = logits_NV.detach().index_select(0, index).float().requires_grad_(wanted)
-                terms = term(chunk, slice(start, start + len(index)))
-            if gradient_NV is not None:
-                (gradient,) = torch.autograd.grad(terms[0], chunk)
-                gradient_NV.index_copy_(0, index, gradient.to(gradient_NV.dtype))
+            with torch.set_grad_enabled(any(wanted)):
+                chunks = tuple(
+                    value.detach().index_select(0, index).float().requires_grad_(value.requires_grad)
+                    for value in values
+                )
+                terms = term(chunks, slice(start, start + len(index)))
+            learned = [(whole, chunk) for whole, chunk in zip(gradients, chunks, strict=True) if whole is not None]
+            if learned:
+                found = torch.autograd.grad(terms[0], [chunk for _, chunk in learned], allow_unused=True)
+                for (whole, _), gradient in zip(learned, found, strict=True):
+                    if gradient is not None:
+                        whole.index_copy_(0, index, gradient.to(whole.dtype))
             added = torch.stack([value.detach() for value in terms])
             sums = added if sums is None else sums + added
         if sums is None:
-            sums = torch.zeros(1, device=logits_NV.device)
-        ctx.gradient_NV = gradient_NV
+            sums = torch.zeros(1, device=positions_M.device)
+        ctx.gradients = gradients
         ctx.mark_non_differentiable(sums)
         return sums[0].clone(), sums
 
     @staticmethod
-    def backward(ctx: Any, scale: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:
-        gradient_NV, ctx.gradient_NV = ctx.gradient_NV, None
-        return gradient_NV.mul_(scale), None, None, None
+    def backward(ctx: Any, scale: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        gradients, ctx.gradients = ctx.gradients, None
+        return (None, None, None, *(None if gradient is None else gradient.mul_(scale) for gradient in gradients))
 
 
 def chunked_sum(
-    logits_NV: Tensor, positions_M: Tensor, term: Term, *, chunk_tokens: int = CHUNK_TOKENS
+    values: Sequence[Tensor], positions_M: Tensor, term: Term, *, chunk_tokens: int = CHUNK_TOKENS
 ) -> tuple[Tensor, Tensor]:
     """Sum a loss over the unmasked tokens without a second [N, V] tensor in float32.
 
     Args:
-        logits_NV: logits of every token, in any floating dtype.
+        values: what the loss is a function of, each [N, …] in any floating dtype: logits of every token, hidden states.
         positions_M: int64 rows of the tokens whose prediction counts, on the same device.
-        term: the loss of a chunk; sees its logits in float32. Must not depend on how the rows are cut.
+        term: the loss of a chunk; sees its rows of the values in float32. Must not depend on how the rows are cut.
         chunk_tokens: rows in a chunk.
 
     Returns:
         the weighted sum (differentiable once, by one backward pass) and all the term's sums (not differentiable).
     """
-    loss, sums = _ChunkedSum.apply(logits_NV, positions_M, term, chunk_tokens)  # type: ignore[no-untyped-call]
+    loss, sums = _ChunkedSum.apply(positions_M, term, chunk_tokens, *values)  # type: ignore[no-untyped-call]
     return loss, sums

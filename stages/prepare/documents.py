@@ -1,4 +1,4 @@
-"""Rows to documents: what each schema expects, what a document's digest is, and on which side of the split it falls.
+"""Rows to documents: what each schema expects, and what a document's digest is.
 
 | schema | row | targets of the loss |
 | --- | --- | --- |
@@ -6,8 +6,8 @@
 | chat | `{"messages": [{"role": "user", "content": "…"}, {"role": "assistant", …}]}` | what the assistant says |
 | prompt-completion | `{"prompt": "…", "completion": "…"}` | the completion |
 
-Promise: equal documents (up to white space and Unicode form) have equal digests and so fall on the same side; the
-split of a document depends on its content and the seed alone, never on its place or on the other documents.
+Promise: equal documents (up to white space and Unicode form) have equal digests, and so fall on the same side of the
+split (`division.py`).
 Does not: deduplicate, or find near duplicates.
 """
 
@@ -18,7 +18,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from stages.contract import Split
 from stages.errors import StageFailed, nearest
 from stages.prepare.parts import Part
 from stages.prepare.reading import SourceRow, first_row_number, read_piece
@@ -29,7 +28,7 @@ NUM_EXAMPLES = 10
 
 
 class RowRejected(Exception):
-    """A row is not what its schema says; the message says what is wrong with it."""
+    """A row is not what its schema expects; the message says how."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +49,7 @@ class Document:
         return int.from_bytes(self.digest[:8], "big") & (2**63 - 1)
 
     @property
-    def words(self) -> str:
+    def full_text(self) -> str:
         """All of its text, for training a tokenizer."""
         return "\n".join([*(message["content"] for message in self.messages), self.prompt, self.text]).strip("\n")
 
@@ -70,7 +69,7 @@ def document_of(value: Any, schema: Schema, text_field: str) -> Document | None:
     """Turn a row's value into a document; None where it holds nothing but white space.
 
     Raises:
-        RowRejected: the row is not what the schema says.
+        RowRejected: the row is not what the schema expects.
     """
     if isinstance(value, str):
         text = value.strip()
@@ -126,7 +125,7 @@ def _messages(value: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def detect_schema(parts: list[Part], text_field: str) -> Schema:
-    """Tell the schema from the fields of the first row that can be read; text files alone are text.
+    """Return the schema by the fields of the first row that can be read; text files alone are text.
 
     Raises:
         StageFailed: the row has the fields of no schema.
@@ -142,19 +141,10 @@ def detect_schema(parts: list[Part], text_field: str) -> Schema:
             if text_field in row.value:
                 return "text"
             raise StageFailed(
-                f"cannot tell the schema of {piece.name}:{row.number}, whose fields are {sorted(row.value)}; expected "
+                f"cannot find the schema of {piece.name}:{row.number}, whose fields are {sorted(row.value)}; expected "
                 f"{text_field!r}, or 'messages', or 'prompt' and 'completion'; set text_field, or rename the fields"
             )
     return "text"
-
-
-def split_of(digest: bytes, *, seed: int, validation_fraction: float, calibration_fraction: float) -> Split:
-    """Return the side of the split on which a document falls, by a hash of seed and content."""
-    hashed = hashlib.sha256(seed.to_bytes(8, "big", signed=True) + digest).digest()
-    where = int.from_bytes(hashed[:8], "big") / 2**64
-    if where < validation_fraction:
-        return "validation"
-    return "calibration" if where < validation_fraction + calibration_fraction else "train"
 
 
 class PartReader:

@@ -2,11 +2,10 @@
 
 import pickle
 import tempfile
-import warnings
 from collections.abc import Iterator, Mapping
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -14,8 +13,13 @@ from stages.contract import Config, Context, ExternalData, Input, Kind, Outcome,
 from stages.errors import ConfigError, StageFailed
 from stages.external.checkpoints import PretrainedTokenizer
 from stages.external.documents import DocumentSource, HubDataset
+from stages.formats.dataset import DatasetInfo
 from stages.runtime.processes import quiet_data
-from stages.runtime.translation import translate
+from stages.runtime.ray_workarounds import deprecated_options
+from stages.runtime.workers import WorkerSetup, translated_errors, worker_options
+
+if TYPE_CHECKING:
+    from stages.prepare.summary import Summary
 
 
 class ByteLevelBPE(Config):
@@ -48,11 +52,11 @@ class Prepare(Stage):
     calibration_fraction: float = Field(0.05, ge=0, le=1)
     """Fraction of documents that pruning and quantization look at; never trained or evaluated on."""
     row_schema: Literal["auto", "text", "chat", "prompt-completion"] = "auto"
-    """What rows hold (`stages/prepare/documents.py`); `auto` tells it from the fields of the first row."""
+    """What rows hold (`stages/prepare/documents.py`); `auto` finds it by the fields of the first row."""
     text_field: str = "text"
     """The field of a `text` row that holds the text."""
     max_rejected_fraction: float = Field(0.01, ge=0, le=1)
-    """Rows that may be other than their schema says; more fail the step."""
+    """Fraction of rows that may be other than their schema expects; more fail the step."""
     max_documents: int | None = Field(None, ge=1)
     """Take only the first documents, in the order of file names; None takes all."""
     part_bytes: int = Field(8 * 1024 * 1024, ge=1024)
@@ -97,7 +101,8 @@ class Prepare(Stage):
             StageFailed: too many rejected rows, no usable text, too little of it, or a tokenizer that will not do.
         """
         from stages.models.checkpoints import upload_folder
-        from stages.prepare import work
+        from stages.prepare import summary, work
+        from stages.prepare.division import Division
         from stages.prepare.documents import detect_schema
         from stages.prepare.encoding import set_tokenizer_threads
         from stages.prepare.parts import plan_parts
@@ -111,36 +116,36 @@ class Prepare(Stage):
         rows: dict[str, Any] = {"schema": schema, "text_field": self.text_field}
         if self.max_documents is not None:
             parts = work.limit_documents(parts, **rows, max_documents=self.max_documents)
-        division = work.Division(self.seed, self.validation_fraction, self.calibration_fraction)
+        division = Division(self.seed, self.validation_fraction, self.calibration_fraction)
         with tempfile.TemporaryDirectory(prefix="tokenizer-") as temporary:
             folder = Path(temporary)
             tokenizer = self._make_tokenizer(context, parts, rows | {"division": division}, folder)
             encoder, facts = describe_tokenizer(tokenizer, folder)
             upload_folder(folder, context.out, "tokenizer")
-        pad = facts["eos_token_id"] if facts["pad_token_id"] is None else facts["pad_token_id"]
-        shards = Shards(context.out, context.resume)
         job = work.PrepareJob(
             **rows,
             division=division,
             sequence_length=self.sequence_length,
-            pad_token_id=pad,
+            pad_token_id=facts.eos_token_id if facts.pad_token_id is None else facts.pad_token_id,
             encoder=encoder,
-            shards=shards,
+            shards=Shards(context.out, context.resume),
         )
-        totals = work.total_facts(list(_prepare_parts(parts, job, context)))
-        rejected = totals["rejected"]
-        if rejected["count"]:
-            context.reporter.note(
-                f"{rejected['count']} of {rejected['rows_read']} rows are left out, such as {rejected['examples'][0]}"
-            )
-        if totals["unlearned_answers"]:
-            context.reporter.note(
-                f"{totals['unlearned_answers']} answers in chats are no targets, since the chat template changes them"
-            )
-        work.check_totals(totals, schema=schema, division=division, max_rejected_fraction=self.max_rejected_fraction)
-        description = {**facts, **totals, "sequence_length": self.sequence_length, "sources": [self.source.identity()]}
-        context.out.put_json("dataset.json", description)
-        return Outcome(_metrics(totals, facts["vocabulary_size"]))
+        total = summary.Summary.total(_prepare_parts(parts, job, context))
+        _report_left_out(total, context.reporter)
+        summary.check(total, schema=schema, division=division, max_rejected_fraction=self.max_rejected_fraction)
+        DatasetInfo(
+            tokenizer_digest=facts.digest,
+            vocabulary_size=facts.vocabulary_size,
+            sequence_length=self.sequence_length,
+            bos_token_id=facts.bos_token_id,
+            eos_token_id=facts.eos_token_id,
+            pad_token_id=facts.pad_token_id,
+            splits=total.splits,
+            rejected=total.rejected,
+            unlearned_answers=total.unlearned_answers,
+            sources=(self.source.identity(),),
+        ).write(context.out)
+        return Outcome({**total.metrics, "vocabulary_size": float(facts.vocabulary_size)})
 
     def _make_tokenizer(self, context: Context, parts: list[Any], rows: dict[str, Any], folder: Path) -> Any:
         """Train or copy the tokenizer into a local folder, and return it loaded."""
@@ -170,18 +175,31 @@ MAX_SAMPLED_PARTS = 256
 """Parts from which a tokenizer's training text is taken, evenly spaced: no need to open ten thousand files for it."""
 
 
-def _prepare_parts(parts: list[Any], job: Any, context: Context) -> Iterator[dict[str, Any]]:
-    """Yield the facts of all parts: those of earlier attempts, then those of this one as they come."""
-    from stages.prepare.work import SPLITS, finished_parts, shard_name
+def _report_left_out(total: "Summary", reporter: Reporter) -> None:
+    rejected = total.rejected
+    if rejected.count:
+        reporter.note(f"{rejected.count} of {rejected.rows_read} rows are left out, such as {rejected.examples[0]}")
+    if total.unlearned_answers:
+        reporter.note(
+            f"{total.unlearned_answers} answers in chats are no targets, since the chat template changes them"
+        )
+
+
+def _prepare_parts(parts: list[Any], job: Any, context: Context) -> "list[Summary]":
+    """Return the summaries of all parts in order: those of earlier attempts, and those of this one."""
+    from stages.formats.tokens import shard_name
+    from stages.prepare import summary
 
     written = frozenset(job.shards.done())
-    finished = finished_parts(job.shards, written)
-    missing = [part for part in parts if part.index not in finished]
-    yield from (finished[part.index] for part in parts if part.index in finished)
-    items = [(part, written & {shard_name(split, part.index) for split in SPLITS}) for part in missing]
-    for num_done, facts in enumerate(_map_parts(_prepare, items, {"job": job}, context), len(parts) - len(missing) + 1):
+    found = summary.finished(job.shards, written)
+    missing = [part for part in parts if part.index not in found]
+    items = [(part, written & {shard_name(split, part.index) for split in summary.SPLITS}) for part in missing]
+    for num_done, (index, made) in enumerate(
+        _map_parts(_prepare, items, {"job": job}, context), len(parts) - len(missing) + 1
+    ):
         context.reporter.progress(num_done, len(parts), "parts")
-        yield facts
+        found[index] = made
+    return [found[part.index] for part in parts]
 
 
 def _sample(part: Any, **fixed: Any) -> Any:
@@ -193,70 +211,44 @@ def _sample(part: Any, **fixed: Any) -> Any:
 def _prepare(part: Any, written: frozenset[str], *, job: Any) -> Any:
     from stages.prepare.work import prepare_part
 
-    return prepare_part(part, job, written)
+    return part.index, prepare_part(part, job, written)
 
 
-def _apply(
-    row: dict[str, bytes], *, function: Any, num_cpus: float, fixed: dict[str, Any], reporter: Reporter
-) -> dict[str, bytes]:
+def _apply(row: dict[str, bytes], *, function: Any, fixed: dict[str, Any], setup: WorkerSetup) -> dict[str, bytes]:
     """Apply a function to an item in a worker."""
-    reporter.started()
+    setup.begin(uses_torch=False)
     from stages.prepare.encoding import set_tokenizer_threads
 
-    set_tokenizer_threads(num_cpus)
+    set_tokenizer_threads(setup.num_threads)
     return {"result": pickle.dumps(function(*pickle.loads(row["item"]), **fixed))}
 
 
 def _map_parts(function: Any, items: list[tuple[Any, ...]], fixed: dict[str, Any], context: Context) -> Iterator[Any]:
     """Map items with Ray Data, one task an item, and yield the results in the order in which they finish.
 
-    No retries: they are the engine's, and a shard written twice under one name by one attempt would take the
-    receipt's file away (`Shards.write`).
+    No retries: they are the engine's, and a shard written twice under one name by one attempt would remove
+    the receipt's file (`Shards.write`).
     """
     import ray
     from ray.data import DataContext, TaskPoolStrategy
-    from ray.util.annotations import RayDeprecationWarning
 
     if not items:
         return
     quiet_data(DataContext.get_current())
     resources = context.resources
     rows = [{"item": pickle.dumps(item)} for item in items]
-    with warnings.catch_warnings():
-        # Ray 2.60 deprecates every way to pass `max_retries`, and names none in their place.
-        warnings.simplefilter("ignore", RayDeprecationWarning)
+    with deprecated_options():
         data = ray.data.from_items(rows, override_num_blocks=min(len(rows), MAX_BLOCKS)).map(
             _apply,
-            fn_kwargs={
-                "function": function,
-                "num_cpus": resources.cpus_per_worker,
-                "fixed": fixed,
-                "reporter": context.reporter,
-            },
+            fn_kwargs={"function": function, "fixed": fixed, "setup": WorkerSetup.of(context)},
             compute=TaskPoolStrategy(size=resources.workers),
-            num_cpus=resources.cpus_per_worker,
-            memory=resources.memory_bytes_per_worker,
             max_retries=0,
+            **worker_options(resources),
         )
-    try:
+    with translated_errors():
         for row in data.iter_rows():
             yield pickle.loads(row["result"])
-    except ray.exceptions.RayError as error:
-        raise translate(error) from error
 
 
 MAX_BLOCKS = 10_000
 """Ray Data's blocks: one part each, until there are more parts than this; each block is a task to schedule."""
-
-
-def _metrics(totals: Mapping[str, Any], vocabulary_size: int) -> dict[str, float]:
-    metrics = {
-        f"{split}_{key}": float(of[key])
-        for split, of in totals["splits"].items()
-        for key in ("rows", "tokens", "documents")
-    }
-    return metrics | {
-        "rejected_rows": float(totals["rejected"]["count"]),
-        "unlearned_answers": float(totals["unlearned_answers"]),
-        "vocabulary_size": float(vocabulary_size),
-    }

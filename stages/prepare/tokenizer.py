@@ -4,8 +4,9 @@ Promise: the same texts in the same order give the same tokenizer.
 """
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from stages.errors import StageFailed
 from stages.models.checkpoints import text_config
@@ -41,8 +42,8 @@ def train_byte_level_bpe(texts: Iterable[str], *, vocabulary_size: int) -> "PreT
     tokenizer.train_from_iterator(texts, trainer)
     if tokenizer.get_vocab_size() < vocabulary_size:
         raise StageFailed(
-            f"the training split is too small for vocabulary_size={vocabulary_size}: it has words for "
-            f"{tokenizer.get_vocab_size()} tokens; lower vocabulary_size to that, or give more text"
+            f"the training split is too small for vocabulary_size={vocabulary_size}: it yields "
+            f"{tokenizer.get_vocab_size()} different tokens; lower vocabulary_size to that, or give more text"
         )
     wrapped: PreTrainedTokenizerBase = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token=END_OF_TEXT, clean_up_tokenization_spaces=False
@@ -50,8 +51,19 @@ def train_byte_level_bpe(texts: Iterable[str], *, vocabulary_size: int) -> "PreT
     return wrapped
 
 
-def describe_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> tuple[EncoderState, dict[str, Any]]:
-    """Return what workers need of a tokenizer that lies in a folder, and its facts for `dataset.json`.
+@dataclass(frozen=True, slots=True)
+class TokenizerFacts:
+    """What `dataset.json` says of a tokenizer."""
+
+    digest: str
+    vocabulary_size: int
+    bos_token_id: int | None
+    eos_token_id: int
+    pad_token_id: int | None
+
+
+def describe_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> tuple[EncoderState, TokenizerFacts]:
+    """Return what workers need of a tokenizer that lies in a folder, and what `dataset.json` says of it.
 
     Raises:
         StageFailed: it has no end-of-text token, or no fast implementation.
@@ -75,13 +87,13 @@ def describe_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> tu
         chat_template=_chat_template(tokenizer),
         special_tokens=tuple(sorted(special.items())),
     )
-    facts = {
-        "tokenizer_digest": digest,
-        "eos_token_id": tokenizer.eos_token_id,
-        "bos_token_id": tokenizer.bos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-        "vocabulary_size": size,
-    }
+    facts = TokenizerFacts(
+        digest=digest,
+        vocabulary_size=size,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
     return state, facts
 
 

@@ -1,28 +1,27 @@
 """`Teach`: run a teacher over a dataset once and store what students learn from, with Ray Data.
 
-One actor holds one loaded teacher and works through whole token shards; each leaves one signals shard with a receipt,
+One actor holds one loaded teacher and works through whole token shards; each leaves one signal shard with a receipt,
 so that after a crash only shards without one are done. Only small facts travel back.
 """
 
 import logging
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from stages.contract import Config, Context, Input, Outcome, Shards, Split, Stage
 from stages.errors import ConfigError, StageFailed
+from stages.formats.dataset import DatasetInfo
+from stages.formats.signals import SignalsInfo
 from stages.runtime.processes import quiet_data
-from stages.runtime.translation import translate
+from stages.runtime.ray_workarounds import deprecated_options
+from stages.runtime.workers import WorkerSetup, device_of, translated_errors, worker_options
 
 if TYPE_CHECKING:
-    from stages.teach.engines.local import LocalTeacher
+    from stages.teach.work import ShardFacts, TeachJob
 
 logger = logging.getLogger(__name__)
-
-BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
-"""Tokens in one forward pass where `micro_batch` is not set: what keeps a device busy at little memory."""
 
 
 class TopK(Config):
@@ -57,160 +56,115 @@ class Teach(Stage):
 
     def run(self, context: Context) -> Outcome:
         """Teach every shard that has no receipt yet, then write `signals.json`."""
+        from stages.formats.signal_shards import signals_name
+        from stages.formats.tokens import shard_pattern
+        from stages.teach.work import read_facts
+
         data = context.one("data")
-        facts = data.read_json("dataset.json")
-        if self.method.k > facts["vocabulary_size"]:
+        dataset = DatasetInfo.read(data)
+        if self.method.k > dataset.vocabulary_size:
             raise StageFailed(
-                f"method.k is {self.method.k}, expected at most the dataset's vocabulary of {facts['vocabulary_size']} "
+                f"method.k is {self.method.k}, expected at most the dataset's vocabulary of {dataset.vocabulary_size} "
                 "entries"
             )
-        names = [file.name for file in data.below(f"tokens/{self.split}-*.parquet")]
+        names = [file.name for file in data.below(shard_pattern(self.split))]
         if not names:
             raise StageFailed(
                 f"the dataset has no shards of split {self.split!r}, expected one of "
-                f"{sorted(facts['splits'])}; set Teach.split"
+                f"{sorted(dataset.splits)}; set Teach.split"
             )
         shards = Shards(context.out, context.resume)
-        done = shards.done()
-        missing = [name for name in names if _signals_name(name) not in done]
+        done = read_facts(shards)
+        missing = [name for name in names if signals_name(name) not in done]
         logger.info("deciding to teach %d of %d shards, since the others have receipts", len(missing), len(names))
         if missing:
-            self._teach(context, missing, shards, facts)
-            done = shards.done()
-        return self._conclude(context, [done[_signals_name(name)] for name in names], facts)
+            self._teach(context, missing, shards, dataset)
+            done = read_facts(shards)
+        return self._conclude(context, [done[signals_name(name)] for name in names], dataset)
 
-    def _teach(self, context: Context, missing: list[str], shards: Shards, facts: Mapping[str, Any]) -> None:
-        total = facts["splits"][self.split]["rows"] * facts["sequence_length"]
-        finished = sum(fact["tokens"] for fact in shards.done().values())
-        job = {
-            "teacher": context.one("teacher"),
-            "data": context.one("data"),
-            "shards": shards,
-            "reporter": context.reporter,
-            "method": self.method,
-            "dtype": self.dtype,
-            "facts": facts,
-            "micro_batch": context.resources.micro_batch,
-            "threads": max(1, int(context.resources.cpus_per_worker)),
-        }
+    def _teach(self, context: Context, missing: list[str], shards: Shards, dataset: DatasetInfo) -> None:
+        from stages.teach.work import TeachJob, read_facts
+
+        total = dataset.splits[self.split].rows * dataset.sequence_length
+        finished = sum(facts.tokens for facts in read_facts(shards).values())
+        job = TeachJob(
+            teacher=context.one("teacher"),
+            data=context.one("data"),
+            dataset=dataset,
+            shards=shards,
+            k=self.method.k,
+            temperatures=self.method.temperatures,
+            dtype=self.dtype,
+            micro_batch=context.resources.micro_batch,
+            device=device_of(context.resources),
+        )
         context.reporter.progress(finished, total, "tokens")
-        for row in _map_shards(missing, job, context):
-            finished += row["tokens"]
+        for tokens in _map_shards(missing, job, context):
+            finished += tokens
             context.reporter.progress(finished, total, "tokens")
 
-    def _conclude(self, context: Context, shard_facts: list[dict[str, Any]], facts: Mapping[str, Any]) -> Outcome:
-        rows, tokens, size = (sum(fact[key] for fact in shard_facts) for key in ("rows", "tokens", "bytes"))
-        summary = {
-            "method": self.method.kind,
-            "k": min(self.method.k, facts["vocabulary_size"]),
-            "temperatures": list(self.method.temperatures),
-            "vocabulary_size": facts["vocabulary_size"],
-            "teacher_fingerprint": context.one("teacher").fingerprint,
-            "dataset_fingerprint": context.one("data").fingerprint,
-            "tokenizer_digest": facts["tokenizer_digest"],
-            "sequence_length": facts["sequence_length"],
-            "split": self.split,
-            "dtype": self.dtype,
-            "rows": rows,
-            "tokens": tokens,
-            "bytes_per_token": size / tokens,
-        }
-        context.out.put_json("signals.json", summary)
-        busy = sum(fact["seconds"] for fact in shard_facts)
-        speed = tokens / max(busy, 1e-9)
+    def _conclude(self, context: Context, done: "list[ShardFacts]", dataset: DatasetInfo) -> Outcome:
+        tokens, size_bytes = sum(facts.tokens for facts in done), sum(facts.size_bytes for facts in done)
+        SignalsInfo(
+            method=self.method.kind,
+            k=self.method.k,
+            temperatures=self.method.temperatures,
+            vocabulary_size=dataset.vocabulary_size,
+            teacher_fingerprint=context.one("teacher").fingerprint,
+            dataset_fingerprint=context.one("data").fingerprint,
+            tokenizer_digest=dataset.tokenizer_digest,
+            sequence_length=dataset.sequence_length,
+            split=self.split,
+            dtype=self.dtype,
+            rows=sum(facts.rows for facts in done),
+            tokens=tokens,
+            bytes_per_token=size_bytes / tokens,
+        ).write(context.out)
+        busy = sum(facts.seconds for facts in done)
         return Outcome(
             {
                 "teach/tokens": tokens,
-                "teach/bytes_per_token": size / tokens,
-                "teach/tokens_per_second_per_worker": speed,
+                "teach/bytes_per_token": size_bytes / tokens,
+                "teach/tokens_per_second_per_worker": tokens / max(busy, 1e-9),
             }
         )
 
 
-def _signals_name(tokens_name: str) -> str:
-    return tokens_name.replace("tokens/", "signals/", 1)
+class _Actor:
+    """A `ShardTeacher` in an actor of Ray Data's pool."""
 
+    def __init__(self, job: "TeachJob", setup: WorkerSetup) -> None:
+        setup.begin()
+        from stages.teach.work import ShardTeacher
 
-class _ShardTeacher:
-    """One actor: loads the teacher once, then turns token shards into signals shards.
-
-    It loads with its first shard: what an actor's constructor raises comes back as the text of a lost actor.
-    """
-
-    def __init__(self, job: dict[str, Any]) -> None:
-        self.job = job
-        job["reporter"].started()
-        self.engine: LocalTeacher | None = None
-
-    def _load(self) -> "LocalTeacher":
-        import torch
-
-        from stages.models.checkpoints import load_model
-        from stages.models.compatibility import check_compatible
-        from stages.teach.engines.local import LocalTeacher
-
-        job = self.job
-        torch.set_num_threads(job["threads"])
-        folder, facts = job["teacher"].folder("model"), job["facts"]
-        check_compatible("the teacher", folder, facts)
-        model = load_model(folder, dtype=job["dtype"], device=job["device"]).eval()
-        method = job["method"]
-        return LocalTeacher(model, vocabulary=facts["vocabulary_size"], k=method.k, temperatures=method.temperatures)
+        self._teacher = ShardTeacher(job)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Teach the shards that a batch names; return facts."""
-        facts = [self._teach(str(name)) for name in batch["item"]]
-        return {"tokens": [fact["tokens"] for fact in facts]}
-
-    def _teach(self, name: str) -> dict[str, Any]:
-        import time
-
-        from stages.teach.shards import teach_shard
-
-        self.engine = self.engine or self._load()
-        (path,) = self.job["data"].paths(name)
-        started = time.monotonic()
-        batch_rows = self.job["micro_batch"] or max(1, BATCH_TOKENS[self.job["device"]] // _row_tokens(path))
-        done = teach_shard(path, self.engine.signals, batch_rows=batch_rows, dtype=self.job["dtype"])
-        seconds = time.monotonic() - started
-        facts = {"rows": done.rows, "tokens": done.tokens, "bytes": len(done.data), "seconds": seconds}
-        self.job["shards"].write(_signals_name(name), done.data, facts)
-        return facts
+        """Teach the shards that a batch names; return how many tokens each has."""
+        return {"tokens": [self._teacher.teach(str(name)).tokens for name in batch["item"]]}
 
 
-def _row_tokens(path: Any) -> int:
-    import pyarrow.parquet as pq
-
-    return int(pq.read_schema(path).field("input_ids").type.list_size)
-
-
-def _map_shards(names: list[str], job: dict[str, Any], context: Context) -> Iterator[dict[str, Any]]:
-    """Run the actor pool over shard names with Ray Data; yield facts as shards end.
+def _map_shards(names: list[str], job: "TeachJob", context: Context) -> Iterator[int]:
+    """Run the actor pool over shard names with Ray Data; yield each shard's tokens as it ends.
 
     The names lie in the object store already, so that nothing but the pool wants a CPU: no read or write task can be
     starved by it. Actors are not restarted, since retries are the engine's.
     """
     import ray
-    from ray.util.annotations import RayDeprecationWarning
 
     quiet_data(ray.data.DataContext.get_current())
     resources = context.resources
     workers = min(resources.workers, len(names))
     shards = ray.data.from_items([{"item": name} for name in names], override_num_blocks=len(names))
-    with warnings.catch_warnings():
-        # Ray 2.60 deprecates every way to pass `max_restarts`, and names none in their place.
-        warnings.simplefilter("ignore", RayDeprecationWarning)
+    with deprecated_options():
         taught = shards.map_batches(
-            _ShardTeacher,
-            fn_constructor_args=({**job, "device": "cuda" if resources.gpus_per_worker > 0 else "cpu"},),
+            _Actor,
+            fn_constructor_args=(job, WorkerSetup.of(context)),
             batch_size=1,
             compute=ray.data.ActorPoolStrategy(size=workers),
-            num_cpus=resources.cpus_per_worker,
-            num_gpus=resources.gpus_per_worker,
-            memory=resources.memory_bytes_per_worker,
             max_restarts=0,
+            **worker_options(resources),
         )
-    try:
-        yield from taught.iter_rows()
-    except ray.exceptions.RayError as error:
-        raise translate(error) from error
+    with translated_errors():
+        for row in taught.iter_rows():
+            yield int(row["tokens"])

@@ -1,4 +1,4 @@
-"""`Train`: a student from a dataset, and from a teacher's signals where there are any, with Ray Train.
+"""`Train`: a student from a dataset, with a teacher's signals or a live teacher where an objective needs them.
 
 Ray Train places the workers and joins them; retries are the engine's and snapshots are ours, so its own resume, its
 checkpoints and its reports are not used.
@@ -9,39 +9,33 @@ import secrets
 import tempfile
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from stages.contract import Context, ExternalData, Input, Outcome, Split, Stage
-from stages.errors import ConfigError, ExternalDataError, StageFailed
-from stages.external.checkpoints import Checkpoint
+from stages.errors import ConfigError, StageFailed
+from stages.formats.training import TrainingInfo
 from stages.runtime.processes import environment, preserve_signal_handlers
-from stages.runtime.translation import translate
-from stages.train.objectives import CrossEntropy, Objective, SoftTarget
-from stages.train.students import Continue, Llama, Smaller, Student
+from stages.runtime.ray_workarounds import TRAIN_ENVIRONMENT, trainer_class
+from stages.runtime.workers import device_of, train_resources, translated_errors
+from stages.train.objectives import Objective
+from stages.train.students import Continue, Llama, Smaller, Student, check_student
 
 if TYPE_CHECKING:
-    from stages.train.reader import SignalsLayout
     from stages.train.work import TrainJob
 
-__all__ = ["Continue", "CrossEntropy", "Llama", "Smaller", "SoftTarget", "Train"]
+__all__ = ["Continue", "Llama", "Smaller", "Train"]
 
 logger = logging.getLogger(__name__)
 
-RAY_TRAIN_ENVIRONMENT = {
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",  # the end of training is noticed at the next check; 2 s by default
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # one actor less to start; a lost worker is the engine's to handle
-    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # prints appear twice else
-    "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",
-    "RAY_TRAIN_ENABLE_WORKER_STRUCTURED_LOGGING": "0",
-}
-
 
 class Train(Stage):
-    """Dataset (+ signals, or a checkpoint to start from) → model."""
+    """Dataset, with a teacher's signals or a live teacher where an objective needs them → model.
+
+    Inputs: `origin` is the checkpoint whose weights a student starts from, `teacher` one that is asked as it trains.
+    """
 
     KIND: ClassVar = "model"
     REVISION: ClassVar = "2026-11-21 students in the type of their origin; padding that learns"
@@ -50,12 +44,12 @@ class Train(Stage):
     INPUTS: ClassVar = {
         "data": Input(("dataset",)),
         "signals": Input(("signals",), required=False),
+        "origin": Input(("model",), required=False),
         "teacher": Input(("model",), required=False),
-        "start": Input(("model",), required=False),
     }
 
     model: Student
-    """What is trained: `Llama` (fresh), `Smaller` (cut from the teacher), `Continue` (a checkpoint as it is)."""
+    """What is trained: `Llama` (fresh), `Smaller` (cut from the input `origin`), `Continue` (the origin as it is)."""
     objectives: tuple[Objective, ...]
     """Losses, summed with their weights."""
     optimizer_steps: int = Field(ge=1)
@@ -80,33 +74,27 @@ class Train(Stage):
     """Of fresh weights, data order and dropout."""
 
     def check(self, sources: Mapping[str, Stage | ExternalData | Mapping[str, Stage | ExternalData]]) -> None:
-        """Check the objectives against the signals, and the student against the checkpoints that are wired."""
+        """Check the student and the objectives against what is wired.
+
+        Raises:
+            ConfigError: they do not fit.
+        """
         if not self.objectives:
-            raise ConfigError("objectives is empty, expected at least one, e.g. CrossEntropy()")
-        if isinstance(self.model, Smaller) and "teacher" not in sources:
-            raise ConfigError(
-                "model is Smaller(…), which is cut from the input 'teacher', and none is wired; pass teacher="
-            )
-        if isinstance(self.model, Smaller) and isinstance(teacher := sources["teacher"], Checkpoint):
-            with suppress(ExternalDataError):  # it is told of where its identity is asked for
-                self.model.check(teacher.config() or {})
-        if isinstance(self.model, Continue) and not {"teacher", "start"} & sources.keys():
-            raise ConfigError(
-                "model is Continue(), which goes on from the input 'start' or 'teacher', and neither is wired"
-            )
+            raise ConfigError("objectives is empty, expected at least one of stages.train.objectives")
+        check_student(self.model, sources)
         for objective in self.objectives:
-            if isinstance(objective, SoftTarget):
-                if "signals" not in sources:
-                    raise ConfigError("SoftTarget learns from the input 'signals', and none is wired; pass signals=")
-                # The source is a Teach, whose class no other stage may import; `run` checks what has no method.
-                method = getattr(sources["signals"], "method", None)
-                _check_temperature(objective, None if method is None else method.temperatures)
+            objective.check(sources)
+        if "teacher" in sources and not any(objective.NEEDS.teacher for objective in self.objectives):
+            raise ConfigError(
+                "the input 'teacher' is wired, and no objective asks a live teacher; leave it out (stored signals are "
+                "the input 'signals', the checkpoint that a student starts from is the input 'origin')"
+            )
 
     def run(self, context: Context) -> Outcome:
         """Train with Ray Train, going on from the newest snapshot; read back what rank 0 wrote."""
         from stages.train import snapshots
-        from stages.train.loop import Recipe
-        from stages.train.work import TrainJob
+        from stages.train.optimizer import Recipe
+        from stages.train.work import TrainJob, check_inputs
 
         if context.resources.workers > self.batch_rows:
             raise StageFailed(
@@ -121,7 +109,7 @@ class Train(Stage):
             recipe=Recipe(**{field.name: getattr(self, field.name) for field in fields(Recipe)}),
             batch_rows=self.batch_rows,
             split=self.split,
-            layout=_layout(self, context),
+            layout=check_inputs(self.objectives, context),
             snapshot=snapshot,
             started=time.time(),
         )
@@ -130,85 +118,28 @@ class Train(Stage):
                 "deciding to go on from step %d of %d, since a snapshot is there", snapshot.step, self.optimizer_steps
             )
         _fit(job)
-        facts = context.out.get_json("training.json")
+        done = TrainingInfo.parse(context.out.get(TrainingInfo.FILE), where=TrainingInfo.FILE)
         wanted = ("final_loss", "seconds", "tokens_per_second", "parameters", "tokens")
-        return Outcome({f"train/{name}": float(facts[name]) for name in wanted})
-
-
-def _check_temperature(objective: SoftTarget, temperatures: tuple[float, ...] | None) -> None:
-    if temperatures is not None and objective.temperature not in temperatures:
-        raise ConfigError(
-            f"SoftTarget.temperature is {objective.temperature:g}, expected one that the signals were made for: "
-            f"{', '.join(f'{t:g}' for t in temperatures)}; change it, or add it to Teach.method.temperatures"
-        )
-
-
-def _layout(stage: Train, context: Context) -> "SignalsLayout | None":
-    """Check the signals against the dataset and the objectives; None where no objective learns from them."""
-    from stages.train.reader import SignalsLayout
-
-    soft = [objective for objective in stage.objectives if isinstance(objective, SoftTarget)]
-    if not soft:
-        return None
-    signals = context.optional("signals")
-    if signals is None:
-        raise StageFailed("SoftTarget learns from the input 'signals', and there is none; wire a Teach step")
-    facts, data = signals.read_json("signals.json"), context.one("data").read_json("dataset.json")
-    for name in ("tokenizer_digest", "vocabulary_size", "sequence_length"):
-        if facts[name] != data[name]:
-            raise StageFailed(
-                f"{name} of the signals is {facts[name]}, expected the dataset's {data[name]}; "
-                f"run Teach on this dataset"
-            )
-    temperatures = tuple(float(t) for t in facts["temperatures"])
-    for objective in soft:
-        try:
-            _check_temperature(objective, temperatures)
-        except ConfigError as error:
-            raise StageFailed(str(error)) from error
-    return SignalsLayout(facts["k"], temperatures)
-
-
-def _trainer_class() -> Any:
-    """Return Ray Train's trainer without the two helpers that cost time and give nothing here.
-
-    Its placement-group cleaner asks Ray's dashboard whether the controller lives; where there is none, each question
-    waits for 10 s and so does the end of training (12 s of a 27 s fit). The engine removes what a lost attempt leaves.
-    The datasets' helper is an actor that imports Ray Data (1.3 s); the reader is ours.
-    """
-    from ray.train.torch import TorchTrainer
-    from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
-    from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
-
-    class Trainer(TorchTrainer):  # type: ignore[misc]  # the base is untyped
-        def _create_default_callbacks(self) -> list[Any]:
-            unwanted = (DatasetsCallback, PlacementGroupCleanerCallback)
-            return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, unwanted)]
-
-    return Trainer
+        return Outcome({f"train/{name}": float(getattr(done, name)) for name in wanted})
 
 
 def _fit(job: "TrainJob") -> None:
     """Run `_work` on every worker; raise what went wrong as an error of ours."""
     with (
-        environment(RAY_TRAIN_ENVIRONMENT),
+        environment(TRAIN_ENVIRONMENT),
         preserve_signal_handlers(),
         tempfile.TemporaryDirectory(prefix="train-") as storage,
     ):
-        import ray
         from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
 
         resources = job.context.resources
-        each: dict[str, float] = {"CPU": resources.cpus_per_worker}
-        if resources.gpus_per_worker:
-            each["GPU"] = resources.gpus_per_worker
-        if resources.memory_bytes_per_worker:
-            each["memory"] = resources.memory_bytes_per_worker
-        trainer = _trainer_class()(
+        trainer = trainer_class()(
             _work,
             train_loop_config={"job": job},
             scaling_config=ScalingConfig(
-                num_workers=resources.workers, use_gpu=resources.gpus_per_worker > 0, resources_per_worker=each
+                num_workers=resources.workers,
+                use_gpu=device_of(resources) == "cuda",
+                resources_per_worker=train_resources(resources),
             ),
             run_config=RunConfig(
                 name=f"{job.context.fingerprint[:16]}-{secrets.token_hex(4)}",
@@ -217,10 +148,8 @@ def _fit(job: "TrainJob") -> None:
                 logging_config=LoggingConfig(log_level="ERROR"),
             ),
         )
-        try:
+        with translated_errors(TrainingFailedError):
             trainer.fit()
-        except (TrainingFailedError, ray.exceptions.RayError) as error:
-            raise translate(error) from error
 
 
 def _work(config: dict[str, Any]) -> None:

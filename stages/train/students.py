@@ -1,4 +1,4 @@
-"""Where a student's shape and first weights come from: a fresh Llama, a smaller copy of the teacher, or a checkpoint.
+"""Where a student's shape and first weights come from: fresh, or a checkpoint, its origin, made smaller or as it is.
 
 Promise: the returned model has float32 weights, reads the dataset's tokens, and is the same for the same config, seed
 and checkpoint; it is stored in the type of the checkpoint that it comes from. What does not fit is refused with the
@@ -6,13 +6,16 @@ values that would.
 """
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
 from stages.contract import Config
-from stages.errors import ConfigError
+from stages.errors import ConfigError, ExternalDataError
+from stages.external.checkpoints import Checkpoint
+from stages.formats.dataset import DatasetInfo
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -49,7 +52,7 @@ class Llama(Config):
 
 
 class Smaller(Config):
-    """The teacher's own architecture, made smaller, with the teacher's weights where they fit."""
+    """The architecture of the input `origin`, made smaller, with its weights where they fit."""
 
     kind: Literal["smaller"] = "smaller"
     layers: int | None = Field(None, ge=1)
@@ -65,11 +68,11 @@ class Smaller(Config):
         """Refuse a student that is no smaller."""
         if self.layers is None and self.heads is None and self.width is None:
             raise ConfigError(
-                "Smaller has none of layers, heads and width; set one, or use Continue() for the teacher's own size"
+                "Smaller has none of layers, heads and width; set one, or use Continue() for the origin's own size"
             )
 
-    def check(self, config: Mapping[str, Any]) -> None:
-        """Refuse what the teacher's `config.json` shows to be larger than the teacher.
+    def check_sizes(self, config: Mapping[str, Any]) -> None:
+        """Refuse what the origin's `config.json` shows to be larger than it is.
 
         Raises:
             ConfigError: more layers, heads or channels than it has.
@@ -78,7 +81,7 @@ class Smaller(Config):
         for name, keys in SIZES.items():
             wanted, most = getattr(self, name), next((text[key] for key in keys if text.get(key)), None)
             if wanted is not None and most is not None and wanted > most:
-                raise ConfigError(f"Smaller.{name} is {wanted}, expected at most the teacher's {most}")
+                raise ConfigError(f"Smaller.{name} is {wanted}, expected at most the origin's {most}")
 
 
 SIZES = {
@@ -90,7 +93,7 @@ SIZES = {
 
 
 class Continue(Config):
-    """The weights of the input `start` as they are; of `teacher` where no `start` is wired."""
+    """The weights of the input `origin` as they are."""
 
     kind: Literal["continue"] = "continue"
 
@@ -99,14 +102,37 @@ Student = Annotated[Llama | Smaller | Continue, Field(discriminator="kind")]
 """Any of them."""
 
 
+def check_student(student: Llama | Smaller | Continue, sources: Mapping[str, Any]) -> None:
+    """Check a student against the input `origin`, before anything runs.
+
+    Raises:
+        ConfigError: it needs an origin and has none, has one that it does not need, or is larger than its origin.
+    """
+    if isinstance(student, Llama):
+        if "origin" in sources:
+            raise ConfigError(
+                "model is Llama(…), whose weights are fresh, and the input 'origin' is wired; leave origin= out, or "
+                "use Smaller(…) or Continue()"
+            )
+        return
+    if "origin" not in sources:
+        how = "is cut from" if isinstance(student, Smaller) else "goes on from"
+        raise ConfigError(
+            f"model is {type(student).__name__}, which {how} the input 'origin', and none is wired; pass origin="
+        )
+    if isinstance(student, Smaller) and isinstance(origin := sources["origin"], Checkpoint):
+        with suppress(ExternalDataError):  # raised where its identity is asked for
+            student.check_sizes(origin.config() or {})
+
+
 def build_student(
-    student: Llama | Smaller | Continue, facts: Mapping[str, Any], *, origin: Path | None, seed: int
+    student: Llama | Smaller | Continue, dataset: DatasetInfo, *, origin: Path | None, seed: int
 ) -> "PreTrainedModel":
     """Return the student before training, on the CPU.
 
     Args:
         student: what it shall be.
-        facts: the dataset's `dataset.json`.
+        dataset: what it is trained on.
         origin: folder of the checkpoint that it comes from; None for a fresh one.
         seed: of fresh weights.
 
@@ -114,43 +140,43 @@ def build_student(
         StageFailed: the checkpoint does not fit the dataset, or cannot be made smaller in this way.
     """
     if isinstance(student, Llama):
-        return _fresh(student, facts, seed)
+        return _fresh(student, dataset, seed)
     from stages.models.checkpoints import load_model
     from stages.models.compatibility import check_compatible
     from stages.models.narrowing import Size, narrow
 
-    assert origin is not None, "Train.check sees to it that there is one"
-    check_compatible("the student's checkpoint", origin, facts)
+    assert origin is not None, "check_student sees to it that there is one"
+    check_compatible("the student's checkpoint", origin, dataset)
     model = load_model(origin, dtype="float32")
     if isinstance(student, Continue):
         return model
     return narrow(model, Size(layers=student.layers, heads=student.heads, width=student.width), seed=seed)
 
 
-def _fresh(student: Llama, facts: Mapping[str, Any], seed: int) -> "PreTrainedModel":
+def _fresh(student: Llama, dataset: DatasetInfo, seed: int) -> "PreTrainedModel":
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     config = LlamaConfig(
-        vocab_size=facts["vocabulary_size"],
+        vocab_size=dataset.vocabulary_size,
         hidden_size=student.width,
         num_hidden_layers=student.layers,
         num_attention_heads=student.heads,
         num_key_value_heads=student.kv_heads or student.heads,
         intermediate_size=student.ffn_width or -(-student.width * 8 // (3 * 32)) * 32,
-        max_position_embeddings=facts["sequence_length"],
+        max_position_embeddings=dataset.sequence_length,
         tie_word_embeddings=student.tie_embeddings,
         rope_parameters={"rope_type": "default", "rope_theta": student.rope_theta},
-        bos_token_id=facts["bos_token_id"],
-        eos_token_id=facts["eos_token_id"],
-        pad_token_id=_own_padding(facts),
+        bos_token_id=dataset.bos_token_id,
+        eos_token_id=dataset.eos_token_id,
+        pad_token_id=_own_padding(dataset),
     )
     torch.manual_seed(seed)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     return model
 
 
-def _own_padding(facts: Mapping[str, Any]) -> int | None:
+def _own_padding(dataset: DatasetInfo) -> int | None:
     """Return the padding token if it is nothing else: transformers gives it an embedding of zeros that never learns."""
-    pad: int | None = facts["pad_token_id"]
-    return None if pad in (facts["bos_token_id"], facts["eos_token_id"]) else pad
+    pad = dataset.pad_token_id
+    return None if pad in (dataset.bos_token_id, dataset.eos_token_id) else pad

@@ -1,20 +1,32 @@
 """What one rank of a training does: a student and its data in, the artifact's files out. Imports no ray."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from stages.contract import Artifact, Context
+from stages.contract import Artifact, Context, Split
 from stages.errors import StageFailed
-from stages.models.checkpoints import save_checkpoint, stored_dtype
+from stages.formats import signal_shards
+from stages.formats.dataset import DatasetInfo
+from stages.formats.signals import SignalsInfo
+from stages.formats.tokens import shard_pattern
+from stages.formats.training import TrainingInfo
+from stages.models.checkpoints import load_model, save_checkpoint, stored_dtype
+from stages.models.compatibility import check_compatible
+from stages.runtime.workers import WorkerSetup
 from stages.train import snapshots
-from stages.train.loop import Progress, Ranks, Recipe, Training
+from stages.train.forward import LiveTeacher, LossSum
+from stages.train.loop import Progress, Ranks, Training
 from stages.train.objectives import Objective
-from stages.train.reader import Reader, ShardPair, SignalsLayout
-from stages.train.students import Llama, Smaller, Student, build_student
+from stages.train.objectives.loss import Loss
+from stages.train.optimizer import Recipe
+from stages.train.reader import Reader
+from stages.train.students import Llama, Student, build_student
+from stages.train.windows import ShardPair, SignalsLayout
 
 MICRO_BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
 """Tokens in one forward pass where `micro_batch` is not set."""
@@ -29,13 +41,40 @@ class TrainJob:
     objectives: tuple[Objective, ...]
     recipe: Recipe
     batch_rows: int
-    split: str
+    split: Split
     layout: SignalsLayout | None
     """None where no objective learns from signals."""
     snapshot: snapshots.Snapshot | None
     """What to go on from."""
     started: float
     """Unix time."""
+
+
+def check_inputs(objectives: Sequence[Loss], context: Context) -> SignalsLayout | None:
+    """Check the inputs against what the objectives need; return what is to be read of the signals, if anything.
+
+    Raises:
+        StageFailed: an input is missing, or the signals are of another dataset or lack what an objective needs.
+    """
+    for objective in objectives:
+        absent = [name for name in objective.NEEDS.inputs if name not in context.inputs]
+        if absent:
+            raise StageFailed(f"{type(objective).__name__} learns from the input {absent[0]!r}, and there is none")
+    wanted = {column for objective in objectives for column in objective.NEEDS.signals}
+    if not wanted:
+        return None
+    signals, dataset = SignalsInfo.read(context.one("signals")), DatasetInfo.read(context.one("data"))
+    for name in ("tokenizer_digest", "vocabulary_size", "sequence_length"):
+        found, expected = getattr(signals, name), getattr(dataset, name)
+        if found != expected:
+            raise StageFailed(
+                f"{name} of the signals is {found}, expected the dataset's {expected}; run Teach on this dataset"
+            )
+    for objective in objectives:
+        if objective.NEEDS.signals:
+            objective.check_signals(signals)
+    columns = tuple(column for column in signal_shards.COLUMNS if column in wanted)
+    return SignalsLayout(signals.k, signals.temperatures, columns)
 
 
 def train_rank(job: TrainJob, ranks: Ranks) -> None:
@@ -45,24 +84,22 @@ def train_rank(job: TrainJob, ranks: Ranks) -> None:
         StageFailed: the inputs do not fit the stage.
     """
     context = job.context
-    context.reporter.started()
-    torch.set_num_threads(max(1, int(context.resources.cpus_per_worker)))
+    WorkerSetup.of(context).begin()
     data = context.one("data")
-    facts = data.read_json("dataset.json")
+    dataset = DatasetInfo.read(data)
     origin = _origin(job)
-    model = build_student(job.model, facts, origin=origin, seed=job.recipe.seed).to(ranks.device)
+    model = build_student(job.model, dataset, origin=origin, seed=job.recipe.seed).to(ranks.device)
     progress, tensors = Progress(), None
     if job.snapshot:
-        progress, tensors = (
-            Progress(step=job.snapshot.step, **job.snapshot.facts),
-            snapshots.read(context.resume, job.snapshot),
-        )
+        progress = Progress(step=job.snapshot.step, **job.snapshot.facts)
+        tensors = snapshots.read(context.resume, job.snapshot)
     training = Training(
         model=model,
-        reader=_reader(job, ranks, facts["sequence_length"]),
-        objectives=job.objectives,
+        reader=_reader(job, ranks, dataset.sequence_length),
+        loss=LossSum(
+            job.objectives, dataset.vocabulary_size, dtype=job.recipe.dtype, teacher=_teacher(job, ranks, dataset)
+        ),
         recipe=job.recipe,
-        vocabulary=facts["vocabulary_size"],
         reporter=context.reporter,
         ranks=ranks,
         snapshot_writer=snapshots.SnapshotWriter(context.resume) if ranks.rank == 0 else None,
@@ -70,38 +107,46 @@ def train_rank(job: TrainJob, ranks: Ranks) -> None:
     training.run(progress, tensors)
     if ranks.rank == 0:
         stored = stored_dtype(origin) if origin else torch.float32
-        _write_artifact(context, model.to(stored), progress, data, time.time() - job.started)
+        write_artifact(context, model.to(stored), progress, data, time.time() - job.started)
 
 
 def _origin(job: TrainJob) -> Path | None:
     """Return the folder of the checkpoint that the student comes from, None for a fresh one."""
     if isinstance(job.model, Llama):
         return None
-    first: Artifact | None = None if isinstance(job.model, Smaller) else job.context.optional("start")
-    origin = first or job.context.optional("teacher")
+    origin = job.context.optional("origin")
     if origin is None:
-        raise StageFailed(f"model is {job.model.kind!r}, which needs a checkpoint, and none is wired; pass teacher=")
+        raise StageFailed(f"model is {job.model.kind!r}, which needs a checkpoint, and none is wired; pass origin=")
     return origin.folder("model")
+
+
+def _teacher(job: TrainJob, ranks: Ranks, dataset: DatasetInfo) -> LiveTeacher | None:
+    """Load the live teacher, where an objective asks one, in what the forward pass computes in."""
+    if not any(objective.NEEDS.teacher for objective in job.objectives):
+        return None
+    folder = job.context.one("teacher").folder("model")
+    check_compatible("the teacher", folder, dataset)
+    return LiveTeacher(load_model(folder, dtype=job.recipe.dtype, device=str(ranks.device)))
 
 
 def _reader(job: TrainJob, ranks: Ranks, length: int) -> Reader:
     context = job.context
-    tokens = context.one("data").paths(f"tokens/{job.split}-*.parquet")
-    if not tokens:
+    paths = context.one("data").paths(shard_pattern(job.split))
+    if not paths:
         raise StageFailed(f"the dataset has no shards of split {job.split!r}; set Train.split")
     known = {}
     if job.layout is not None:
-        known = {path.name: path for path in context.one("signals").paths("signals/*.parquet")}
-        absent = [path.name for path in tokens if path.name not in known]
+        known = {path.name: path for path in context.one("signals").paths(signal_shards.PATTERN)}
+        absent = [path.name for path in paths if path.name not in known]
         if absent:
             raise StageFailed(
-                f"{len(absent)} of {len(tokens)} shards have no signals (the first is {absent[0]}), "
+                f"{len(absent)} of {len(paths)} shards have no signals (the first is {absent[0]}), "
                 f"expected one for each; run Teach on this dataset and split"
             )
     largest = max(1, MICRO_BATCH_TOKENS[ranks.device.type] // length)
     rows = -(-job.batch_rows // ranks.world_size)
     return Reader(
-        shards=tuple(ShardPair(path, known.get(path.name)) for path in tokens),
+        shards=tuple(ShardPair(path, known.get(path.name)) for path in paths),
         layout=job.layout,
         batch_rows=job.batch_rows,
         micro_batch=context.resources.micro_batch or min(rows, largest),
@@ -111,18 +156,17 @@ def _reader(job: TrainJob, ranks: Ranks, length: int) -> Reader:
     )
 
 
-def _write_artifact(context: Context, model: Any, progress: Progress, data: Artifact, wall_seconds: float) -> None:
+def write_artifact(context: Context, model: Any, progress: Progress, data: Artifact, wall_seconds: float) -> None:
     """Write the artifact's files."""
     save_checkpoint(model.eval(), data.folder("tokenizer"), context.out, "model")
-    facts = {
-        "optimizer_steps": progress.step,
-        "tokens": progress.tokens,
-        "targets": progress.targets,
-        "final_loss": progress.last["train/loss"],
-        "final": dict(progress.last),
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "seconds": progress.seconds,
-        "tokens_per_second": progress.tokens / max(progress.seconds, 1e-9),
-        "wall_seconds": wall_seconds,
-    }
-    context.out.put_json("training.json", facts)
+    TrainingInfo(
+        optimizer_steps=progress.step,
+        tokens=progress.tokens,
+        targets=progress.targets,
+        final_loss=progress.last["train/loss"],
+        final=dict(progress.last),
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        seconds=progress.seconds,
+        tokens_per_second=progress.tokens / max(progress.seconds, 1e-9),
+        wall_seconds=wall_seconds,
+    ).write(context.out)

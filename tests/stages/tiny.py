@@ -1,15 +1,14 @@
 """Tiny inputs in the shared formats, made on the spot from a seed: a tokenizer, a dataset of random rows, a model."""
 
-import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from stages.contract import Artifact
+from stages.formats.dataset import DatasetInfo, RejectedRows, SplitCounts
+from stages.formats.tokens import TokenRows, shard_name, to_parquet
+from stages.storage import Folder
 from tests.fakes import artifact_of
 
 
@@ -25,6 +24,16 @@ def write_tokenizer(folder: Path, vocabulary: int) -> str:
     wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w1", unk_token="w0")
     wrapped.save_pretrained(folder)
     return tokenizer_digest(wrapped)
+
+
+def dataset_info(**changes: Any) -> DatasetInfo:
+    """Return a `dataset.json`, with some fields changed."""
+    fields = {
+        "tokenizer_digest": "0" * 64, "vocabulary_size": 96, "sequence_length": 16, "bos_token_id": None,
+        "eos_token_id": 1, "pad_token_id": 1, "splits": {}, "sources": ({},), "unlearned_answers": 0,
+        "rejected": RejectedRows(count=0, rows_read=0, examples=()),
+    }  # fmt: skip
+    return DatasetInfo(**{**fields, **changes})
 
 
 def write_dataset(
@@ -46,24 +55,14 @@ def write_dataset(
             if count:
                 input_ids[row, -count:], mask[row, -count:] = 1, False
         targets += int(mask.sum())
-        columns = {
-            "digest": pa.array(
-                [hashlib.sha256(row.astype("<i4").tobytes()).digest()[:16] for row in input_ids], pa.binary(16)
-            ),
-            "input_ids": pa.FixedSizeListArray.from_arrays(pa.array(input_ids.ravel()), length),
-            "document_ids": pa.FixedSizeListArray.from_arrays(
-                pa.array(np.where(mask, part, -1).astype(np.int64).ravel()), length
-            ),
-            "loss_mask": pa.FixedSizeListArray.from_arrays(pa.array(mask.ravel()), length),
-        }
-        pq.write_table(pa.table(columns), folder / "tokens" / f"train-{part:05d}.parquet")
-    facts = {
-        "vocabulary_size": vocabulary, "sequence_length": length, "tokenizer_digest": digest,
-        "eos_token_id": 1, "bos_token_id": None, "pad_token_id": 1,
-        "splits": {"train": {"shards": len(shards), "rows": sum(shards), "tokens": targets, "documents": len(shards)}},
-        "rejected": {"count": 0, "rows_read": sum(shards), "examples": []}, "sources": [],
-    }  # fmt: skip
-    (folder / "dataset.json").write_text(json.dumps(facts))
+        owners = np.where(mask, part, -1).astype(np.int64)
+        shard = to_parquet(TokenRows(input_ids, owners, mask))
+        (folder / shard_name("train", part)).write_bytes(shard)
+    counts = SplitCounts(shards=len(shards), rows=sum(shards), tokens=targets, documents=len(shards))
+    info = dataset_info(
+        tokenizer_digest=digest, vocabulary_size=vocabulary, sequence_length=length, splits={"train": counts}
+    )
+    info.write(Folder.at(folder))
     return artifact_of("dataset", folder)
 
 

@@ -183,8 +183,8 @@ def test_run_compress_student_that_is_nothing_is_refused(capsys: pytest.CaptureF
             "the students 'a' and 'b' are the same model; leave one of them out",
         ),
         (('{"name": "Half", "layers": 1}',), "--students.name: String should match pattern"),
-        (('{"name": "half", "layers": 9}',), "Smaller.layers is 9, expected at most the teacher's 4"),
-        (('{"name": "thin", "width": 96}',), "Smaller.width is 96, expected at most the teacher's 64"),
+        (('{"name": "half", "layers": 9}',), "Smaller.layers is 9, expected at most the origin's 4"),
+        (('{"name": "thin", "width": 96}',), "Smaller.width is 96, expected at most the origin's 64"),
     ],
     ids=["teacher", "quantized", "same", "capital", "deeper", "wider"],
 )

@@ -2,31 +2,20 @@
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from pydantic import Field
-
-from stages.contract import Config
+from stages.train.objectives.loss import Loss, Targets
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from stages.train.reader import MicroBatch
 
-
-class CrossEntropy(Config):
+class CrossEntropy(Loss):
     """−log q(next token), in nats."""
 
-    CURVE: ClassVar[str] = "cross_entropy"
+    CURVE: ClassVar = "cross_entropy"
     kind: Literal["cross_entropy"] = "cross_entropy"
-    weight: float = Field(1.0, gt=0)
-    """Factor in the total loss."""
 
-    @property
-    def scale(self) -> float:
-        """Factor of the sum of `losses` in the total loss."""
-        return self.weight
-
-    def losses(self, logits_NV: "Tensor", batch: "MicroBatch", rows: slice) -> "Tensor":
-        """Return the loss of each token, [N]; `rows` says which of the batch's targets these logits belong to."""
+    def losses(self, targets: Targets) -> "Tensor":
+        """Return the loss of each target, [N]."""
         from stages.ops.divergences import cross_entropy
 
-        return cross_entropy(logits_NV, batch.targets_M[rows])
+        return cross_entropy(targets.logits_NV, targets.tokens_N)

@@ -3,25 +3,25 @@
 The gradient of KL at temperature T shrinks as 1/T²; the factor T² keeps its share of the total loss where T is varied.
 """
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from stages.contract import Config
+from stages.errors import ConfigError, StageFailed
+from stages.formats.signals import SignalsInfo
+from stages.train.objectives.loss import Loss, Needs, Targets
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from stages.train.reader import MicroBatch
 
+class SoftTarget(Loss):
+    """T² · KL(teacher at T ‖ student at T), with all but the stored top k as one bucket, in nats; weighted besides."""
 
-class SoftTarget(Config):
-    """T² · KL(teacher at T ‖ student at T), with all but the stored top k as one bucket, in nats."""
-
-    CURVE: ClassVar[str] = "kl"
+    CURVE: ClassVar = "kl"
+    NEEDS: ClassVar = Needs(signals=("ids", "log_probs", "tail_log_mass", "log_partitions"))
     kind: Literal["soft_target"] = "soft_target"
-    weight: float = Field(1.0, gt=0)
-    """Factor in the total loss, besides T²."""
     temperature: float = Field(2.0, gt=0)
     """T: one of those that `Teach` stored log-partitions for."""
 
@@ -30,18 +30,39 @@ class SoftTarget(Config):
         """Factor of the sum of `losses` in the total loss."""
         return self.weight * self.temperature**2
 
-    def losses(self, logits_NV: "Tensor", batch: "MicroBatch", rows: slice) -> "Tensor":
-        """Return KL of each token without the factor T², [N]; `rows` says which of the batch's targets these are."""
+    def check(self, sources: Mapping[str, Any]) -> None:
+        """Check that signals are wired, and made for this temperature."""
+        super().check(sources)
+        # The source is a Teach, whose class no other stage may import; `check_signals` checks what has no method.
+        method = getattr(sources["signals"], "method", None)
+        if method is not None and (wrong := self._misfit(method.temperatures)):
+            raise ConfigError(wrong)
+
+    def check_signals(self, signals: SignalsInfo) -> None:
+        """Check that the signals were made for this temperature."""
+        if wrong := self._misfit(signals.temperatures):
+            raise StageFailed(wrong)
+
+    def _misfit(self, temperatures: tuple[float, ...]) -> str | None:
+        if self.temperature in temperatures:
+            return None
+        return (
+            f"SoftTarget.temperature is {self.temperature:g}, expected one that the signals were made for: "
+            f"{', '.join(f'{t:g}' for t in temperatures)}; change it, or add it to Teach.method.temperatures"
+        )
+
+    def losses(self, targets: Targets) -> "Tensor":
+        """Return KL of each target without the factor T², [N]."""
         from stages.ops.divergences import sparse_kl_divergence
         from stages.ops.targets import sparse_target
 
-        stored = batch.signals
-        assert stored is not None, "the stage checks that signals are there"
+        stored = targets.signals
+        assert stored is not None, "NEEDS asks for them"
         target = sparse_target(
-            stored.ids_MK[rows].long(),
-            stored.log_probs_MK[rows],
-            tail_log_mass_N=stored.tail_log_mass_M[rows],
-            log_partition_N=stored.log_partitions_MC[rows, stored.temperatures.index(self.temperature)],
+            stored.ids_MK.long(),
+            stored.log_probs_MK,
+            tail_log_mass_N=stored.tail_log_mass_M,
+            log_partition_N=stored.log_partitions_MC[:, stored.temperatures.index(self.temperature)],
             temperature=self.temperature,
         )
-        return sparse_kl_divergence(logits_NV, target, self.temperature)
+        return sparse_kl_divergence(targets.logits_NV, target, self.temperature)

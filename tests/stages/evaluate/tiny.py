@@ -13,7 +13,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from stages.contract import Artifact
 from stages.models.tokenization import load_tokenizer, tokenizer_digest
+from stages.storage import Folder
 from tests.fakes import artifact_of
+from tests.stages.tiny import dataset_info
 
 VOCABULARY = 50
 """Words of the tokenizer; the models' heads have 64."""
@@ -54,12 +56,9 @@ def make_dataset(folder: Path, *, rows: tuple[int, ...] = (5, 4), seed: int = 0)
         )
         pq.write_table(table, folder / "tokens" / f"validation-{part:05d}.parquet")
         start += count
-    facts = {
-        "vocabulary_size": VOCABULARY,
-        "sequence_length": LENGTH,
-        "tokenizer_digest": tokenizer_digest(load_tokenizer(folder / "tokenizer")),
-    }
-    (folder / "dataset.json").write_text(json.dumps(facts))
+    digest = tokenizer_digest(load_tokenizer(folder / "tokenizer"))
+    info = dataset_info(tokenizer_digest=digest, vocabulary_size=VOCABULARY, sequence_length=LENGTH)
+    info.write(Folder.at(folder))
     return artifact_of("dataset", folder)
 
 

@@ -8,8 +8,9 @@ import torch
 from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3TextConfig, GPT2Config
 
 from stages.errors import StageFailed
+from stages.formats.dataset import DatasetInfo
 from stages.models.compatibility import check_compatible
-from tests.stages.tiny import tiny_llama, write_dataset, write_model
+from tests.stages.tiny import dataset_info, tiny_llama, write_dataset, write_model
 
 
 def gpt2() -> Any:
@@ -46,7 +47,7 @@ def test_checkpoint_fits_or_is_refused_with_what_does_not(
 ) -> None:
     data = write_dataset(tmp_path / "data")
     folder = write_model(tmp_path / "model", build(), tmp_path / "data" / "tokenizer").folder("model")
-    facts = data.read_json("dataset.json") | change
+    facts = DatasetInfo.read(data).model_copy(update=change)
     if message is None:
         check_compatible("the teacher", folder, facts)
     else:
@@ -57,10 +58,10 @@ def test_checkpoint_fits_or_is_refused_with_what_does_not(
 def test_checkpoint_without_a_tokenizer_is_taken_at_its_word(tmp_path: Path) -> None:
     data = write_dataset(tmp_path / "data")
     folder = write_model(tmp_path / "model", tiny_llama()).folder("model")
-    check_compatible("the teacher", folder, data.read_json("dataset.json"))
+    check_compatible("the teacher", folder, DatasetInfo.read(data))
 
 
 def test_checkpoint_of_an_unknown_architecture_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "alembic"}')
     with pytest.raises(StageFailed, match=r"cannot read the config in .*alembic"):
-        check_compatible("the teacher", tmp_path, {})
+        check_compatible("the teacher", tmp_path, dataset_info())

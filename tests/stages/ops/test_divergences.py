@@ -4,7 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from stages.ops.divergences import chunked_sum, cross_entropy, kl_divergence, sparse_kl_divergence
+from stages.ops.divergences import (
+    chunked_sum,
+    cross_entropy,
+    kl_divergence,
+    reverse_kl_divergence,
+    sparse_kl_divergence,
+)
 from stages.ops.targets import SparseTarget, sparse_target
 from tests import references
 
@@ -55,6 +61,24 @@ def test_kl_divergence_equals_the_reference_with_its_gradient() -> None:
     expected, gradient = references.dense_kl(teacher, student.detach().double().numpy(), 1.0)
     np.testing.assert_allclose(loss.detach().numpy(), expected, rtol=1e-5)
     np.testing.assert_allclose(_gradient(loss, student), gradient, atol=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 0.5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_reverse_kl_divergence_equals_the_reference_with_its_gradient(temperature: float, dtype: torch.dtype) -> None:
+    teacher, student = _logits(0), _student(_logits(1), dtype)
+    loss = reverse_kl_divergence(student, torch.tensor(teacher, dtype=torch.float32), temperature)
+    expected, gradient = references.reverse_kl(teacher, student.detach().double().numpy(), temperature)
+    np.testing.assert_allclose(loss.detach().numpy(), expected, rtol=1e-5)
+    atol = 1e-5 if dtype == torch.float32 else 4e-2  # the gradient is rounded to the logits' own type
+    np.testing.assert_allclose(_gradient(loss, student), gradient, atol=atol)
+
+
+def test_reverse_kl_divergence_to_itself_is_zero() -> None:
+    student = _student(_logits(0))
+    loss = reverse_kl_divergence(student, student.detach(), 2.0)
+    assert loss.abs().max() < 1e-6
+    assert np.abs(_gradient(loss, student)).max() < 1e-6
 
 
 def test_kl_divergence_with_a_zero_probability_adds_nothing() -> None:
@@ -121,24 +145,42 @@ def test_chunked_sum_with_any_chunk_equals_the_whole(chunk_tokens: int, dtype: t
     positions = torch.tensor([0, 2, 3, 5, 8, 9, 11])
     targets = torch.arange(len(positions)) * 5
 
-    def term(chunk: torch.Tensor, rows: slice) -> tuple[torch.Tensor, ...]:
-        loss = cross_entropy(chunk, targets[rows]).sum()
+    def term(chunks: tuple[torch.Tensor, ...], rows: slice) -> tuple[torch.Tensor, ...]:
+        loss = cross_entropy(chunks[0], targets[rows]).sum()
         return 3 * loss, loss
 
-    loss, sums = chunked_sum(logits, positions, term, chunk_tokens=chunk_tokens)
+    loss, sums = chunked_sum((logits,), positions, term, chunk_tokens=chunk_tokens)
     whole = cross_entropy(logits[positions], targets).sum()
     torch.testing.assert_close(loss, 3 * whole)
     torch.testing.assert_close(sums, torch.stack([3 * whole, whole]).detach())
     (expected,) = torch.autograd.grad(3 * whole / 7, logits)
     (found,) = torch.autograd.grad(loss / 7, logits)
     torch.testing.assert_close(found, expected)
-    assert not found[[1, 4, 6, 7, 10]].any()  # redacted tokens get no gradient
+    assert not found[[1, 4, 6, 7, 10]].any()  # masked tokens get no gradient
 
 
 def test_chunked_sum_without_targets_is_zero_with_a_zero_gradient() -> None:
     logits = _student(_logits(0))
-    loss, _ = chunked_sum(logits, torch.tensor([], dtype=torch.long), lambda chunk, rows: (chunk.sum(),))
+    loss, _ = chunked_sum((logits,), torch.tensor([], dtype=torch.long), lambda chunks, rows: (chunks[0].sum(),))
     loss.backward()
     assert loss.item() == 0
     assert logits.grad is not None
     assert not logits.grad.any()
+
+
+@pytest.mark.parametrize("chunk_tokens", [2, 100])
+def test_chunked_sum_of_several_values_gives_each_its_gradient(chunk_tokens: int) -> None:
+    logits, states, unused = _student(_logits(0)), _student(_logits(1)[:, :5]), _student(_logits(2)[:, :3])
+    fixed = torch.tensor(_logits(3)[:, :5], dtype=torch.float32)
+    positions = torch.tensor([0, 2, 5, 11])
+
+    def term(chunks: tuple[torch.Tensor, ...], rows: slice) -> tuple[torch.Tensor, ...]:
+        return (chunks[0].square().sum() + (chunks[1] * chunks[3]).square().sum(),)
+
+    loss, _ = chunked_sum((logits, states, unused, fixed), positions, term, chunk_tokens=chunk_tokens)
+    found = torch.autograd.grad(2 * loss, (logits, states, unused))
+    whole = logits[positions].square().sum() + (states * fixed)[positions].square().sum()
+    expected = torch.autograd.grad(2 * whole, (logits, states))
+    torch.testing.assert_close(loss, whole)
+    torch.testing.assert_close(found[:2], expected)
+    assert not found[2].any()

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from stages.errors import StageFailed
 from stages.external.documents import Files
-from stages.prepare.documents import PartReader, RowRejected, detect_schema, document_of, split_of
+from stages.prepare.division import Division
+from stages.prepare.documents import PartReader, RowRejected, detect_schema, document_of
 from stages.prepare.parts import plan_parts
 
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
@@ -60,7 +61,7 @@ def test_split_of_equal_content_is_the_same_side(text: str, seed: int) -> None:
     assert other is not None
     assert one.digest == other.digest
     assert 0 <= one.id < 2**63
-    sides = {split_of(d.digest, seed=seed, validation_fraction=0.3, calibration_fraction=0.3) for d in (one, other)}
+    sides = {Division(seed, 0.3, 0.3).side(d.digest) for d in (one, other)}
     assert len(sides) == 1
 
 
@@ -68,7 +69,7 @@ def test_split_fractions_are_those_asked_for_and_follow_the_seed() -> None:
     digests = [document_of(f"document {i}", "text", "text").digest for i in range(4000)]  # type: ignore[union-attr]
 
     def sides(seed: int) -> list[str]:
-        return [split_of(d, seed=seed, validation_fraction=0.1, calibration_fraction=0.2) for d in digests]
+        return [Division(seed, 0.1, 0.2).side(d) for d in digests]
 
     # 4 standard deviations of a binomial with n = 4000.
     assert sides(0).count("validation") == pytest.approx(400, abs=76)

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 from tokenizers import processors
 from transformers import AutoTokenizer
@@ -13,7 +12,7 @@ from transformers import AutoTokenizer
 from stages.errors import StageFailed
 from stages.prepare.documents import document_of
 from stages.prepare.encoding import Encoded, Encoder, build_encoder
-from stages.prepare.packing import pack, to_parquet
+from stages.prepare.packing import pack
 from stages.prepare.tokenizer import describe_tokenizer, train_byte_level_bpe
 from tests.stages.prepare.tokenizers import CHATML, CHATML_MARKED, TEXT, gpt2_like, llama_like, qwen_like, saved
 
@@ -172,7 +171,7 @@ def test_document_with_a_token_that_the_model_does_not_know_is_told_so(tmp_path:
     folder = saved(qwen_like(), tmp_path)
     (folder / "config.json").write_text('{"model_type": "llama", "vocab_size": 302}')
     state, facts = describe_tokenizer(qwen_like(), folder)
-    assert facts["vocabulary_size"] == 302
+    assert facts.vocabulary_size == 302
     documents = [document_of({"text": text}, "text", "text") for text in ("Hello <|im_start|>", "Hello <|im_end|>")]
     # The end of each text is <|im_end|>, 302 itself: what fits is judged by ids alone.
     found = Encoder(replace(state, eos_token_id=300)).encode([each for each in documents if each])
@@ -180,17 +179,19 @@ def test_document_with_a_token_that_the_model_does_not_know_is_told_so(tmp_path:
     assert "'<|im_end|>', whose id 302 the model does not know (it knows 302)" in str(found[1])
 
 
-def test_chat_with_half_a_surrogate_pair_in_what_its_template_shows_is_told_so(tmp_path: Path) -> None:
+def test_chat_with_half_a_surrogate_pair_in_what_its_template_shows_is_refused(tmp_path: Path) -> None:
     tokenizer = qwen_like("{% for m in messages %}{{ m.thought }}{{ m.content }}{% endfor %}")
     chat = [{"role": "assistant", "content": "a", "thought": "\ud83e"}]
     assert "half of a surrogate pair at character 0" in str(encode(tokenizer, tmp_path, "chat", {"messages": chat}))
 
 
-def test_chat_that_its_template_refuses_is_told_why(tmp_path: Path) -> None:
+def test_chat_that_its_template_refuses_comes_back_with_the_reason(tmp_path: Path) -> None:
     refusing = qwen_like("{{ raise_exception('no system message, please') }}")
     assert "no system message, please" in str(encode(refusing, tmp_path, "chat", {"messages": CHAT}))
     silent = qwen_like("{% for m in messages %}{% generation %}{% endgeneration %}{% endfor %}")
-    assert "no answer of the assistant that can be told" in str(encode(silent, tmp_path, "chat", {"messages": CHAT}))
+    assert "no answer of the assistant that can be distinguished" in str(
+        encode(silent, tmp_path, "chat", {"messages": CHAT})
+    )
 
 
 def test_chat_template_with_the_date_gives_the_same_tokens_every_day(tmp_path: Path) -> None:
@@ -206,38 +207,21 @@ def test_packing_of_texts_decodes_to_the_texts(tmp_path: Path) -> None:
     documents = [document_of({"text": text}, "text", "text") for text in texts]
     encoded = encoder_of(tokenizer, tmp_path).encode([d for d in documents if d])
     packed = pack([e for e in encoded if isinstance(e, Encoded)], sequence_length=32, pad_token_id=0)
-    kept = packed.document_ids_NT >= 0
-    assert tokenizer.decode(packed.input_ids_NT[kept]) == "".join(f"{text}<|endoftext|>" for text in texts)
-    assert (packed.input_ids_NT[~kept] == 0).all()
+    kept = packed.document_ids_RT >= 0
+    assert tokenizer.decode(packed.ids_RT[kept]) == "".join(f"{text}<|endoftext|>" for text in texts)
+    assert (packed.ids_RT[~kept] == 0).all()
     assert kept[:-1].all()
-    assert (packed.loss_mask_NT[:, 1:] == kept[:, 1:]).all()
-    assert not packed.loss_mask_NT[:, 0].any()
-    owners = packed.document_ids_NT[kept]
+    assert (packed.mask_RT[:, 1:] == kept[:, 1:]).all()
+    assert not packed.mask_RT[:, 0].any()
+    owners = packed.document_ids_RT[kept]
     assert owners[np.concatenate([[True], owners[1:] != owners[:-1]])].tolist() == [d.id for d in documents if d]
 
 
 def test_packing_drops_rows_without_a_target() -> None:
     prompt = Encoded(np.arange(20, dtype=np.int32), np.array([False] * 19 + [True]), 7)
     packed = pack([prompt], sequence_length=8, pad_token_id=0)
-    assert packed.input_ids_NT.tolist() == [[16, 17, 18, 19, 0, 0, 0, 0]]
-    assert len(pack([], sequence_length=8, pad_token_id=0).input_ids_NT) == 0
-
-
-def test_shard_has_the_agreed_columns_and_digests(tmp_path: Path) -> None:
-    import hashlib
-
-    packed = pack([Encoded(np.arange(12, dtype=np.int32), np.ones(12, np.bool_), 7)], sequence_length=8, pad_token_id=0)
-    (tmp_path / "a.parquet").write_bytes(to_parquet(packed))
-    table = pq.read_table(tmp_path / "a.parquet")
-    assert [str(field.type) for field in table.schema] == [
-        "fixed_size_binary[16]",
-        "fixed_size_list<element: int32>[8]",
-        "fixed_size_list<element: int64>[8]",
-        "fixed_size_list<element: bool>[8]",
-    ]
-    ids = np.array(table["input_ids"].to_pylist(), "<i4")
-    assert table["digest"].to_pylist() == [hashlib.sha256(row.tobytes()).digest()[:16] for row in ids]
-    assert table["document_ids"].to_pylist()[1] == [7, 7, 7, 7, -1, -1, -1, -1]
+    assert packed.ids_RT.tolist() == [[16, 17, 18, 19, 0, 0, 0, 0]]
+    assert len(pack([], sequence_length=8, pad_token_id=0).ids_RT) == 0
 
 
 def test_trained_tokenizer_is_deterministic_and_encodes_anything(tmp_path: Path) -> None:
@@ -251,8 +235,8 @@ def test_trained_tokenizer_is_deterministic_and_encodes_anything(tmp_path: Path)
     assert len(tokenizer) == 280
 
 
-def test_trained_tokenizer_of_too_little_text_says_what_it_has_words_for() -> None:
-    with pytest.raises(StageFailed, match=r"too small for vocabulary_size=9000: it has words for \d+ tokens; lower"):
+def test_trained_tokenizer_of_too_little_text_says_how_many_it_yields() -> None:
+    with pytest.raises(StageFailed, match=r"too small for vocabulary_size=9000: it yields \d+ different tokens; lower"):
         train_byte_level_bpe(iter(TEXT), vocabulary_size=9000)
 
 

@@ -14,6 +14,7 @@ from stages.contract import Context, Outcome, read_receipts
 from stages.errors import ConfigError, StageFailed
 from stages.external.checkpoints import PretrainedTokenizer
 from stages.external.documents import Files, PythonDocs
+from stages.formats.dataset import DatasetInfo, RejectedRows, SplitCounts
 from stages.prepare.stage import ByteLevelBPE, Prepare
 from stages.storage import Folder
 from tests.fakes import RecordingReporter, artifact_of, fake_context
@@ -56,8 +57,8 @@ def run(stage: Prepare, context: Context) -> Outcome:
     return outcome
 
 
-def description(context: Context) -> Any:
-    return context.out.get_json("dataset.json")
+def description(context: Context) -> DatasetInfo:
+    return DatasetInfo.parse(context.out.get(DatasetInfo.FILE), where=DatasetInfo.FILE)
 
 
 def shards(context: Context) -> dict[str, bytes]:
@@ -117,17 +118,17 @@ def test_dataset_of_texts_holds_every_document_on_one_side(tmp_path: Path) -> No
     assert sum(map(len, normalized)) == 60
     assert all(normalized)
     found = description(context)
-    assert found["sequence_length"] == 32
-    assert found["rejected"] == {"count": 0, "rows_read": 80, "examples": []}
+    assert found.sequence_length == 32
+    assert found.rejected == RejectedRows(count=0, rows_read=80, examples=())
     for split, side in sides.items():
         names = [name for name in shards(context) if name.startswith(f"tokens/{split}-")]
         tables = [pq.read_table(f"{context.out.uri}/{name}") for name in names]
-        assert found["splits"][split] == {
-            "shards": len(names),
-            "rows": sum(table.num_rows for table in tables),
-            "tokens": sum(int(np.sum(table["loss_mask"].to_pylist())) for table in tables),
-            "documents": len(side),
-        }
+        assert found.splits[split] == SplitCounts(
+            shards=len(names),
+            rows=sum(table.num_rows for table in tables),
+            tokens=sum(int(np.sum(table["loss_mask"].to_pylist())) for table in tables),
+            documents=len(side),
+        )
         assert outcome.metrics[f"{split}_documents"] == len(side)
     assert {file.name for file in read_receipts(context.resume)} == set(shards(context))
 
@@ -164,7 +165,7 @@ def test_second_attempt_writes_only_what_is_missing_and_the_same_bytes(tmp_path:
     assert set(receipts) == set(before)
     assert [name for name, uri in receipts.items() if uri.startswith(second.out.uri)] == [lost]
     assert description(second) == description(first)
-    assert isinstance(second.report, RecordingReporter)
+    assert isinstance(second.reporter, RecordingReporter)
 
 
 @pytest.mark.ray
@@ -190,11 +191,9 @@ def test_rejected_rows_within_the_limit_are_shown_and_above_it_fail(tmp_path: Pa
     context = fake_context(tmp_path / "one")
     outcome = run(prepare(tmp_path, source, max_rejected_fraction=0.02), context)
     assert outcome.metrics["rejected_rows"] == 1
-    assert description(context)["rejected"] == {
-        "count": 1,
-        "rows_read": 60,
-        "examples": ["a.jsonl:8: no field 'text'; did you mean 'txt'? (known: txt)"],
-    }
+    assert description(context).rejected == RejectedRows(
+        count=1, rows_read=60, examples=("a.jsonl:8: no field 'text'; did you mean 'txt'? (known: txt)",)
+    )
     with pytest.raises(
         StageFailed, match=r"1 of 60 rows are not.*max_rejected_fraction=0\.01[\s\S]*a\.jsonl:8: no field"
     ):
@@ -212,8 +211,8 @@ def test_chats_take_their_tokenizer_from_a_model(tmp_path: Path) -> None:
     context = fake_context(tmp_path, {"tokenizer": model})
     run(prepare(tmp_path, lines(tmp_path / "a.jsonl", rows), tokenizer=None), context)
     found = description(context)
-    assert found["eos_token_id"] != found["pad_token_id"]
-    num_tokens = sum(of["tokens"] for of in found["splits"].values())
+    assert found.eos_token_id != found.pad_token_id
+    num_tokens = sum(of.tokens for of in found.splits.values())
     answers = sum(len(qwen_like()(f"ok {i}<|im_end|>")["input_ids"]) for i in range(40))
     assert num_tokens == pytest.approx(answers, abs=10)  # a row's first token is no target
 
@@ -228,7 +227,7 @@ def test_documents_given_whole_to_validation_make_a_dataset_and_one_alone_has_no
         run(prepare(tmp_path, lines(tmp_path / "a.jsonl", texts(1)), **whole), context)
     context = fake_context(tmp_path / "two")
     run(prepare(tmp_path, lines(tmp_path / "a.jsonl", texts(2)), **whole), context)
-    assert {split: of["documents"] for split, of in description(context)["splits"].items()} == {
+    assert {split: of.documents for split, of in description(context).splits.items()} == {
         "train": 0,
         "validation": 2,
         "calibration": 0,

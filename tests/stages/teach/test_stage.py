@@ -9,6 +9,7 @@ import torch
 
 from stages.contract import Shards, read_receipts
 from stages.errors import StageFailed
+from stages.formats.signals import SignalsInfo
 from stages.models.checkpoints import load_model
 from stages.teach.stage import Teach, TopK
 from tests import references
@@ -66,8 +67,8 @@ def test_teach_on_a_tiny_model_stores_what_the_dense_softmax_says(
                     row["log_partitions"][:, column], references.log_partition(logits, tau), atol=1e-5
                 )
 
-    summary = signals.read_json("signals.json")
-    assert (summary["rows"], summary["tokens"], summary["k"]) == (18, 18 * 16, K)
+    summary = SignalsInfo.read(signals)
+    assert (summary.rows, summary.tokens, summary.k) == (18, 18 * 16, K)
     assert outcome.metrics["teach/tokens"] == 18 * 16
     assert context.reporter.progressed[-1] == (18 * 16, 18 * 16, "tokens")
 
@@ -78,7 +79,7 @@ def test_teach_after_a_crash_does_only_shards_without_a_receipt(local_ray: None,
     first = fake_context(tmp_path / "step", inputs)
     stage = Teach(method=TopK(k=K))
     Shards(first.out, first.resume).write(
-        "signals/train-00001.parquet", b"kept", {"rows": 7, "tokens": 112, "bytes": 4, "seconds": 1.0}
+        "signals/train-00001.parquet", b"kept", {"rows": 7, "tokens": 112, "size_bytes": 4, "seconds": 1.0}
     )
     stage.run(first)
     receipts = {file.name: file for file in read_receipts(first.resume)}
@@ -87,7 +88,7 @@ def test_teach_after_a_crash_does_only_shards_without_a_receipt(local_ray: None,
 
     again = fake_context(tmp_path / "step", inputs)
     stage.run(again)  # nothing is missing: no actor starts
-    assert again.report.progressed == []
+    assert again.reporter.progressed == []
     assert {file.name: file.sha256 for file in read_receipts(again.resume)} == {
         n: f.sha256 for n, f in receipts.items()
     }

@@ -1,16 +1,18 @@
 """Signals for a tiny dataset, as `Teach` would leave them, made of a model's dense logits."""
 
-import json
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+import numpy as np
 import torch
 
 from stages.contract import Artifact
+from stages.formats import signal_shards, tokens
+from stages.formats.dataset import DatasetInfo
+from stages.formats.signals import SignalsInfo
+from stages.storage import Folder
 from stages.teach.capture import capture
-from stages.teach.shards import SCHEMA, record
+from stages.teach.shards import record_of
 from tests.fakes import artifact_of
 
 
@@ -19,17 +21,18 @@ def write_signals(
 ) -> Artifact:
     """Write a signals artifact; rows are stored backwards, since they are joined by digest."""
     (folder / "signals").mkdir(parents=True)
-    facts = data.read_json("dataset.json")
-    for path in data.paths("tokens/train-*.parquet"):
-        table = pq.read_table(path).to_pydict()
-        digests, ids = table["digest"][::-1], torch.tensor(table["input_ids"][::-1])
+    dataset = DatasetInfo.read(data)
+    for path in data.paths(tokens.shard_pattern("train")):
+        rows = tokens.read_rows([path], ("digest",))
+        rows = rows.take(np.arange(len(rows))[::-1])
         with torch.no_grad():
-            logits = model(input_ids=ids).logits.flatten(0, 1)[:, : facts["vocabulary_size"]]
-        pq.write_table(
-            pa.Table.from_batches([record(digests, capture(logits, k, temperatures))], SCHEMA),
-            folder / "signals" / path.name,
-        )
-    summary = {"k": k, "temperatures": list(temperatures)}
-    summary.update({name: facts[name] for name in ("vocabulary_size", "sequence_length", "tokenizer_digest")})
-    (folder / "signals.json").write_text(json.dumps(summary))
+            logits = model(input_ids=torch.from_numpy(rows.ids_RT).long()).logits.flatten(0, 1)
+        found = capture(logits[:, : dataset.vocabulary_size], k, temperatures)
+        with (folder / "signals" / path.name).open("wb") as sink, signal_shards.writer(sink) as write:
+            write(record_of(rows.digests, found))
+    SignalsInfo(
+        method="topk", k=k, temperatures=temperatures, vocabulary_size=dataset.vocabulary_size,
+        teacher_fingerprint="t", dataset_fingerprint=data.fingerprint, tokenizer_digest=dataset.tokenizer_digest,
+        sequence_length=dataset.sequence_length, split="train", dtype="float32", rows=1, tokens=1, bytes_per_token=1.0,
+    ).write(Folder.at(folder))  # fmt: skip
     return artifact_of("signals", folder)

@@ -1,6 +1,7 @@
-"""The loop: one result for any micro-batch, one more time for any snapshot; what it tells and refuses."""
+"""The loop: one result for any micro-batch, one more time for any snapshot; what it reports and refuses."""
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,13 @@ from stages.errors import OutOfMemory, StageFailed
 from stages.ops.divergences import cross_entropy
 from stages.storage import Folder
 from stages.train import loop, snapshots
-from stages.train.loop import Progress, Recipe, Training
-from stages.train.objectives import CrossEntropy, SoftTarget
-from stages.train.reader import Reader, ShardPair, SignalsLayout
+from stages.train.forward import LiveTeacher, LossSum
+from stages.train.loop import Progress, Training
+from stages.train.objectives import CrossEntropy, ReverseKL, SoftTarget
+from stages.train.objectives.loss import Loss, Needs, Targets
+from stages.train.optimizer import Recipe
+from stages.train.reader import Reader
+from stages.train.windows import ShardPair, SignalsLayout
 from tests.fakes import RecordingReporter
 from tests.stages.tiny import tiny_llama, write_dataset
 from tests.stages.train.signals import write_signals
@@ -53,7 +58,13 @@ class _Memory:
 
 
 def _training(
-    inputs: tuple[Artifact, Artifact], *, micro_batch: int = 4, recipe: Recipe = RECIPE, **options: Any
+    inputs: tuple[Artifact, Artifact],
+    *,
+    micro_batch: int = 4,
+    recipe: Recipe = RECIPE,
+    objectives: tuple[Loss, ...] = (CrossEntropy(weight=0.5), SoftTarget(weight=0.5, temperature=2.0)),
+    teacher: Any = None,
+    **options: Any,
 ) -> Training:
     data, signals = inputs
     pairs = zip(data.paths("tokens/*.parquet"), signals.paths("signals/*.parquet"), strict=True)
@@ -66,8 +77,7 @@ def _training(
     )
     settings = {
         "model": tiny_llama(vocabulary=100, attention_dropout=0.1),  # dropout, and a head wider than the vocabulary
-        "objectives": (CrossEntropy(weight=0.5), SoftTarget(weight=0.5, temperature=2.0)),
-        "vocabulary": 96,
+        "loss": LossSum(objectives, 96, teacher=LiveTeacher(teacher) if teacher else None),
         "reporter": RecordingReporter(),
     }
     return Training(reader=reader, recipe=recipe, **{**settings, **options})
@@ -110,8 +120,8 @@ def test_training_from_a_snapshot_ends_with_the_very_weights_and_curve(
 
     assert (resumed.step, resumed.tokens, resumed.targets) == (done.step, done.tokens, done.targets)
     assert resumed.last == done.last
-    assert [point for point, _ in again.report.points] == [6, 12]
-    assert _losses(again.report.points) == _losses(whole.report.points)
+    assert [point for point, _ in again.reporter.points] == [6, 12]
+    assert _losses(again.reporter.points) == _losses(whole.reporter.points)
     expected = _weights(whole)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in _weights(again).items())
 
@@ -138,7 +148,7 @@ def test_training_minimizes_the_weighted_objective_over_the_global_batch(inputs:
     (step,) = training.reader.steps(0, 1)
     network = training._replicated()
     for batch in step.micro_batches:
-        loss, _ = training._loss(network, batch)
+        loss, _ = training.loss.of(network, batch)
         torch.autograd.backward(loss / step.num_targets)
     seen = [parameter.grad.clone() for parameter in training.model.parameters()]
 
@@ -152,10 +162,10 @@ def test_training_minimizes_the_weighted_objective_over_the_global_batch(inputs:
         torch.testing.assert_close(found, parameter.grad, rtol=1e-4, atol=1e-6)
 
 
-def test_training_tells_a_curve_and_its_progress(inputs: tuple[Artifact, Artifact]) -> None:
+def test_training_reports_a_curve_and_its_progress(inputs: tuple[Artifact, Artifact]) -> None:
     training = _training(inputs)
     done = training.run(Progress())
-    report = training.report
+    report = training.reporter
     assert [step for step, _ in report.points] == list(range(1, 13))
     first, last = report.points[0][1], report.points[-1][1]
     assert set(first) == {f"train/{n}" for n in ("loss", "cross_entropy", "kl", "learning_rate", "tokens_per_second")}
@@ -168,9 +178,90 @@ def test_training_tells_a_curve_and_its_progress(inputs: tuple[Artifact, Artifac
 
 
 def test_training_towards_its_own_signals_has_no_divergence(inputs: tuple[Artifact, Artifact]) -> None:
-    recipe = Recipe(**{**{name: getattr(RECIPE, name) for name in RECIPE.__slots__}, "optimizer_steps": 1})
+    recipe = replace(RECIPE, optimizer_steps=1)
     training = _training(inputs, model=tiny_llama(seed=1), objectives=(SoftTarget(),), recipe=recipe)
     assert training.run(Progress()).last["train/kl"] == pytest.approx(0, abs=1e-4)
+
+
+def test_training_towards_a_live_teacher_lowers_the_divergence_and_leaves_the_teacher_as_it_is(
+    inputs: tuple[Artifact, Artifact],
+) -> None:
+    teacher = tiny_llama(vocabulary=112, seed=1, attention_dropout=0.5).train()  # its head and the student's are wider
+    before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
+    recipe = replace(RECIPE, optimizer_steps=60, learning_rate=1e-2)
+    training = _training(inputs, objectives=(ReverseKL(),), teacher=teacher, recipe=recipe)
+    training.run(Progress())
+    curve = [metrics["train/reverse_kl"] for _, metrics in training.reporter.points]
+    assert curve[-1] < 0.5 * curve[0]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in teacher.state_dict().items())
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+def test_training_towards_itself_as_live_teacher_has_no_divergence(inputs: tuple[Artifact, Artifact]) -> None:
+    recipe = replace(RECIPE, optimizer_steps=1)
+    training = _training(
+        inputs, model=tiny_llama(seed=1), teacher=tiny_llama(seed=1), objectives=(ReverseKL(),), recipe=recipe
+    )
+    assert training.run(Progress()).last["train/reverse_kl"] == pytest.approx(0, abs=1e-5)
+
+
+@pytest.mark.parametrize("micro_batch", [4, 1])
+def test_first_gradient_of_reverse_kl_is_that_of_the_formula_whatever_the_micro_batch(
+    inputs: tuple[Artifact, Artifact], micro_batch: int
+) -> None:
+    teacher, student, reference = tiny_llama(seed=1), tiny_llama(), tiny_llama()
+    training = _training(
+        inputs, model=student, teacher=teacher, objectives=(ReverseKL(temperature=2.0),), micro_batch=micro_batch
+    )
+    (step,) = training.reader.steps(0, 1)
+    for batch in step.micro_batches:
+        torch.autograd.backward(training.loss.of(student, batch)[0])
+        logits, wanted = (
+            model(input_ids=batch.input_ids_BT).logits.flatten(0, 1)[batch.positions_M] / 2
+            for model in (reference, teacher)
+        )
+        log_q, log_p = logits.log_softmax(-1), wanted.log_softmax(-1)
+        (4 * (log_q.exp() * (log_q - log_p)).sum()).backward(inputs=list(reference.parameters()))
+    for found, parameter in zip(student.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(found.grad, parameter.grad, rtol=1e-3, atol=1e-4)
+
+
+class _HiddenMatch(Loss):
+    """Squared distance of the last hidden states, as a user's own objective would have it."""
+
+    CURVE = "hidden"
+    NEEDS = Needs(teacher=True, hidden_states=True)
+
+    def losses(self, targets: Targets) -> torch.Tensor:
+        assert targets.hidden_states_ND is not None
+        assert targets.teacher_hidden_states_ND is not None
+        assert len(targets.hidden_states_ND) == len(targets.teacher_hidden_states_ND) == 3
+        return (targets.hidden_states_ND[-1] - targets.teacher_hidden_states_ND[-1]).square().mean(-1)
+
+
+def test_training_by_an_objective_on_hidden_states_learns_them(inputs: tuple[Artifact, Artifact]) -> None:
+    recipe = replace(RECIPE, optimizer_steps=40, learning_rate=1e-2)
+    options = {"objectives": (_HiddenMatch(),), "teacher": tiny_llama(seed=1), "recipe": recipe}
+    training = _training(inputs, model=tiny_llama(), **options)
+    training.run(Progress())
+    curve = [metrics["train/hidden"] for _, metrics in training.reporter.points]
+    assert curve[-1] < 0.5 * curve[0]
+
+
+def test_objectives_see_only_what_they_need(inputs: tuple[Artifact, Artifact]) -> None:
+    seen: list[Targets] = []
+
+    class Spy(CrossEntropy):
+        def losses(self, targets: Targets) -> torch.Tensor:
+            seen.append(targets)
+            return super().losses(targets)
+
+    _training(inputs, objectives=(Spy(),), recipe=replace(RECIPE, optimizer_steps=1)).run(Progress())
+    assert seen
+    assert all(
+        each.teacher_logits_NV is each.hidden_states_ND is each.teacher_hidden_states_ND is None for each in seen
+    )
+    assert {each.logits_NV.shape[1] for each in seen} == {96}
 
 
 def test_training_with_a_broken_model_fails_naming_the_step(inputs: tuple[Artifact, Artifact]) -> None:

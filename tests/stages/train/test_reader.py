@@ -10,7 +10,8 @@ import torch
 
 from stages.contract import Artifact
 from stages.errors import StageFailed
-from stages.train.reader import Reader, ShardPair, SignalsLayout
+from stages.train.reader import Reader
+from stages.train.windows import ShardPair, SignalsLayout
 from tests import references
 from tests.stages.tiny import tiny_llama, write_dataset
 from tests.stages.train.signals import write_signals
@@ -109,6 +110,19 @@ def test_reader_joins_signals_to_the_tokens_they_were_made_of(data: Artifact, si
             np.testing.assert_allclose(
                 stored.log_partitions_MC[:, 1].numpy(), references.log_partition(logits, 2.0), rtol=1e-4, atol=1e-4
             )
+
+
+def test_reader_reads_only_the_columns_that_are_wanted(data: Artifact, signals: Artifact) -> None:
+    pairs = zip(data.paths("tokens/*.parquet"), signals.paths("signals/*.parquet"), strict=True)
+    layout = SignalsLayout(8, (1.0, 2.0), ("ids", "tail_log_mass"))
+    reader = Reader(tuple(ShardPair(*pair) for pair in pairs), layout, batch_rows=4, micro_batch=2, seed=3)
+    for wanted, whole in zip(reader.steps(0, 2), _reader(data, signals).steps(0, 2), strict=True):
+        for found, expected in zip(wanted.micro_batches, whole.micro_batches, strict=True):
+            assert found.signals is not None
+            assert expected.signals is not None
+            assert torch.equal(found.signals.ids_MK, expected.signals.ids_MK)
+            assert torch.equal(found.signals.tail_log_mass_M, expected.signals.tail_log_mass_M)
+            assert found.signals.log_probs_MK.numel() == found.signals.log_partitions_MC.numel() == 0
 
 
 def test_reader_without_signals_for_some_rows_fails_with_their_number(

@@ -11,14 +11,22 @@ import torch
 
 from stages.contract import Artifact
 from stages.errors import ConfigError, StageFailed, WorkerLost
+from stages.external.documents import PythonDocs
+from stages.formats.training import TrainingInfo
 from stages.models.checkpoints import load_model
 from stages.models.tokenization import load_tokenizer
+from stages.prepare.stage import ByteLevelBPE, Prepare
 from stages.teach.stage import Teach, TopK
 from stages.train import snapshots
-from stages.train.stage import Continue, CrossEntropy, Llama, Smaller, SoftTarget, Train
+from stages.train import stage as train_stage
+from stages.train.objectives import CrossEntropy, ReverseKL, SoftTarget
+from stages.train.objectives.loss import Loss
+from stages.train.stage import Continue, Llama, Smaller, Train
 from tests.fakes import RecordingReporter, artifact_of, fake_context
 from tests.stages.tiny import tiny_llama, write_dataset, write_model
 from tests.stages.train.signals import write_signals
+from workflows.engine.check import check as check_graph
+from workflows.engine.graph import Workflow
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +36,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
     teacher = tiny_llama(layers=3, max_position_embeddings=32)
     return {
         "data": data,
-        "teacher": write_model(folder / "teacher", teacher, folder / "data" / "tokenizer"),
+        "origin": write_model(folder / "teacher", teacher, folder / "data" / "tokenizer"),
         "signals": write_signals(folder / "signals", data, teacher),
     }
 
@@ -52,13 +60,13 @@ def test_train_on_two_workers_gives_the_weights_of_one_and_goes_on_from_its_end(
 
     made = [artifact_of("model", Path(context.out.uri)) for context in contexts]
     one, two = (load_model(artifact.folder("model")).state_dict() for artifact in made)
-    start = load_model(inputs["teacher"].folder("model")).state_dict()
+    start = load_model(inputs["origin"].folder("model")).state_dict()
     for name, expected in one.items():
         torch.testing.assert_close(two[name], expected, rtol=1e-4, atol=1e-5)
     assert not torch.equal(one["lm_head.weight"], start["lm_head.weight"])
     assert len(load_tokenizer(made[0].folder("model"))) == 96
-    facts = made[1].read_json("training.json")
-    assert (facts["optimizer_steps"], facts["tokens"]) == (6, 6 * 5 * 16)
+    done = TrainingInfo.read(made[1])
+    assert (done.optimizer_steps, done.tokens) == (6, 6 * 5 * 16)
     assert outcomes[0].metrics["train/final_loss"] == pytest.approx(outcomes[1].metrics["train/final_loss"], rel=1e-4)
 
     # The attempt died after its last step: the next one finds the final snapshot and only saves.
@@ -78,7 +86,7 @@ def test_train_of_a_broken_checkpoint_fails_with_an_error_of_ours(
     model = tiny_llama()
     with torch.no_grad():
         model.model.norm.weight[0] = float("nan")
-    broken = {"data": inputs["data"], "start": write_model(tmp_path / "broken", model)}
+    broken = {"data": inputs["data"], "origin": write_model(tmp_path / "broken", model)}
     stage = _train(model=Continue(), objectives=(CrossEntropy(),))
     with pytest.raises(StageFailed, match="the loss is nan at optimizer step 0") as caught:
         stage.run(fake_context(tmp_path / "step", broken))
@@ -94,7 +102,7 @@ class _Killer(RecordingReporter):
 
 
 @pytest.mark.ray
-def test_train_whose_worker_is_killed_fails_in_a_way_that_may_mend(
+def test_train_whose_worker_is_killed_is_lost_and_may_be_tried_again(
     local_ray: None, tmp_path: Path, inputs: dict[str, Artifact]
 ) -> None:
     context = replace(fake_context(tmp_path, inputs, workers=2), reporter=_Killer())
@@ -102,28 +110,72 @@ def test_train_whose_worker_is_killed_fails_in_a_way_that_may_mend(
         _train().run(context)
 
 
-SOURCES = {"data": Continue(), "signals": Teach(method=TopK(temperatures=(1.0, 2.0))), "teacher": Continue()}
+SOURCES = {"data": Continue(), "signals": Teach(method=TopK(temperatures=(1.0, 2.0))), "origin": Continue()}
+FRESH = Llama(layers=1, width=8, heads=2)
 
 
 def test_check_of_a_train_that_fits_passes() -> None:
     _train().check(SOURCES)  # type: ignore[arg-type]
-    _train(model=Llama(layers=1, width=8, heads=2), objectives=(CrossEntropy(),)).check({})
+    _train(model=FRESH, objectives=(CrossEntropy(),)).check({})
+    _train(model=FRESH, objectives=(ReverseKL(),)).check({"data": Continue(), "teacher": Continue()})  # type: ignore[dict-item]
 
 
 @pytest.mark.parametrize(
     ("changes", "absent", "message"),
     [
         ({"objectives": ()}, "", "objectives is empty"),
-        ({}, "signals", "SoftTarget learns from the input 'signals'"),
-        ({}, "teacher", "cut from the input 'teacher'"),
-        ({"model": Continue()}, "teacher", "'start' or 'teacher', and neither is wired"),
+        ({}, "signals", "SoftTarget learns from the input 'signals', and none is wired; pass signals="),
+        ({}, "origin", "Smaller, which is cut from the input 'origin', and none is wired; pass origin="),
+        ({"model": Continue()}, "origin", "Continue, which goes on from the input 'origin', and none is wired"),
+        ({"model": FRESH}, "", "weights are fresh, and the input 'origin' is wired; leave origin= out"),
         ({"objectives": (SoftTarget(temperature=3.0),)}, "", "temperature is 3, expected one .*: 1, 2;"),
+        (
+            {"objectives": (ReverseKL(),)},
+            "",
+            "ReverseKL learns from the input 'teacher', and none is wired; pass teach",
+        ),
     ],
 )
 def test_check_of_a_train_that_does_not_fit_is_refused(changes: dict[str, Any], absent: str, message: str) -> None:
     sources = {name: source for name, source in SOURCES.items() if name != absent}
     with pytest.raises(ConfigError, match=message):
         _train(**changes).check(sources)  # type: ignore[arg-type]
+
+
+def test_check_of_a_teacher_that_no_objective_asks_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"'teacher' is wired, and no objective asks .*'origin'"):
+        _train().check({**SOURCES, "teacher": Continue()})  # type: ignore[dict-item]
+
+
+def test_planning_reverse_kl_without_a_teacher_is_refused() -> None:
+    flow = Workflow("flow")
+    prepare = Prepare(source=PythonDocs(), tokenizer=ByteLevelBPE(vocabulary_size=300), sequence_length=32)
+    data = flow.step("data", prepare)
+    flow.step("train", _train(model=FRESH, objectives=(ReverseKL(),)), data=data)
+    with pytest.raises(ConfigError, match="ReverseKL learns from the input 'teacher', and none is wired"):
+        check_graph(flow)
+
+
+@pytest.mark.ray
+def test_train_by_a_live_teacher_leaves_a_model(local_ray: None, tmp_path: Path, inputs: dict[str, Artifact]) -> None:
+    given = {"data": inputs["data"], "teacher": inputs["origin"]}
+    stage = _train(model=Llama(layers=1, width=16, heads=2), objectives=(ReverseKL(),), learning_rate=1e-2)
+    context = fake_context(tmp_path, given)
+    stage.run(context)
+    assert TrainingInfo.read(artifact_of("model", Path(context.out.uri))).final["train/reverse_kl"] > 0
+
+
+def test_no_objective_is_named_where_training_is_done() -> None:
+    names = {kind.__name__ for kind in Loss.__subclasses__() if kind.__module__.startswith("stages.")}
+    assert names == {"CrossEntropy", "SoftTarget", "ReverseKL"}
+    for path in Path(train_stage.__file__).parent.glob("*.py"):
+        assert not [name for name in names if name in path.read_text()], path.name
+
+
+def test_train_without_the_input_of_an_objective_is_refused(tmp_path: Path, inputs: dict[str, Artifact]) -> None:
+    given = {"data": inputs["data"], "origin": inputs["origin"]}
+    with pytest.raises(StageFailed, match="SoftTarget learns from the input 'signals', and there is none"):
+        _train().run(fake_context(tmp_path / "step", given))
 
 
 def test_train_with_signals_of_another_dataset_is_refused(tmp_path: Path, inputs: dict[str, Artifact]) -> None:

@@ -8,22 +8,16 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, Phi3Config, Qwen2Config, Qwen3Config
 
 from stages.errors import StageFailed
+from stages.formats.dataset import DatasetInfo
 from stages.models.narrowing import Size, evenly_spaced, narrow
 from stages.train.students import Continue, Llama, Smaller, build_student
-from tests.stages.tiny import tiny_llama, write_dataset, write_model
+from tests.stages.tiny import dataset_info, tiny_llama, write_dataset, write_model
 
 SHAPE = {
     "vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
     "intermediate_size": 64, "bos_token_id": None, "eos_token_id": 1, "pad_token_id": None,
 }  # fmt: skip
-FACTS = {
-    "vocabulary_size": 96,
-    "sequence_length": 16,
-    "bos_token_id": None,
-    "eos_token_id": 1,
-    "pad_token_id": 1,
-    "tokenizer_digest": "x",
-}
+DATASET = dataset_info()
 
 
 def _model(family: str) -> Any:
@@ -90,7 +84,7 @@ def test_narrow_of_fused_gpt2_attention_cuts_queries_keys_and_values_each() -> N
 @pytest.mark.parametrize(
     ("family", "size", "message"),
     [
-        ("llama", Size(layers=5), "layers is 5, expected at most the teacher's 4"),
+        ("llama", Size(layers=5), "layers is 5, expected at most the origin's 4"),
         ("llama", Size(heads=8), "heads is 8, expected at most"),
         ("llama", Size(width=64), "width is 64, expected at most"),
         ("llama", Size(heads=3), "3 heads, expected a multiple of 2"),
@@ -124,7 +118,7 @@ def test_evenly_spaced_keeps_the_first_and_the_last(total: int, kept: int, expec
 
 def test_build_student_fresh_follows_the_dataset_and_its_seed() -> None:
     recipe = Llama(layers=2, width=32, heads=4, kv_heads=2)
-    first, same, other = (build_student(recipe, FACTS, origin=None, seed=seed) for seed in (0, 0, 1))
+    first, same, other = (build_student(recipe, DATASET, origin=None, seed=seed) for seed in (0, 0, 1))
     assert (first.config.vocab_size, first.config.max_position_embeddings, first.config.intermediate_size) == (
         96,
         16,
@@ -140,7 +134,7 @@ def test_build_student_continuing_has_the_checkpoints_weights(tmp_path: Path) ->
     data = write_dataset(tmp_path / "data")
     model = tiny_llama()
     origin = write_model(tmp_path / "model", model, tmp_path / "data" / "tokenizer").folder("model")
-    student = build_student(Continue(), data.read_json("dataset.json"), origin=origin, seed=0)
+    student = build_student(Continue(), DatasetInfo.read(data), origin=origin, seed=0)
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in student.state_dict().items())
 
 
@@ -161,7 +155,7 @@ def test_build_student_from_a_checkpoint_that_does_not_fit_is_refused(
     data = write_dataset(tmp_path / "data")
     origin = write_model(tmp_path / "model", tiny_llama(), tmp_path / "data" / "tokenizer").folder("model")
     with pytest.raises(StageFailed, match=message):
-        build_student(Continue(), {**data.read_json("dataset.json"), **change}, origin=origin, seed=0)
+        build_student(Continue(), DatasetInfo.read(data).model_copy(update=change), origin=origin, seed=0)
 
 
 @pytest.mark.parametrize(
@@ -181,10 +175,10 @@ def test_students_that_make_no_sense_are_refused(build: Any, message: str) -> No
 def test_fresh_student_whose_padding_is_its_end_of_text_learns_it() -> None:
     """transformers keeps a padding token's embedding at zero; end of text is what divides the documents."""
     shape = Llama(layers=1, width=16, heads=2, tie_embeddings=False)
-    model = build_student(shape, FACTS, origin=None, seed=0)
+    model = build_student(shape, DATASET, origin=None, seed=0)
     embedding = model.get_input_embeddings()
-    assert embedding.weight[FACTS["eos_token_id"]].norm() > 0
+    assert embedding.weight[DATASET.eos_token_id].norm() > 0
     model(input_ids=torch.tensor([[1, 2, 1, 3]])).logits.square().sum().backward()
-    assert embedding.weight.grad[FACTS["eos_token_id"]].norm() > 0
-    padded = build_student(shape, {**FACTS, "pad_token_id": 7}, origin=None, seed=0)
+    assert embedding.weight.grad[DATASET.eos_token_id].norm() > 0
+    padded = build_student(shape, dataset_info(pad_token_id=7), origin=None, seed=0)
     assert padded.config.pad_token_id == 7

@@ -1,0 +1,47 @@
+"""Summaries of parts: which count as finished, and what they are together."""
+
+from pathlib import Path
+
+from stages.contract import Shards
+from stages.formats.dataset import RejectedRows, SplitCounts
+from stages.formats.tokens import shard_name
+from stages.prepare import summary
+from stages.prepare.summary import SPLITS, Summary
+from tests.fakes import fake_context
+
+
+def summary_of(rows: int, *examples: str) -> Summary:
+    none = SplitCounts(shards=0, rows=0, tokens=0, documents=0)
+    train = SplitCounts(shards=1, rows=rows, tokens=10 * rows, documents=2)
+    return Summary(
+        splits={"train": train, "validation": none, "calibration": none},
+        rejected=RejectedRows(count=len(examples), rows_read=5, examples=examples),
+        unlearned_answers=1,
+    )
+
+
+def shards_of(folder: Path) -> Shards:
+    context = fake_context(folder)
+    return Shards(context.out, context.resume)
+
+
+def test_part_is_finished_when_each_shard_has_its_receipt(tmp_path: Path) -> None:
+    shards = shards_of(tmp_path)
+    for index in (0, 1):
+        summary.keep(shards, index, summary_of(3))
+    assert summary.finished(shards, frozenset({shard_name("train", 1)})) == {1: summary_of(3)}
+
+
+def test_part_whose_summary_is_of_another_version_is_not_finished(tmp_path: Path) -> None:
+    shards = shards_of(tmp_path)
+    (shards.resume / summary.FOLDER).put_json("00000.json", {"index": 0, "splits": {"train": {"rows": 3}}})
+    assert summary.finished(shards, frozenset(shard_name(split, 0) for split in SPLITS)) == {}
+
+
+def test_total_sums_parts_and_keeps_the_first_examples() -> None:
+    total = Summary.total([summary_of(3, "a"), summary_of(4, *map(str, range(20)))])
+    assert total.splits["train"] == SplitCounts(shards=2, rows=7, tokens=70, documents=4)
+    assert (total.rejected.count, total.rejected.rows_read, total.rejected.examples[:2]) == (21, 10, ("a", "0"))
+    assert len(total.rejected.examples) == 10
+    assert total.metrics["train_rows"] == 7
+    assert total.metrics["unlearned_answers"] == 2
