@@ -44,8 +44,8 @@ from stages.runtime.workers import device_of, fetch_result, num_threads, remote_
 from stages.storage import File
 
 if TYPE_CHECKING:
+    from stages.formats.tokens import TokenRows
     from stages.quantize.job import SearchJob, Survey
-    from stages.quantize.rows import Rows
 
 logger = logging.getLogger(__name__)
 
@@ -93,9 +93,10 @@ class Quantize(Stage):
         """
         import ray
 
-        from stages.quantize.rows import read_rows, split_rows
+        from stages.formats.tokens import shard_pattern
+        from stages.quantize.rows import read_distinct_rows, split_rows
 
-        rows = read_rows(context.one("data").paths("tokens/calibration-*.parquet"))
+        rows = read_distinct_rows(context.one("data").paths(shard_pattern("calibration")))
         calibration, evaluation = split_rows(
             rows, calibration=self.calibration_rows, evaluation=self.evaluation_rows, seed=self.seed
         )
@@ -128,7 +129,7 @@ class Quantize(Stage):
             raise StageFailed(f"none of {len(verdict.rejected)} finalists survived its reload: {reasons}")
         return self._finish(context, trials, front, verdict)
 
-    def _job(self, context: Context, calibration: "Rows") -> "SearchJob":
+    def _job(self, context: Context, calibration: "TokenRows") -> "SearchJob":
         from stages.formats.dataset import DatasetInfo
         from stages.quantize.job import SearchJob
 
@@ -201,7 +202,7 @@ def _report(context: Context, trial: Trial, num_settled: int, num_schemes: int) 
         context.reporter.curve(num_settled, {"trial/kl": trial.kl, "trial/size_bytes": trial.size_bytes})
 
 
-def _survey(job: "SearchJob", evaluation: "Rows") -> Any:
+def _survey(job: "SearchJob", evaluation: "TokenRows") -> Any:
     """Run in a worker: see `survey_model`."""
     import_for_measuring()
     from stages.quantize.trial import survey_model

@@ -18,25 +18,28 @@ import torch
 from stages.contract import Artifact
 from stages.errors import OutOfMemory, Transient
 from stages.formats.search import DoneTrial
+from stages.formats.tokens import TokenRows
 from stages.models.checkpoints import load_model, save_checkpoint
 from stages.quantize.compress import find_layers, linear_bytes, quantize_model, quiet
 from stages.quantize.fidelity import BasePredictions, fitting_micro_batch, measure_fidelity, predict
 from stages.quantize.job import SearchJob, Survey
 from stages.quantize.records import Receipt, ReceiptFile, failed_receipt, write_receipt
-from stages.quantize.rows import Rows
 from stages.quantize.schemes import Scheme
 from stages.runtime.translation import within_memory
 from stages.storage import Folder
 
 
-def survey_model(job: SearchJob, rows: Rows) -> tuple[Survey, BasePredictions]:
+def survey_model(job: SearchJob, rows: TokenRows) -> tuple[Survey, BasePredictions]:
     """Load the unquantized model once: its layers, and its predictions on the rows that are measured."""
     torch.set_num_threads(job.num_threads)
     folder = job.model.folder("model")
     with quiet():
         model = load_model(folder, dtype="auto", device=job.device)
-        words = model.config.get_text_config().vocab_size
-        micro_batch = fitting_micro_batch(job.micro_batch, sequence_length=rows.ids_RT.shape[1], vocabulary_size=words)
+        micro_batch = fitting_micro_batch(
+            job.micro_batch,
+            sequence_length=rows.ids_RT.shape[1],
+            vocabulary_size=model.config.get_text_config().vocab_size,
+        )
         with within_memory("the unquantized model", micro_batch=micro_batch):
             base = predict(model, rows, vocabulary_size=job.vocabulary_size, micro_batch=micro_batch, device=job.device)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())

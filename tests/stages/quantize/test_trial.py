@@ -14,7 +14,7 @@ from stages.quantize import trial
 from stages.quantize.fidelity import BasePredictions
 from stages.quantize.job import SearchJob, Survey
 from stages.quantize.records import Receipt, failed_receipt, read_receipt, write_receipt
-from stages.quantize.rows import read_rows, split_rows
+from stages.quantize.rows import read_distinct_rows, split_rows
 from stages.quantize.schemes import LayerRule, Scheme
 from stages.storage import Folder
 from tests.fakes import artifact_of
@@ -25,7 +25,7 @@ Surveyed = tuple[SearchJob, Survey, BasePredictions]
 
 @pytest.fixture(scope="module")
 def surveyed(model: Artifact, data: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Surveyed:
-    rows = read_rows(data.paths("tokens/calibration-*.parquet"))
+    rows = read_distinct_rows(data.paths("tokens/calibration-*.parquet"))
     calibration, evaluation = split_rows(rows, calibration=16, evaluation=8, seed=0)
     job = SearchJob(
         model=model,
