@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from stages.formats.metrics import droppable_labels
 from stages.promote.leaderboard import leaderboard
 from workflows.commands.find import FoundWorkflow, find_workflow
 from workflows.commands.formatting import duration, fitting_table
@@ -21,9 +22,6 @@ from workflows.engine.interrupts import interruptible
 from workflows.engine.redaction import redacted
 from workflows.engine.results import StepResult
 from workflows.engine.run import Execution, execute
-
-NARROW = ("bits/weight", "memory MB", "ms/token p95", "tokens/s", "KL to student", "x smaller", "ms/token p50")
-"""The leaderboard's columns that a narrow terminal leaves out, the first first; Markdown and MLflow have them all."""
 
 
 def run(workflow: Workflow, *tokens: Tokens) -> int:
@@ -147,7 +145,7 @@ def _print_report(out: Console, report: Mapping[str, Any]) -> None:
 def leaderboard_table(report: Mapping[str, Any], width: int) -> Table:
     """Return a report's candidates as a table, the champion's row in green."""
     headings, rows = leaderboard(report)
-    table = fitting_table(headings, rows, width=width, droppable=NARROW, title="candidates")
+    table = fitting_table(headings, rows, width=width, droppable=droppable_labels(), title="candidates")
     champion = report["verdict"]["champion"]
     for index, row in enumerate(rows):
         if champion and row[0].split()[0] == champion:

@@ -22,27 +22,16 @@ from stages.errors import ConfigError, StillhouseError
 from stages.storage import Entry, Folder
 from workflows.engine.lease import number_of
 from workflows.engine.store import ArtifactStore, reachable
+from workflows.engine.tracking.publisher import PUBLISHED, publisher_lease
 from workflows.engine.tracking.queries import registered_fingerprints
-from workflows.engine.tracking.tracking_uri import TrackingUnavailable, default_tracking_uri
+from workflows.engine.tracking.tracking_uri import (
+    TrackingUnavailable,
+    default_tracking_uri,
+    known_tracking_uris,
+    without_userinfo,
+)
 
 __all__ = ["Garbage", "GarbageItem", "StoreBusy", "delete", "find_garbage"]
-
-PUBLISHED = "ledger/finished.json"
-
-
-def known_tracking_uris(root: Folder) -> list[str]:
-    return []
-
-
-def without_userinfo(uri: str) -> str:
-    return uri
-
-
-def publisher_lease(runs: Folder, run: str, liveness: Any) -> Any:
-    from workflows.engine.lease import Lease
-
-    return Lease(runs / run / "publisher", liveness)
-
 
 IsOld = Callable[[Iterable[Entry]], bool]
 
