@@ -65,14 +65,14 @@ def execution_json(execution: Execution) -> dict[str, Any]:
     reports = list(execution.reports.values())
     candidates = [
         {
-            "name": c["name"],
-            "artifact": c["uri"],
-            "metrics": c["metrics"],
-            "params": c["params"],
-            "notes": c.get("notes", {}),
+            "name": c.name,
+            "artifact": c.uri,
+            "metrics": c.metrics,
+            "params": c.params,
+            "notes": c.notes,
         }
         for report in reports
-        for c in report["candidates"]
+        for c in report.candidates
     ]
     return {
         "run": result.run,
@@ -80,7 +80,7 @@ def execution_json(execution: Execution) -> dict[str, Any]:
         "executed": result.executed,
         "steps": steps,
         "candidates": candidates,
-        "verdict": reports[-1]["verdict"] if reports else None,
+        "verdict": reports[-1].verdict.model_dump(mode="json") if reports else None,
         "seconds": round(execution.seconds, 3),
         "tracking_uri": redacted(execution.tracking_uri),
     }

@@ -237,11 +237,11 @@ def print_outcome(console: Console, execution: Execution, *, store: str, trackin
             _print_failure(console, step, brief=not console.is_terminal)
     for report in execution.reports.values():
         console.print()
-        console.print(leaderboard_table(report, console.width))
+        console.print(leaderboard_table(report.to_json(), console.width))
         console.print()
-        verdict = report["verdict"]
-        console.print(Text(verdict["outcome"], style="bold green" if verdict["champion"] else "bold yellow"))
-        for line in [*verdict["reasons"], *(claim["text"] for claim in verdict["claims"])]:
+        verdict = report.verdict
+        console.print(Text(verdict.outcome, style="bold green" if verdict.champion else "bold yellow"))
+        for line in [*verdict.reasons, *(claim.text for claim in verdict.claims)]:
             console.print(f"  {line}", highlight=False, soft_wrap=True)
     console.print()
     outcomes = Counter(step.outcome for step in result.steps.values())
