@@ -7,12 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from workflows.engine.tracking.journal import Journal, unfinished
 
 from stages.storage import AlreadyExists, Folder
 from tests.workflows.engine.tracking.nights import night
 from workflows.engine.events import StepClosed
 from workflows.engine.lease import holder_of
-from workflows.engine.tracking.journal import Journal, unfinished
 
 
 @pytest.fixture

@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from workflows.engine.tracking.journal import Journal
 
 from tests.workflows.engine.tracking.nights import EXPERIMENT, night, opened, short_night, step
 from tests.workflows.engine.tracking.place import Place, by_name
 from workflows.engine.heartbeat import Holder
 from workflows.engine.lease import holder_of
 from workflows.engine.tracking.connection import Connection, connect
-from workflows.engine.tracking.journal import Journal
 from workflows.engine.tracking.tracking_uri import default_tracking_uri
 
 
