@@ -1,6 +1,7 @@
 """`report.json`: the verdict on all candidates, and each candidate with the same `final/*` metrics as every other."""
 
-from typing import ClassVar, Literal
+from collections.abc import Mapping
+from typing import ClassVar, Literal, Self
 
 from stages.contract import Split
 from stages.formats.json_format import FormatModel, JsonFormat
@@ -80,3 +81,13 @@ class Report(JsonFormat):
     tokens: int
     documents: int
     candidates: tuple[ReportedCandidate, ...]
+
+    def with_metric(self, metric: str, values: Mapping[str, float]) -> Self:
+        """Return the report with a further metric of some candidates, by their names."""
+        candidates = tuple(
+            candidate.model_copy(update={"metrics": {**candidate.metrics, metric: values[candidate.name]}})
+            if candidate.name in values
+            else candidate
+            for candidate in self.candidates
+        )
+        return self.model_copy(update={"candidates": candidates})
