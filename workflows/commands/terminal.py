@@ -134,7 +134,7 @@ class LiveWatcher(Watcher):
 
 @contextmanager
 def planning(console: Console) -> Iterator[Callable[[str], None]]:
-    """Show what is verified before a run starts: in a line that goes away on a terminal, else as a line now and then."""
+    """Show what is verified before a run starts: on a terminal in a line that goes away, else in one now and then."""
     if console.is_terminal:
         with console.status("planning") as status:
             yield status.update

@@ -70,7 +70,7 @@ def announce(store: ArtifactStore, run: str) -> None:
 def test_gc_deletes_what_no_kept_run_reaches_and_nothing_else(store: ArtifactStore) -> None:
     garbage = found(store)
     assert sorted(item.text for item in garbage.items) == ["flow/data", "flow/joined"]
-    assert garbage.size_bytes == sum(item.size_bytes for item in garbage.items) > 0
+    assert all(item.size_bytes > 0 for item in garbage.items)
     assert len(store.fingerprints()) == 4, "finding deletes nothing"
     delete(store, garbage)
     assert collected(store) == []
