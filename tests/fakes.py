@@ -15,7 +15,7 @@ from workflows.engine.failures import Failure
 from workflows.engine.graph import Workflow
 from workflows.engine.manifest import Manifest, Provenance
 from workflows.engine.plan import ClusterResources, make_plan
-from workflows.engine.results import RunResult
+from workflows.engine.results import RunResult, Watcher
 from workflows.engine.schedule import Phase
 from workflows.engine.store import ArtifactStore, Claim
 from workflows.engine.worker import ProgressCollector, run_attempt
@@ -115,7 +115,7 @@ class InlineTasks:
         pass
 
 
-class SilentWatcher:
+class SilentWatcher(Watcher):
     """Remembers the phases that a run went through."""
 
     def __init__(self) -> None:

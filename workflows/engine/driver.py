@@ -91,7 +91,7 @@ class Driver:
 
     def __post_init__(self) -> None:
         """Take the plan's hits as committed."""
-        self._recorder = Recorder(self.run, self.plan, self.record)
+        self._recorder = Recorder(self.plan, self.record)
         self._commits = {
             name: step.commit for name, step in self.plan.steps.items() if step.status == "HIT" and step.commit
         }

@@ -81,7 +81,7 @@ class Connection:
         before = os.environ.get("MLFLOW_TRACKING_URI")
         mlflow.set_tracking_uri(self.uri)
         mlflow.set_registry_uri(self.uri)
-        os.environ.pop("MLFLOW_TRACKING_URI")  # it sets the variable too, which would follow us into later runs
+        os.environ.pop("MLFLOW_TRACKING_URI", None)  # it sets the variable too, which would follow us into later runs
         if before is not None:
             os.environ["MLFLOW_TRACKING_URI"] = before
 

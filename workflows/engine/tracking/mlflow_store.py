@@ -1,9 +1,9 @@
 """Upserts the view of a run into MLflow: rows, candidates, the registry; it is handed the connection.
 
-Promises: `publish` may be called again after it failed anywhere, and leaves the same as one call that went through: each
-MLflow run bears a key by which it is looked for before it is made, and only what MLflow lacks is sent. What has not
-changed since is skipped by digest: in this process by memory, after a restart by a tag of the MLflow run. What MLflow
-will never take is refused with a warning and does not hold up the rest.
+Promises: `publish` may be called again after it failed anywhere, and leaves the same as one call that went through:
+each MLflow run bears a key by which it is looked for before it is made, and only what MLflow lacks is sent. What has
+not changed is skipped by digest: in this process by memory, after a restart by a tag of the MLflow run. What MLflow
+will never take is logged and does not hold up the rest.
 Does not: retry, or decide what is shown.
 
 MLflow is addressed by explicit run ids only: a "current run" would leak between tasks of one process.
@@ -84,7 +84,7 @@ class MlflowStore:
         Raises:
             Exception: MLflow, or the store, cannot be reached; what MLflow has by then is not sent again.
         """
-        parts = [*view.rows, *view.candidates, *view.registrations]
+        parts: list[Row | Candidate | Registration] = [*view.rows, *view.candidates, *view.registrations]
         new = [part for part in parts if self._done.get((view.run, part.key)) != part.digest]
         if not new:
             return

@@ -1,4 +1,4 @@
-"""A run as MLflow shall show it, folded from its events: rows, candidates and registrations, within MLflow's limits. Pure.
+"""A run as MLflow shall show it, folded from its events: rows, candidates and registrations. Pure.
 
 Promises: the same events give the same view, and more events the same and more; it holds only what MLflow accepts
 (allowed characters, lengths, finite metrics), and every part has a key that is the same at each fold.
