@@ -35,7 +35,7 @@ class Candidate:
     folder: str
     """The checkpoint's logical folder in the artifact: `model` or `finalists/<scheme>`."""
     kind: str = NOT_DERIVED
-    """How it was made, in a word: `model`, `quantized`, `pruned`, …; for people, nothing depends on it."""
+    """How it was made: `model`, `quantized`, `pruned`, …; for people, nothing depends on it."""
     base_fingerprint: str | None = None
     """Fingerprint of the artifact that it was derived from, if any."""
     base: str | None = None

@@ -18,6 +18,6 @@ class Derivation(JsonFormat):
     base: str
     """Fingerprint of the artifact that it was derived from."""
     kind: str
-    """How it was made, in a word: `pruned`, `merged`, …"""
+    """How it was made: `pruned`, `merged`, …"""
     method: str
     """The same in short, with its setting, e.g. `width-50`: an axis of plots."""

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal, Self
 from stages.contract import Split
 from stages.formats.json_format import FormatModel, JsonFormat
 
-__all__ = ["Check", "Claim", "Report", "ReportedCandidate", "Verdict"]
+__all__ = ["Check", "QualityClaim", "Report", "ReportedCandidate", "Verdict"]
 
 
 class Check(FormatModel):
@@ -21,10 +21,10 @@ class Check(FormatModel):
     """95 % interval; None for what is exact or not measured."""
     passed: bool
     text: str
-    """The same in words."""
+    """The same as a sentence."""
 
 
-class Claim(FormatModel):
+class QualityClaim(FormatModel):
     """Whether one model predicts held-out text better than another, beyond noise."""
 
     claim: str
@@ -45,7 +45,7 @@ class Verdict(FormatModel):
     registered_name: str
     """Name in the model registry."""
     reasons: tuple[str, ...]
-    claims: tuple[Claim, ...]
+    claims: tuple[QualityClaim, ...]
     checks: dict[str, tuple[Check, ...]]
     """Candidate → its checks; the teacher has none."""
 

@@ -1,6 +1,6 @@
 """Measure models on one machine: prefill and decode latency, tokens per second, peak memory.
 
-All models in one process, taking turns, so that they can be compared. The device's model, the threads,
+All models in one process, their runs interleaved, so that they can be compared. The device's model, the threads,
 the batch and the number format are config, hence identity: a measurement is never reused on another machine. A
 quantized checkpoint is unpacked by transformers and would run in the format of its base, so it is not measured, and
 the reason is written.
@@ -87,7 +87,7 @@ def _is_quantized(candidate: "Candidate") -> bool:
 
 def _measure(config: Measure, candidates: "list[Candidate]", setup: WorkerSetup) -> dict[str, CandidateSpeed]:
     """Load the models in a worker and measure them; return their figures by name."""
-    from stages.measure.generation import Load, measure_memory, summarize, time_in_turns
+    from stages.measure.generation import Load, measure_memory, summarize, time_interleaved
     from stages.models.checkpoints import load_model
 
     _check_device(config, setup.device)
@@ -98,13 +98,13 @@ def _measure(config: Measure, candidates: "list[Candidate]", setup: WorkerSetup)
         model = load_model(candidate.artifact.folder(candidate.folder), dtype=config.dtype, device=setup.device)
         models[candidate.name] = model
         memory[candidate.name] = measure_memory(model, load, seed=config.seed)
-    runs = time_in_turns(
+    runs = time_interleaved(
         models,
         load,
         warmup=config.warmup,
         repeats=config.repeats,
         seed=config.seed,
-        progress=lambda done, total: setup.reporter.progress(done, total, "turns"),
+        progress=lambda done, total: setup.reporter.progress(done, total, "rounds"),
     )
     return {
         name: CandidateSpeed(**summarize(runs[name], load), peak_memory_bytes=memory[name], reason=None)

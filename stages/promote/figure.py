@@ -1,7 +1,7 @@
 """Draw quality against size: each candidate's KL to the teacher over its megabytes, the Pareto line, the champion.
 
 Labels are placed greedily where they cover neither a point nor another label. Colors are Okabe and Ito's, which color-
-blind readers tell apart; shapes differ as well. Needs no display.
+blind readers can distinguish; shapes differ as well. Needs no display.
 """
 
 import io

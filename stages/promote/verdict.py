@@ -7,7 +7,7 @@ teacher). The teacher is the reference and never a champion. Does not: change a 
 from collections.abc import Mapping, Sequence
 
 from stages.errors import StageFailed, nearest
-from stages.formats.report import Check, Claim, Verdict
+from stages.formats.report import Check, QualityClaim, Verdict
 from stages.promote.checks import check_candidate
 from stages.promote.evidence import FEW_DOCUMENTS, Evidence
 from stages.promote.gate import Gate
@@ -40,7 +40,7 @@ def decide(
     )
 
 
-def compare_models(evidence: Evidence, *, baseline: str, contender: str) -> Claim:
+def compare_models(evidence: Evidence, *, baseline: str, contender: str) -> QualityClaim:
     """Judge the claim that one model predicts held-out text better than another, beyond noise.
 
     Returns:
@@ -57,13 +57,13 @@ def compare_models(evidence: Evidence, *, baseline: str, contender: str) -> Clai
     )
     perplexities = {name: evidence.perplexity(name) for name in (baseline, contender)}
     holds = found.low > 0
-    word = "beats" if holds else "is worse than" if found.high < 0 else "does not beat, beyond noise,"
+    outcome = "beats" if holds else "is worse than" if found.high < 0 else "does not beat, beyond noise,"
     text = (
-        f"{contender} {word} {baseline} on held-out text: perplexity {perplexities[baseline]:.4g} → "
+        f"{contender} {outcome} {baseline} on held-out text: perplexity {perplexities[baseline]:.4g} → "
         f"{perplexities[contender]:.4g}, a gain of {found.estimate:+.4f} nats per token (95% interval {found.low:+.4f} "
         f"to {found.high:+.4f} over {evidence.num_documents} documents)"
     )
-    return Claim(
+    return QualityClaim(
         claim=f"{contender} beats {baseline} on held-out text",
         difference_nats_per_token=found.estimate,
         interval=(found.low, found.high),
