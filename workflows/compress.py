@@ -18,6 +18,7 @@ from stages.measure.device import describe_cpu, describe_gpu
 from stages.measure.stage import Measure
 from stages.prepare.stage import Prepare
 from stages.promote.stage import Gate, Promote
+from stages.quantize.proposers import Grid
 from stages.quantize.schemes import DEFAULT_SCHEMES, Scheme
 from stages.quantize.stage import Quantize
 from stages.teach.stage import Teach, TopK
@@ -181,7 +182,7 @@ def compress(
     searches = {
         f"{name}-quantized": flow.step(
             f"quantize.{name}",
-            Quantize(schemes=schemes, max_kl=max_kl, min_done=0, seed=seed),
+            Quantize(proposer=Grid(schemes=schemes), max_kl=max_kl, min_done=0, seed=seed),
             model=model,
             data=corpus,
             resources=resources,

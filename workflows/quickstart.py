@@ -16,6 +16,7 @@ from stages.measure.device import describe_cpu
 from stages.measure.stage import Measure
 from stages.prepare.stage import ByteLevelBPE, Prepare
 from stages.promote.stage import Gate, Promote
+from stages.quantize.proposers import Grid
 from stages.quantize.schemes import DEFAULT_SCHEMES, Scheme
 from stages.quantize.stage import Quantize
 from stages.teach.stage import Teach, TopK
@@ -135,7 +136,7 @@ def quickstart(
     first, last = students[0].name, students[-1].name
     search = flow.step(
         f"quantize.{last}",
-        Quantize(schemes=schemes, seed=seed),
+        Quantize(proposer=Grid(schemes=schemes), seed=seed),
         model=trained[last],
         data=corpus,
         resources=TWO,

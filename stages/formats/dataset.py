@@ -22,12 +22,12 @@ class SplitCounts(FormatModel):
 
 
 class RejectedRows(FormatModel):
-    """Rows of the source that are not what their schema says."""
+    """Rows of the source that are not what their schema expects."""
 
     count: int
     rows_read: int
     examples: tuple[str, ...]
-    """The first of them in words."""
+    """The first of them: file, row and reason."""
 
 
 class DatasetInfo(JsonFormat):

@@ -1,39 +1,56 @@
 """`search.json`: every quantization scheme that was tried, and the finalists whose checkpoints are kept."""
 
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
 
 from stages.formats.json_format import FormatModel, JsonFormat
 
-__all__ = ["Finalist", "Search", "Trial"]
+__all__ = ["DoneTrial", "FailedTrial", "Finalist", "Search", "Trial"]
 
 
-class Trial(FormatModel):
-    """One scheme: what it measured, or why it failed."""
+class DoneTrial(FormatModel):
+    """A scheme that was applied and measured."""
 
+    status: Literal["done"] = "done"
     scheme: str
     """The scheme's name."""
     config: dict[str, Any]
     """The scheme's fields."""
-    status: Literal["done", "failed"]
-    error: str | None
     seconds: float
-    kl: float | None = None
+    kl: float
     """Mean KL(unquantized ‖ quantized), nats per token, over the dataset's vocabulary."""
-    kl_p99: float | None = None
+    kl_p99: float
     """Its 99th percentile over tokens."""
-    agreement: float | None = None
+    agreement: float
     """Fraction of tokens where both models' most likely token is the same."""
-    num_tokens: int | None = None
+    num_tokens: int
     """Tokens that were measured."""
-    size_bytes: int | None = None
+    size_bytes: int
     """Weights on disk."""
-    bits_per_weight: float | None = None
-    linear_bits_per_weight: float | None = None
-    """Of the quantized layers alone."""
+    bits_per_weight: float
+    linear_bits_per_weight: float
+    """Of the linear layers alone, without the output head and routers."""
     pareto: bool = False
     """Whether no other trial beats it in both size and KL."""
     reload_error: str | None = None
     """Why a finalist did not survive its reload."""
+
+
+class FailedTrial(FormatModel):
+    """A scheme that cannot be applied to the model."""
+
+    status: Literal["failed"] = "failed"
+    scheme: str
+    """The scheme's name."""
+    config: dict[str, Any]
+    """The scheme's fields."""
+    seconds: float
+    error: str
+
+
+Trial = Annotated[DoneTrial | FailedTrial, Field(discriminator="status")]
+"""One scheme: what it measured, or why it failed."""
 
 
 class Finalist(FormatModel):
@@ -63,6 +80,7 @@ class Search(JsonFormat):
     max_kl: float
     """Nats per token that the chosen scheme may have."""
     trials: tuple[Trial, ...]
+    """In the order in which they were proposed."""
     finalists: tuple[Finalist, ...]
     chosen: str | None
     """Name of the smallest finalist within `max_kl`, if any."""

@@ -1,4 +1,4 @@
-"""Signal shards: what a teacher said about each row of a token shard, as a Parquet file; written and read here only.
+"""Signal shards: a teacher's signals at each row of a token shard, as a Parquet file; written and read here only.
 
 One row of signals for each row of tokens, joined by digest, so that order does not matter. Each value is one
 contiguous little-endian buffer for each row, so that a reader takes whole rows without parsing numbers.

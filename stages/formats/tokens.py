@@ -54,7 +54,7 @@ class TokenRows:
     mask_RT: NDArray[np.bool_]
     """True where the token is a target: never at a row's first token, which nothing before it predicts."""
     digests: list[bytes] = field(default_factory=list)
-    """Of each row's token ids: what rows are joined and told apart by."""
+    """Of each row's token ids: what rows are joined and compared by."""
 
     def __len__(self) -> int:
         return len(self.ids_RT)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 PASSING_ERRNOS = (errno.EAGAIN, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT)
-"""What an overloaded host or a network file system says, and may not say a minute later."""
+"""What an overloaded host or a network file system raises, and may not raise a minute later."""
 
 
 def load_model(folder: Path, *, dtype: str = "float32", device: str = "cpu") -> "PreTrainedModel":
@@ -37,7 +37,7 @@ def load_model(folder: Path, *, dtype: str = "float32", device: str = "cpu") -> 
     Raises:
         OutOfMemory: it does not fit the host's or the device's memory.
         Transient: its files cannot be read for now.
-        StageFailed: no safetensors, an architecture that transformers does not know as a causal language model, or
+        StageFailed: no safetensors, an architecture that transformers has no causal language model for, or
             weights that are missing or of another shape than the config says.
     """
     import torch
@@ -94,13 +94,13 @@ def save_checkpoint(model: "PreTrainedModel", tokenizer: Path | None, out: Folde
 
 def _save(model: "PreTrainedModel", tokenizer: Path | None, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    _mend_generation(model)
+    _fix_generation(model)
     model.save_pretrained(folder)
     if tokenizer is not None:
         copy_tokenizer_files(tokenizer, folder)
 
 
-def _mend_generation(model: "PreTrainedModel") -> None:
+def _fix_generation(model: "PreTrainedModel") -> None:
     """Make generation settings such that transformers saves them: it loads a temperature without sampling silently.
 
     The flags that are there mean sampling; settings that are wrong besides give way to the architecture's own.

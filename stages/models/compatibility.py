@@ -17,7 +17,7 @@ def check_compatible(what: str, folder: Path, dataset: DatasetInfo) -> None:
     """Refuse a checkpoint that does not fit a dataset.
 
     Args:
-        what: the checkpoint in words, e.g. `the teacher`, for errors.
+        what: the checkpoint's name in errors, e.g. `the teacher`.
         folder: the checkpoint.
         dataset: what it shall read.
 

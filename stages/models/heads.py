@@ -184,10 +184,11 @@ def _read_head(model: Any, num_entries: int) -> Head | None:
     layer = model.get_output_embeddings()
     if type(layer) is not nn.Linear:
         return None
+    bias_V = None if layer.bias is None else layer.bias.detach()
     config = model.config.get_text_config()
     factors = [getattr(config, name, None) for name in ("logit_scale", "logits_scaling", "final_logit_softcapping")]
     scale, divisor, softcap = factors
-    return Head(num_entries, layer.weight, layer.bias, float(scale or 1.0), float(divisor or 1.0), softcap)
+    return Head(num_entries, layer.weight.detach(), bias_V, float(scale or 1.0), float(divisor or 1.0), softcap)
 
 
 def log_prob_chunks(*models: tuple[Head, Tensor]) -> Iterator[tuple[slice, Sequence[Tensor]]]:

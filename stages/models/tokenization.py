@@ -1,4 +1,4 @@
-"""Tokenizers on disk: load, copy, tell apart, count.
+"""Tokenizers on disk: load, copy, compare, count.
 
 Promises: a tokenizer travels file by file and is never saved anew where it can be helped, since transformers rebuilds
 one when it saves it; what is compared is what transformers makes of the files, which is what gives a text its ids.
@@ -48,7 +48,7 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Tell whether a checkpoint brings a tokenizer."""
+    """Return whether a checkpoint brings a tokenizer."""
     return any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json"))
 
 
@@ -78,7 +78,7 @@ def copy_tokenizer(source: Path, folder: Path) -> "PreTrainedTokenizerBase":
 
 
 def _names_its_class(path: Path) -> bool:
-    """Tell whether a tokenizer's config can do without the model's config beside it."""
+    """Return whether a tokenizer's config can do without the model's config beside it."""
     return path.exists() and bool(json.loads(path.read_text()).get("tokenizer_class"))
 
 

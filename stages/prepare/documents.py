@@ -28,7 +28,7 @@ NUM_EXAMPLES = 10
 
 
 class RowRejected(Exception):
-    """A row is not what its schema says; the message says what is wrong with it."""
+    """A row is not what its schema expects; the message says how."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class Document:
         return int.from_bytes(self.digest[:8], "big") & (2**63 - 1)
 
     @property
-    def words(self) -> str:
+    def full_text(self) -> str:
         """All of its text, for training a tokenizer."""
         return "\n".join([*(message["content"] for message in self.messages), self.prompt, self.text]).strip("\n")
 
@@ -69,7 +69,7 @@ def document_of(value: Any, schema: Schema, text_field: str) -> Document | None:
     """Turn a row's value into a document; None where it holds nothing but white space.
 
     Raises:
-        RowRejected: the row is not what the schema says.
+        RowRejected: the row is not what the schema expects.
     """
     if isinstance(value, str):
         text = value.strip()

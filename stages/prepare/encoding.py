@@ -51,7 +51,7 @@ class EncoderState:
     backend: str = ""
     """`tokenizer.json` of the tokenizer as it is loaded."""
     vocabulary_size: int = 2**31
-    """Ids that the dataset's models know: a document with a higher one is refused."""
+    """Ids that the dataset's models have: a document with a higher one is refused."""
     chat_template: str = DEFAULT_TEMPLATE
     special_tokens: tuple[tuple[str, str], ...] = ()
     """Name → text, e.g. `eos_token`; templates use them."""
@@ -138,8 +138,8 @@ class Encoder:
             return f"the chat template refuses it ({error})"
         if not spans:
             return (
-                "the chat template shows no answer of the assistant that can be told from the rest; mark answers with "
-                "{% generation %} in it"
+                "the chat template shows no answer of the assistant that can be distinguished from the rest; mark "
+                "answers with {% generation %} in it"
             )
         num_answers = sum(message["role"] == "assistant" and bool(message["content"].strip()) for message in messages)
         if self._state.chat_template == DEFAULT_TEMPLATE:
@@ -185,7 +185,7 @@ class Encoder:
         return text, [span for span in found.values() if span]
 
     def _answer(self, text: str, messages: list[dict[str, Any]], i: int) -> tuple[int, int] | None:
-        """Return from where to where a rendered chat holds its i-th message; None where that cannot be told."""
+        """Return from where to where a rendered chat holds its i-th message; None where that cannot be found."""
         after = self._render(messages[: i + 1], prompt=False, spans=False)[0].rstrip()
         before = self._render(messages[:i], prompt=True, spans=False)[0] if i else ""
         if i and not self._always_prompts and text.startswith(after) and after.startswith(before) and after != before:
@@ -210,11 +210,11 @@ class Encoder:
 
     @cached_property
     def _always_prompts(self) -> bool:
-        """Tell whether the template ends with a prompt for an answer whether one is asked for or not."""
+        """Return whether the template ends with a prompt for an answer whether one is asked for or not."""
         from jinja2 import TemplateError
 
         probe = [{"role": "user", "content": "a"}]
         try:
             return self._render(probe, prompt=True, spans=False) == self._render(probe, prompt=False, spans=False)
-        except TemplateError:  # it wants more of a chat
+        except TemplateError:  # it needs a longer chat
             return False

@@ -91,7 +91,7 @@ def _definitions(tree: ast.Module) -> Iterator[ast.Module | ast.ClassDef | ast.F
 
 
 def _is_prose(text: str) -> bool:
-    """Tell whether a docstring is mostly text rather than an interactive session."""
+    """Return whether a docstring is mostly text rather than an interactive session."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     session = sum(line.startswith((">>>", "...")) for line in lines)
     return len(text) >= MIN_DOCSTRING_CHARACTERS and session * 3 < len(lines)

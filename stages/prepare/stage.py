@@ -2,7 +2,6 @@
 
 import pickle
 import tempfile
-import warnings
 from collections.abc import Iterator, Mapping
 from operator import itemgetter
 from pathlib import Path
@@ -16,7 +15,8 @@ from stages.external.checkpoints import PretrainedTokenizer
 from stages.external.documents import DocumentSource, HubDataset
 from stages.formats.dataset import DatasetInfo
 from stages.runtime.processes import quiet_data
-from stages.runtime.translation import translate
+from stages.runtime.ray_workarounds import deprecated_options
+from stages.runtime.workers import WorkerSetup, translated_errors, worker_options
 
 if TYPE_CHECKING:
     from stages.prepare.summary import Summary
@@ -52,11 +52,11 @@ class Prepare(Stage):
     calibration_fraction: float = Field(0.05, ge=0, le=1)
     """Fraction of documents that pruning and quantization look at; never trained or evaluated on."""
     row_schema: Literal["auto", "text", "chat", "prompt-completion"] = "auto"
-    """What rows hold (`stages/prepare/documents.py`); `auto` tells it from the fields of the first row."""
+    """What rows hold (`stages/prepare/documents.py`); `auto` finds it by the fields of the first row."""
     text_field: str = "text"
     """The field of a `text` row that holds the text."""
     max_rejected_fraction: float = Field(0.01, ge=0, le=1)
-    """Rows that may be other than their schema says; more fail the step."""
+    """Fraction of rows that may be other than their schema expects; more fail the step."""
     max_documents: int | None = Field(None, ge=1)
     """Take only the first documents, in the order of file names; None takes all."""
     part_bytes: int = Field(8 * 1024 * 1024, ge=1024)
@@ -214,53 +214,40 @@ def _prepare(part: Any, written: frozenset[str], *, job: Any) -> Any:
     return part.index, prepare_part(part, job, written)
 
 
-def _apply(
-    row: dict[str, bytes], *, function: Any, num_cpus: float, fixed: dict[str, Any], reporter: Reporter
-) -> dict[str, bytes]:
+def _apply(row: dict[str, bytes], *, function: Any, fixed: dict[str, Any], setup: WorkerSetup) -> dict[str, bytes]:
     """Apply a function to an item in a worker."""
-    reporter.started()
+    setup.begin(uses_torch=False)
     from stages.prepare.encoding import set_tokenizer_threads
 
-    set_tokenizer_threads(num_cpus)
+    set_tokenizer_threads(setup.num_threads)
     return {"result": pickle.dumps(function(*pickle.loads(row["item"]), **fixed))}
 
 
 def _map_parts(function: Any, items: list[tuple[Any, ...]], fixed: dict[str, Any], context: Context) -> Iterator[Any]:
     """Map items with Ray Data, one task an item, and yield the results in the order in which they finish.
 
-    No retries: they are the engine's, and a shard written twice under one name by one attempt would take the
-    receipt's file away (`Shards.write`).
+    No retries: they are the engine's, and a shard written twice under one name by one attempt would remove
+    the receipt's file (`Shards.write`).
     """
     import ray
     from ray.data import DataContext, TaskPoolStrategy
-    from ray.util.annotations import RayDeprecationWarning
 
     if not items:
         return
     quiet_data(DataContext.get_current())
     resources = context.resources
     rows = [{"item": pickle.dumps(item)} for item in items]
-    with warnings.catch_warnings():
-        # Ray 2.60 deprecates every way to pass `max_retries`, and names none in their place.
-        warnings.simplefilter("ignore", RayDeprecationWarning)
+    with deprecated_options():
         data = ray.data.from_items(rows, override_num_blocks=min(len(rows), MAX_BLOCKS)).map(
             _apply,
-            fn_kwargs={
-                "function": function,
-                "num_cpus": resources.cpus_per_worker,
-                "fixed": fixed,
-                "reporter": context.reporter,
-            },
+            fn_kwargs={"function": function, "fixed": fixed, "setup": WorkerSetup.of(context)},
             compute=TaskPoolStrategy(size=resources.workers),
-            num_cpus=resources.cpus_per_worker,
-            memory=resources.memory_bytes_per_worker,
             max_retries=0,
+            **worker_options(resources),
         )
-    try:
+    with translated_errors():
         for row in data.iter_rows():
             yield pickle.loads(row["result"])
-    except ray.exceptions.RayError as error:
-        raise translate(error) from error
 
 
 MAX_BLOCKS = 10_000

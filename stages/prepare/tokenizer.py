@@ -42,8 +42,8 @@ def train_byte_level_bpe(texts: Iterable[str], *, vocabulary_size: int) -> "PreT
     tokenizer.train_from_iterator(texts, trainer)
     if tokenizer.get_vocab_size() < vocabulary_size:
         raise StageFailed(
-            f"the training split is too small for vocabulary_size={vocabulary_size}: it has words for "
-            f"{tokenizer.get_vocab_size()} tokens; lower vocabulary_size to that, or give more text"
+            f"the training split is too small for vocabulary_size={vocabulary_size}: it yields "
+            f"{tokenizer.get_vocab_size()} different tokens; lower vocabulary_size to that, or give more text"
         )
     wrapped: PreTrainedTokenizerBase = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token=END_OF_TEXT, clean_up_tokenization_spaces=False

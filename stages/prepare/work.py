@@ -2,7 +2,7 @@
 
 Promise: a part gives the same shards whoever prepares it and whenever; of one that was half done only the missing
 shards are written.
-Does not: know Ray.
+Does not: import Ray.
 """
 
 from collections.abc import Iterator, Sequence
@@ -43,7 +43,7 @@ def sample_texts(part: Part, *, schema: Schema, text_field: str, division: Divis
         if left <= 0:
             break
         if division.side(document.digest) == "train":
-            texts.append(document.words[:left])
+            texts.append(document.full_text[:left])
             left -= len(texts[-1])
     return texts
 

@@ -92,10 +92,9 @@ def quantize_model(model: Any, scheme: Scheme, *, layers: Layers, calibration_RT
             "shuffle_calibration_samples": False,
         }
     # Any object keeps `oneshot` from searching for a processor; it only hands it to loaders of named data sets.
-    oneshot(model=model, recipe=scheme.recipe(layers.ignored), processor=object(), **arguments)
-    left = [
-        name for name in layers.in_features if getattr(model.get_submodule(name), "quantization_scheme", None) is None
-    ]
+    oneshot(model=model, recipe=scheme.recipe(layers.in_features, layers.ignored), processor=object(), **arguments)
+    wanted = scheme.quantized_layers(layers.in_features)
+    left = [name for name in wanted if getattr(model.get_submodule(name), "quantization_scheme", None) is None]
     if left:
         raise StageFailed(
             f"{scheme.name} left {len(left)} layers as they were, e.g. {left[0]}; expected all to be quantized"
@@ -103,6 +102,6 @@ def quantize_model(model: Any, scheme: Scheme, *, layers: Layers, calibration_RT
 
 
 def linear_bytes(model: Any, layers: Layers) -> int:
-    """Return the bytes that quantized layers take, once `save_pretrained` has packed the model in place."""
+    """Return the bytes that the linear layers take, once `save_pretrained` has packed the model in place."""
     tensors = (tensor for name in layers.in_features for tensor in model.get_submodule(name).state_dict().values())
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

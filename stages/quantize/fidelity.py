@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from stages.errors import StageFailed
+from stages.formats.tokens import TokenRows, predicts
 from stages.models.heads import PackedHead, PackedTensor, log_prob_chunks, observe_head
 from stages.ops.divergences import kl_divergence
-from stages.quantize.rows import Rows
 
 LOGITS_BUDGET_BYTES = 512 * 1024 * 1024
 """Logits of one forward pass where no micro-batch is given."""
@@ -33,7 +33,7 @@ MAX_MICRO_BATCH = 16
 class BasePredictions:
     """What the unquantized model predicts on the rows that are measured; picklable, shared without a copy."""
 
-    rows: Rows
+    rows: TokenRows
     head: PackedHead
     states: PackedTensor
     """Of each measured position, in the order of the rows."""
@@ -59,18 +59,19 @@ def fitting_micro_batch(given: int | None, *, sequence_length: int, vocabulary_s
     return max(1, min(MAX_MICRO_BATCH, LOGITS_BUDGET_BYTES // (sequence_length * vocabulary_size * 4)))
 
 
-def _batches(rows: Rows, micro_batch: int, device: str) -> Iterator[tuple[Tensor, Tensor]]:
+def _batches(rows: TokenRows, micro_batch: int, device: str) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield (ids, which positions predict a target) of consecutive rows."""
+    predicts_RT = predicts(rows.mask_RT)
     for start in range(0, len(rows), micro_batch):
         part = slice(start, start + micro_batch)
         yield (
             torch.tensor(rows.ids_RT[part], dtype=torch.long, device=device),
-            torch.tensor(rows.predicts_RT[part], device=device),
+            torch.tensor(predicts_RT[part], device=device),
         )
 
 
 @torch.inference_mode()
-def predict(model: Any, rows: Rows, *, vocabulary_size: int, micro_batch: int, device: str) -> BasePredictions:
+def predict(model: Any, rows: TokenRows, *, vocabulary_size: int, micro_batch: int, device: str) -> BasePredictions:
     """Run the unquantized model once over the rows that are measured.
 
     Args:

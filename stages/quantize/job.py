@@ -32,11 +32,11 @@ class Layers:
     """The linear layers of a model."""
 
     in_features: dict[str, int]
-    """Input width of each layer that is quantized, by module name."""
+    """Input width of each layer that schemes quantize, by module name."""
     num_weights: int
     """Weights in those layers."""
     ignored: tuple[str, ...]
-    """Linear layers that stay as they are."""
+    """Linear layers that stay as they are, whatever the scheme."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,3 +48,5 @@ class Survey:
     """Distinct parameters: a tied embedding counts once."""
     micro_batch: int
     """Rows of one forward pass: those given, or as many as fit."""
+    replays_head: bool
+    """Whether its output head can be replayed; where not, whole logits are kept."""

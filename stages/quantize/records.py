@@ -1,80 +1,141 @@
-"""Records of trials: one row of `search.json` each, and as receipts in `resume` what a later attempt need not do again.
+"""Records of a search: receipts in `resume` of what a later attempt need not do again, and what `search.json` says.
 
 Promises: a receipt is the whole record of a trial that ended for good, done or failed; a scheme that cannot fit the
-model is a record too, without a trial.
+model is recorded too, without a trial.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 from stages.errors import StageFailed
+from stages.formats.json_format import FormatModel, JsonFormat
+from stages.formats.search import DoneTrial, FailedTrial, Finalist, Search, Trial
 from stages.quantize.schemes import Scheme
 from stages.quantize.selection import TrialPoint, Verification, choose
-from stages.storage import Folder
+from stages.storage import AlreadyExists, Folder
 
-TrialRecord = dict[str, Any]
-"""One trial, as JSON: its row of `search.json`; that of a checkpoint names its `folder` in `resume` and its `files`."""
+__all__ = [
+    "Receipt",
+    "ReceiptFile",
+    "assemble_search",
+    "check_enough",
+    "describe_failures",
+    "describe_trial",
+    "failed_receipt",
+    "final_metrics",
+    "points_of",
+    "read_receipt",
+    "read_settled",
+    "write_receipt",
+]
 
-FINALIST_COLUMNS = ("scheme", "kl", "agreement", "size_bytes", "bits_per_weight", "linear_bits_per_weight")
+
+class ReceiptFile(FormatModel):
+    """One file of a trial's checkpoint."""
+
+    name: str
+    """Relative to the receipt's folder."""
+    size_bytes: int
+    sha256: str
 
 
-def receipt_name(scheme: str) -> str:
-    """Return the name, in `resume`, of a scheme's receipt."""
+class Receipt(JsonFormat):
+    """A trial that ended for good, and where its checkpoint lies; kept in `resume`, never part of the artifact."""
+
+    trial: Trial
+    folder: str | None = None
+    """The checkpoint's folder below `resume`; None where the trial failed."""
+    files: tuple[ReceiptFile, ...] = ()
+
+
+def _receipt_name(scheme: str) -> str:
     return f"trials/{scheme}.json"
 
 
-def new_record(scheme: Scheme) -> TrialRecord:
-    """Return what every record of a scheme starts with."""
-    return {"scheme": scheme.name, "config": scheme.model_dump(mode="json")}
+def failed_receipt(scheme: Scheme, error: str, seconds: float) -> Receipt:
+    """Return the receipt of a scheme that cannot succeed."""
+    config = scheme.model_dump(mode="json")
+    return Receipt(trial=FailedTrial(scheme=scheme.name, config=config, seconds=seconds, error=error))
 
 
-def failed_record(scheme: Scheme, error: str, seconds: float) -> TrialRecord:
-    """Return the record of a scheme that cannot succeed."""
-    return new_record(scheme) | {"status": "failed", "error": error, "seconds": seconds}
+def read_receipt(resume: Folder, scheme: str) -> Receipt | None:
+    """Return the receipt of a scheme, if there is one.
+
+    Raises:
+        StageFailed: another version of stillhouse wrote it.
+    """
+    name = _receipt_name(scheme)
+    if not resume.has(name):
+        return None
+    return Receipt.parse(resume.get(name), where=f"the receipt {name}")
 
 
-def read_settled(schemes: Iterable[Scheme], resume: Folder, in_features: Mapping[str, int]) -> dict[str, TrialRecord]:
-    """Return records of schemes that need no trial: they have a receipt, or cannot fit layers of these input widths."""
-    settled: dict[str, TrialRecord] = {}
+def write_receipt(resume: Folder, receipt: Receipt) -> Receipt:
+    """Write a receipt, and return the one that stands: this one, or another try's that was first."""
+    name = _receipt_name(receipt.trial.scheme)
+    try:
+        resume.put_json(name, receipt.to_json(), create=True)
+    except AlreadyExists:
+        return Receipt.parse(resume.get(name), where=f"the receipt {name}")
+    return receipt
+
+
+def read_settled(schemes: Iterable[Scheme], resume: Folder, in_features: Mapping[str, int]) -> dict[str, Receipt]:
+    """Return receipts of schemes that need no trial: they have one, or cannot fit layers of these input widths."""
+    settled: dict[str, Receipt] = {}
     for scheme in schemes:
-        if resume.has(receipt_name(scheme.name)):
-            settled[scheme.name] = resume.get_json(receipt_name(scheme.name))
+        if found := read_receipt(resume, scheme.name):
+            settled[scheme.name] = found
         elif misfit := scheme.misfit(in_features):
-            settled[scheme.name] = failed_record(scheme, misfit, 0.0)
+            settled[scheme.name] = failed_receipt(scheme, misfit, 0.0)
     return settled
 
 
-def check_enough(records: Sequence[TrialRecord], min_done: int) -> None:
+def check_enough(trials: Sequence[Trial], min_done: int) -> None:
     """Check that enough trials succeeded.
 
     Raises:
         StageFailed: they did not; names each reason.
     """
-    failed = [record for record in records if record["status"] != "done"]
-    num_done = len(records) - len(failed)
+    failed = [trial for trial in trials if isinstance(trial, FailedTrial)]
+    num_done = len(trials) - len(failed)
     if num_done < min_done:
-        reasons = "".join(f"\n  {record['scheme']}: {record['error']}" for record in failed)
-        raise StageFailed(f"{num_done} of {len(records)} schemes succeeded, expected at least {min_done}:{reasons}")
+        reasons = "".join(f"\n  {trial.scheme}: {trial.error}" for trial in failed)
+        raise StageFailed(f"{num_done} of {len(trials)} schemes succeeded, expected at least {min_done}:{reasons}")
 
 
-def points_of(records: Iterable[TrialRecord]) -> list[TrialPoint]:
+def describe_trial(trial: Trial) -> str:
+    """Return what to log of a trial, in one line."""
+    if isinstance(trial, FailedTrial):
+        return f"{trial.scheme} failed: {trial.error}"
+    return f"{trial.scheme}: KL {trial.kl:.2g} nats/token, {trial.size_bytes} bytes"
+
+
+def describe_failures(trials: Sequence[Trial]) -> str:
+    """Return the first reason why trials failed, and how many others there are."""
+    reasons = sorted({trial.error for trial in trials if isinstance(trial, FailedTrial)})
+    if not reasons:
+        return "none was proposed"
+    return reasons[0] if len(reasons) == 1 else f"{reasons[0]}; and {len(reasons) - 1} other reasons"
+
+
+def points_of(trials: Iterable[Trial]) -> list[TrialPoint]:
     """Return the (KL, bytes) points of the trials that are done."""
-    return [TrialPoint(r["scheme"], r["kl"], r["size_bytes"]) for r in records if r["status"] == "done"]
+    return [TrialPoint(t.scheme, t.kl, t.size_bytes) for t in trials if isinstance(t, DoneTrial)]
 
 
 def assemble_search(
-    records: Sequence[TrialRecord],
+    trials: Sequence[Trial],
     front: Iterable[TrialPoint],
     verdict: Verification,
     *,
     base: str,
     base_bytes: int,
     max_kl: float,
-) -> dict[str, Any]:
+) -> Search:
     """Return the content of `search.json`.
 
     Args:
-        records: one for each scheme.
+        trials: one for each scheme, in the order in which they were proposed.
         front: the points that no other beats.
         verdict: what became of the finalists.
         base: fingerprint of the unquantized model.
@@ -82,46 +143,57 @@ def assemble_search(
         max_kl: nats per token that the chosen one may have after its reload.
     """
     on_front = {point.name for point in front}
-    by_name = {record["scheme"]: record for record in records}
-    finalists = [
-        {column: by_name[name][column] for column in FINALIST_COLUMNS}
-        | {"folder": f"finalists/{name}", "reloaded_kl": reloaded_kl}
-        for name, reloaded_kl in verdict.accepted.items()
-    ]
-    chosen = choose((TrialPoint(f["scheme"], f["reloaded_kl"], f["size_bytes"]) for f in finalists), max_kl)
-    trials = [
-        {key: value for key, value in record.items() if key not in ("folder", "files")}
-        | {"pareto": record["scheme"] in on_front, "reload_error": verdict.rejected.get(record["scheme"])}
-        for record in records
-    ]
-    return {
-        "base": base,
-        "base_bytes": base_bytes,
-        "max_kl": max_kl,
-        "trials": trials,
-        "finalists": finalists,
-        "chosen": chosen.name if chosen else None,
-    }
+    done = {trial.scheme: trial for trial in trials if isinstance(trial, DoneTrial)}
+    finalists = tuple(_to_finalist(done[name], reloaded_kl) for name, reloaded_kl in verdict.accepted.items())
+    chosen = choose((TrialPoint(f.scheme, f.reloaded_kl, f.size_bytes) for f in finalists), max_kl)
+
+    def judged(trial: Trial) -> Trial:
+        if isinstance(trial, FailedTrial):
+            return trial
+        reload_error = verdict.rejected.get(trial.scheme)
+        return trial.model_copy(update={"pareto": trial.scheme in on_front, "reload_error": reload_error})
+
+    return Search(
+        base=base,
+        base_bytes=base_bytes,
+        max_kl=max_kl,
+        trials=tuple(judged(trial) for trial in trials),
+        finalists=finalists,
+        chosen=chosen.name if chosen else None,
+    )
 
 
-def final_metrics(search: Mapping[str, Any]) -> dict[str, float]:
+def _to_finalist(trial: DoneTrial, reloaded_kl: float) -> Finalist:
+    return Finalist(
+        scheme=trial.scheme,
+        folder=f"finalists/{trial.scheme}",
+        kl=trial.kl,
+        reloaded_kl=reloaded_kl,
+        agreement=trial.agreement,
+        size_bytes=trial.size_bytes,
+        bits_per_weight=trial.bits_per_weight,
+        linear_bits_per_weight=trial.linear_bits_per_weight,
+    )
+
+
+def final_metrics(search: Search) -> dict[str, float]:
     """Return a search's final numbers; those of the chosen one only where there is one."""
-    done = [trial for trial in search["trials"] if trial["status"] == "done"]
-    metrics = {
+    done = [trial for trial in search.trials if isinstance(trial, DoneTrial)]
+    metrics: dict[str, float] = {
         "trials_done": len(done),
-        "trials_failed": len(search["trials"]) - len(done),
-        "pareto_size": sum(trial["pareto"] for trial in done),
-        "base_bytes": search["base_bytes"],
+        "trials_failed": len(search.trials) - len(done),
+        "pareto_size": sum(trial.pareto for trial in done),
+        "base_bytes": search.base_bytes,
     }
     if done:
-        metrics["best_kl"] = min(trial["kl"] for trial in done)
-    for finalist in search["finalists"]:
-        if finalist["scheme"] == search["chosen"]:
+        metrics["best_kl"] = min(trial.kl for trial in done)
+    for finalist in search.finalists:
+        if finalist.scheme == search.chosen:
             metrics |= {
-                "chosen_kl": finalist["reloaded_kl"],
-                "chosen_agreement": finalist["agreement"],
-                "chosen_size_bytes": finalist["size_bytes"],
-                "chosen_bits_per_weight": finalist["bits_per_weight"],
-                "compression_x": search["base_bytes"] / finalist["size_bytes"],
+                "chosen_kl": finalist.reloaded_kl,
+                "chosen_agreement": finalist.agreement,
+                "chosen_size_bytes": finalist.size_bytes,
+                "chosen_bits_per_weight": finalist.bits_per_weight,
+                "compression_x": search.base_bytes / finalist.size_bytes,
             }
     return metrics

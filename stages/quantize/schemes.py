@@ -1,14 +1,19 @@
 """Quantization schemes: what a trial tries, under a name that stays the same between runs.
 
-Promises: a scheme's name is derived from its fields and tells them apart, so that it can name a folder, a receipt and
-a row of the leaderboard; a scheme that cannot fit a model is found from layer shapes, before anything is quantized.
-Does not: search bit widths per layer, quantize embeddings, the output head or routers.
+Promises: a scheme's name is derived from its fields and differs where they differ, so that it can name a folder, a
+receipt and a row of the leaderboard; a scheme that cannot fit a model is found from layer shapes, before anything is
+quantized.
+Does not: choose rules for single layers (a proposer may), quantize embeddings, the output head or routers.
 
 Sources: round-to-nearest is the affine map of arXiv:1712.05877 (section 2.1) with compressed-tensors' ranges; GPTQ is
 arXiv:2210.17323; SmoothQuant is arXiv:2211.10438, equation 4.
 """
 
-from collections.abc import Mapping, Sequence
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -24,10 +29,49 @@ OBSERVER_LABELS: Mapping[Observer, str] = {
 }
 DEFAULT_DAMPENING = 0.01
 """Fraction of the Hessian's mean diagonal that GPTQ adds to it (arXiv:2210.17323, section 3.3)."""
+MAX_NAME_CHARACTERS = 60
+"""Longest name of a scheme: with a base's name before it, it is a column of the leaderboard and a folder."""
+DIGEST_CHARACTERS = 10
+"""Of a name that its fields would make longer: 40 bits, while a search has some hundred schemes."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Grain:
+    """How fine one layer's weights are rounded."""
+
+    weight_bits: int
+    group_size: int | None
+
+
+class LayerRule(Config):
+    """What is done otherwise with some layers."""
+
+    layers: str = Field(min_length=1)
+    """Glob over module names, e.g. `*.down_proj` or `model.layers.0.*`. Serving runtimes that fuse layers (vLLM: the
+    projections of queries, keys and values; gate and up) expect one rule for all that are fused."""
+    weight_bits: int | None = Field(default=None, ge=2, le=8)
+    """Bits of each weight; None is the scheme's."""
+    group_size: int | Literal["channel"] | None = None
+    """Weights of one row that share a scale, 8 or more; `channel` is one scale for each output channel; None is the
+    scheme's."""
+    skip: bool = False
+    """Leave these layers as they are."""
+
+    @model_validator(mode="after")
+    def _changes_one_thing(self) -> Self:
+        if isinstance(self.group_size, int) and self.group_size < 8:
+            raise ValueError(f"group_size={self.group_size} for {self.layers!r}; expected 8 or more, or 'channel'")
+        changes = self.weight_bits is not None or self.group_size is not None
+        if changes == self.skip:
+            problem = "both skips and changes" if self.skip else "neither skips nor changes"
+            raise ValueError(
+                f"the rule for {self.layers!r} {problem} layers; expected skip, or weight_bits, group_size"
+            )
+        return self
 
 
 class Scheme(Config):
-    """One way to quantize every linear layer of a model."""
+    """One way to quantize the linear layers of a model."""
 
     weight_bits: int = Field(ge=2, le=8)
     """Bits of each weight; integers."""
@@ -45,12 +89,15 @@ class Scheme(Config):
     """SmoothQuant's strength: how much of the activations' range moves into the weights; None does not smooth."""
     dampening: float = Field(default=DEFAULT_DAMPENING, gt=0, lt=1)
     """GPTQ: fraction of the Hessian's mean diagonal that is added to it."""
+    rules: tuple[LayerRule, ...] = ()
+    """What is done otherwise with some layers; of the rules that match a layer, the first counts."""
 
     @model_validator(mode="after")
     def _activations_need_8_bit_weights(self) -> Self:
-        if self.activation_bits is not None and self.weight_bits != 8:
+        bits = [self.weight_bits, *(rule.weight_bits for rule in self.rules if rule.weight_bits)]
+        if self.activation_bits is not None and min(bits) != 8:
             raise ValueError(
-                f"activation_bits=8 with weight_bits={self.weight_bits}: compressed-tensors stores such weights in 8 "
+                f"activation_bits=8 with weight_bits={min(bits)}: compressed-tensors stores such weights in 8 "
                 "bits each, which saves nothing; use weight_bits=8, or activation_bits=None"
             )
         return self
@@ -74,7 +121,21 @@ class Scheme(Config):
 
     @property
     def name(self) -> str:
-        """The scheme's name, e.g. `int4-g64-sym-gptq`; schemes are equal exactly when their names are."""
+        """The scheme's name, e.g. `int4-g64-sym-gptq`; schemes are equal exactly when their names are.
+
+        It has all that differs from the defaults where that is short; where not, or where there are rules, as much as
+        fits and a digest of all fields, e.g. `int4-g64-sym-gptq-mixed-0f3a52c1d9`.
+        """
+        parts = [*self._name_parts(), *(["mixed"] if self.rules else [])]
+        if not self.rules and len("-".join(parts)) <= MAX_NAME_CHARACTERS:
+            return "-".join(parts)
+        fields = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        digest = hashlib.sha256(fields.encode()).hexdigest()[:DIGEST_CHARACTERS]
+        while len("-".join([*parts, digest])) > MAX_NAME_CHARACTERS:
+            parts.pop()
+        return "-".join([*parts, digest])
+
+    def _name_parts(self) -> list[str]:
         grain = f"g{self.group_size}" if self.group_size else "channel"
         sign = "sym" if self.symmetric else "asym"
         if self.activation_bits:
@@ -86,12 +147,26 @@ class Scheme(Config):
         parts.append(OBSERVER_LABELS[self.observer])
         parts.append(f"smooth{self.smooth!r}" if self.smooth is not None else "")
         parts.append(f"damp{self.dampening!r}" if self.dampening != DEFAULT_DAMPENING else "")
-        return "-".join(part for part in parts if part)
+        return [part for part in parts if part]
 
     @property
     def needs_calibration(self) -> bool:
         """Whether quantizing reads calibration rows."""
         return self.algorithm == "gptq" or self.smooth is not None or self.observer == "imatrix_mse"
+
+    def _grain(self, layer: str) -> _Grain | None:
+        """Return how a layer's weights are rounded; None where they stay as they are."""
+        rule = next((rule for rule in self.rules if fnmatchcase(layer, rule.layers)), None)
+        if rule is None:
+            return _Grain(self.weight_bits, self.group_size)
+        if rule.skip:
+            return None
+        group_size = self.group_size if rule.group_size is None else rule.group_size
+        return _Grain(rule.weight_bits or self.weight_bits, None if group_size == "channel" else group_size)
+
+    def quantized_layers(self, layers: Iterable[str]) -> list[str]:
+        """Return those of a model's linear layers that the scheme does not skip."""
+        return [name for name in layers if self._grain(name) is not None]
 
     def misfit(self, in_features: Mapping[str, int]) -> str | None:
         """Say why the scheme cannot fit a model, from the input widths of its linear layers; None where it fits."""
@@ -100,36 +175,67 @@ class Scheme(Config):
                 "the model has no linear layers besides its head, so there is nothing to quantize "
                 "(GPT-2's are Conv1D, which llm-compressor does not know)"
             )
-        if self.group_size is None:
-            return None
-        wrong = {name: width for name, width in in_features.items() if width % self.group_size}
+        for rule in self.rules:
+            if not any(fnmatchcase(name, rule.layers) for name in in_features):
+                example = next(iter(in_features))
+                return f"the rule for {rule.layers!r} matches no linear layer; expected a glob, e.g. of {example!r}"
+        if not self.quantized_layers(in_features):
+            return "its rules skip every linear layer, so there is nothing to quantize"
+        wrong: dict[int, list[str]] = {}
+        for name, width in sorted(in_features.items()):
+            grain = self._grain(name)
+            if grain is not None and grain.group_size is not None and width % grain.group_size:
+                wrong.setdefault(grain.group_size, []).append(f"{name} ({width})")
         if not wrong:
             return None
-        shown = ", ".join(f"{name} ({width})" for name, width in sorted(wrong.items())[:3])
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        group_size, names = next(iter(wrong.items()))
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         return (
-            f"group_size={self.group_size} does not divide the input width of {shown}{more}; "
+            f"group_size={group_size} does not divide the input width of {', '.join(names[:3])}{more}; "
             "expected a group size that divides every one, or None (one scale for each channel)"
         )
 
-    def recipe(self, ignore: Sequence[str]) -> list[Any]:
+    def recipe(self, layers: Iterable[str], ignore: Sequence[str]) -> list[Any]:
         """Build the llm-compressor modifiers of this scheme.
 
         Args:
-            ignore: names of linear layers that stay as they are.
+            layers: names of the model's linear layers.
+            ignore: names of those that stay as they are whatever the scheme.
         """
-        from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
         from llmcompressor.modifiers.quantization import QuantizationModifier
         from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
 
         from stages.quantize.gptq import StrictGPTQModifier
 
+        by_grain: dict[_Grain | None, list[str]] = {}
+        for name in layers:
+            by_grain.setdefault(self._grain(name), []).append(name)
+        skipped = by_grain.pop(None, [])
+        usual = _Grain(self.weight_bits, self.group_size)
+        if usual in by_grain:
+            by_grain[usual] = ["Linear"]  # a layer's name goes before its class, in compressed-tensors and in vLLM
+        groups = {
+            "config_groups": {
+                f"group_{index}": self._group(grain, targets)
+                for index, (grain, targets) in enumerate(by_grain.items())
+                if grain is not None
+            },
+            "ignore": [*ignore, *skipped],
+        }
+        smoothing = [] if self.smooth is None else [SmoothQuantModifier(smoothing_strength=self.smooth)]
+        if self.algorithm == "gptq":
+            return [*smoothing, StrictGPTQModifier(dampening_frac=self.dampening, **groups)]
+        return [*smoothing, QuantizationModifier(**groups)]
+
+    def _group(self, grain: _Grain, targets: list[str]) -> Any:
+        from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
         weights = QuantizationArgs(
-            num_bits=self.weight_bits,
+            num_bits=grain.weight_bits,
             type="int",
             symmetric=self.symmetric,
-            strategy="group" if self.group_size else "channel",
-            group_size=self.group_size,
+            strategy="group" if grain.group_size else "channel",
+            group_size=grain.group_size,
             observer=self.observer,
         )
         activations = None
@@ -137,12 +243,7 @@ class Scheme(Config):
             activations = QuantizationArgs(
                 num_bits=self.activation_bits, type="int", symmetric=True, strategy="token", dynamic=True, observer=None
             )
-        group = QuantizationScheme(targets=["Linear"], weights=weights, input_activations=activations)
-        groups = {"config_groups": {"group_0": group}, "ignore": list(ignore)}
-        smoothing = [] if self.smooth is None else [SmoothQuantModifier(smoothing_strength=self.smooth)]
-        if self.algorithm == "gptq":
-            return [*smoothing, StrictGPTQModifier(dampening_frac=self.dampening, **groups)]
-        return [*smoothing, QuantizationModifier(**groups)]
+        return QuantizationScheme(targets=targets, weights=weights, input_activations=activations)
 
 
 DEFAULT_SCHEMES = (

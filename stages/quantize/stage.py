@@ -1,9 +1,12 @@
 """Search quantization schemes for a model: one Ray Tune trial a scheme, then the best reloaded and measured again.
 
+A proposer (`proposers.py`) names the schemes, in rounds: each round's trials run at the same time, and it sees what
+they found before it names the next.
+
 Promises: every scheme ends as a row of `search.json`, with its measured KL and its real bytes, or with the reason why
 it failed; a finalist is one whose files, loaded by plain transformers in a process that did not quantize, have the KL
 that its trial measured; an attempt that goes on runs only schemes that have no receipt.
-Does not: train, search bits per layer, or measure speed.
+Does not: train, or measure speed.
 
 Tune's own restore is not used: it keeps a search's state on one disk, while receipts live in the store.
 """
@@ -12,33 +15,37 @@ import contextlib
 import io
 import logging
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import Field, field_validator
+from pydantic import Field, SerializeAsAny
 
-from stages.contract import Artifact, Context, Input, Kind, Outcome, Reporter, Resources, Stage
+from stages.contract import Artifact, Context, Input, Kind, Outcome, Stage
 from stages.errors import OutOfMemory, StageFailed, Transient
+from stages.formats.search import FailedTrial, Trial
 from stages.quantize.finalists import publish
 from stages.quantize.imports import import_for_measuring, import_for_quantizing
+from stages.quantize.proposers import Grid, Proposer
 from stages.quantize.records import (
-    TrialRecord,
+    Receipt,
     assemble_search,
     check_enough,
+    describe_failures,
+    describe_trial,
     final_metrics,
     points_of,
+    read_receipt,
     read_settled,
-    receipt_name,
 )
-from stages.quantize.schemes import DEFAULT_SCHEMES, Scheme
+from stages.quantize.schemes import Scheme
 from stages.quantize.selection import TrialPoint, Verification, pareto_front, preference, verify
 from stages.runtime.processes import environment
-from stages.runtime.translation import translate
+from stages.runtime.workers import device_of, fetch_result, num_threads, remote_task, tune_resources
 from stages.storage import File
 
 if TYPE_CHECKING:
+    from stages.formats.tokens import TokenRows
     from stages.quantize.job import SearchJob, Survey
-    from stages.quantize.rows import Rows
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +65,7 @@ class Quantize(Stage):
     INPUTS: ClassVar[Mapping[str, Input]] = {"model": Input(("model",)), "data": Input(("dataset",))}
     FRESH_PROCESS: ClassVar[bool] = True
 
-    schemes: tuple[Scheme, ...] = Field(default=DEFAULT_SCHEMES, min_length=1)
+    proposer: SerializeAsAny[Proposer] = Grid()
     """What is tried, one trial each."""
     calibration_rows: int = Field(default=128, ge=1)
     """Rows of the calibration split that GPTQ and SmoothQuant see at most; 128 is what arXiv:2210.17323 uses."""
@@ -76,15 +83,6 @@ class Quantize(Stage):
     seed: int = Field(default=0, ge=0)
     """Chooses the rows; torch's seed in every trial."""
 
-    @field_validator("schemes")
-    @classmethod
-    def _names_differ(cls, schemes: tuple[Scheme, ...]) -> tuple[Scheme, ...]:
-        names = [scheme.name for scheme in schemes]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise ValueError(f"schemes names {', '.join(twice)} more than once; expected each scheme once")
-        return schemes
-
     def run(self, context: Context) -> Outcome:
         """Search, verify and write `search.json` and the finalists' checkpoints.
 
@@ -95,9 +93,10 @@ class Quantize(Stage):
         """
         import ray
 
-        from stages.quantize.rows import read_rows, split_rows
+        from stages.formats.tokens import shard_pattern
+        from stages.quantize.rows import read_distinct_rows, split_rows
 
-        rows = read_rows(context.one("data").paths("tokens/calibration-*.parquet"))
+        rows = read_distinct_rows(context.one("data").paths(shard_pattern("calibration")))
         calibration, evaluation = split_rows(
             rows, calibration=self.calibration_rows, evaluation=self.evaluation_rows, seed=self.seed
         )
@@ -106,16 +105,18 @@ class Quantize(Stage):
                 f"a small calibration split: {len(calibration)} rows to calibrate on, {len(evaluation)} to measure on"
             )
         job = ray.put(self._job(context, calibration))
-        survey_ref, reference = _task(_survey, context.resources, num_returns=2).remote(
-            job, evaluation, context.reporter
-        )
-        survey = _get(survey_ref)
-        records = self._search(context, job, survey, reference)
-        front = pareto_front(points_of(records))
+        survey_task = remote_task(_survey, context, fresh_process=True, num_returns=2)
+        survey_ref, base = survey_task.remote(job, evaluation)
+        survey = fetch_result(survey_ref)
+        if not survey.replays_head:
+            context.reporter.note("the model's output head cannot be replayed, so that its whole logits are kept")
+        receipts = self._search(context, job, survey, base)
+        trials = [receipt.trial for receipt in receipts.values()]
+        front = pareto_front(points_of(trials))
         published: dict[str, tuple[File, ...]] = {}
 
         def reload(names: Sequence[str]) -> Mapping[str, float | str]:
-            return _reload(names, context, records, published, (job, survey, reference))
+            return _reload(names, context, receipts, published, (job, survey, base))
 
         verdict = verify(
             preference(front, self.max_kl), wanted=self.finalists, tolerance=self.reload_tolerance, reload=reload
@@ -126,9 +127,9 @@ class Quantize(Stage):
         if verdict.rejected and not verdict.accepted:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in verdict.rejected.items())
             raise StageFailed(f"none of {len(verdict.rejected)} finalists survived its reload: {reasons}")
-        return self._finish(context, records, front, verdict)
+        return self._finish(context, trials, front, verdict)
 
-    def _job(self, context: Context, calibration: "Rows") -> "SearchJob":
+    def _job(self, context: Context, calibration: "TokenRows") -> "SearchJob":
         from stages.formats.dataset import DatasetInfo
         from stages.quantize.job import SearchJob
 
@@ -139,90 +140,70 @@ class Quantize(Stage):
             calibration_RT=calibration.ids_RT,
             vocabulary_size=DatasetInfo.read(context.one("data")).vocabulary_size,
             micro_batch=resources.micro_batch,
-            device="cuda" if resources.gpus_per_worker > 0 else "cpu",
-            num_threads=max(1, int(resources.cpus_per_worker)),
+            device=device_of(resources),
+            num_threads=num_threads(resources),
             seed=self.seed,
         )
 
-    def _search(self, context: Context, job: Any, survey: "Survey", reference: Any) -> list[TrialRecord]:
-        """Return every scheme's record: of an earlier attempt, of a trial now, or why it cannot fit."""
-        records = read_settled(self.schemes, context.resume, survey.layers.in_features)
-        for index, record in enumerate(records.values()):
-            _tell(context, record, index + 1, len(self.schemes))
-        pending = {scheme.name: scheme for scheme in self.schemes if scheme.name not in records}
-        if pending:
-            logger.info(
-                "deciding to run %d of %d schemes, since the others are settled", len(pending), len(self.schemes)
-            )
-            records |= _run_trials(pending, context, job, survey, reference, num_settled=len(records))
-        ordered = [records[scheme.name] for scheme in self.schemes]
-        check_enough(ordered, self.min_done)
-        return ordered
+    def _search(self, context: Context, job: Any, survey: "Survey", base: Any) -> dict[str, Receipt]:
+        """Return every scheme's receipt, in the order of their proposal: of an earlier attempt, or of a trial now."""
+        receipts: dict[str, Receipt] = {}
+        while True:
+            proposed = self.proposer.propose([receipt.trial for receipt in receipts.values()])
+            schemes = {scheme.name: scheme for scheme in proposed if scheme.name not in receipts}
+            if not schemes:
+                break
+            settled = read_settled(schemes.values(), context.resume, survey.layers.in_features)
+            num_schemes = len(receipts) + len(schemes)
+            for index, receipt in enumerate(settled.values()):
+                _report(context, receipt.trial, len(receipts) + index + 1, num_schemes)
+            pending = {name: scheme for name, scheme in schemes.items() if name not in settled}
+            if pending:
+                logger.info(
+                    "deciding to run %d of %d schemes, since the others are settled", len(pending), len(schemes)
+                )
+                num_settled = len(receipts) + len(settled)
+                settled |= _run_trials(pending, context, job, survey, base, num_settled=num_settled)
+            receipts |= {name: settled[name] for name in schemes}
+        check_enough([receipt.trial for receipt in receipts.values()], self.min_done)
+        return receipts
 
     def _finish(
-        self, context: Context, records: Sequence[TrialRecord], front: tuple[TrialPoint, ...], verdict: Verification
+        self, context: Context, trials: Sequence[Trial], front: tuple[TrialPoint, ...], verdict: Verification
     ) -> Outcome:
-        """Write `search.json`, tell what was chosen, and return the final numbers."""
+        """Write `search.json`, report what was chosen, and return the final numbers."""
         model = context.one("model")
         base_bytes = sum(file.size_bytes for file in model.below("model/*.safetensors"))
         search = assemble_search(
-            records, front, verdict, base=model.fingerprint, base_bytes=base_bytes, max_kl=self.max_kl
+            trials, front, verdict, base=model.fingerprint, base_bytes=base_bytes, max_kl=self.max_kl
         )
-        context.out.put_json("search.json", search)
+        search.write(context.out)
         metrics = final_metrics(search)
         if not verdict.accepted:
-            reasons = sorted({str(record["error"]) for record in records if record["status"] != "done"})
-            why = reasons[0] if len(reasons) == 1 else f"{reasons[0]}; and {len(reasons) - 1} other reasons"
-            context.reporter.note(f"chose none, since no scheme succeeded: {why} (search.json has all)")
-        elif search["chosen"] is None:
+            context.reporter.note(
+                f"chose none, since no scheme succeeded: {describe_failures(trials)} (search.json has all)"
+            )
+        elif search.chosen is None:
             best = min(verdict.accepted.values())
             context.reporter.note(
                 f"chose none: the best finalist has KL {best:.2g} nats/token, and max_kl is {self.max_kl:g}"
             )
         else:
             size, kl = metrics["chosen_size_bytes"], metrics["chosen_kl"]
-            context.reporter.note(f"chose {search['chosen']}: {size:.0f} bytes, KL {kl:.2g} nats/token")
+            context.reporter.note(f"chose {search.chosen}: {size:.0f} bytes, KL {kl:.2g} nats/token")
         return Outcome(metrics)
 
 
-def _tell(context: Context, record: TrialRecord, num_settled: int, num_schemes: int) -> None:
+def _report(context: Context, trial: Trial, num_settled: int, num_schemes: int) -> None:
     """Report one settled scheme."""
     context.reporter.progress(num_settled, num_schemes, "trials")
-    if record["status"] != "done":
-        context.reporter.note(f"{record['scheme']} failed: {record['error']}")
-        return
-    context.reporter.note(f"{record['scheme']}: KL {record['kl']:.2g} nats/token, {record['size_bytes']} bytes")
-    context.reporter.curve(num_settled, {"trial/kl": record["kl"], "trial/size_bytes": record["size_bytes"]})
+    context.reporter.note(describe_trial(trial))
+    if not isinstance(trial, FailedTrial):
+        context.reporter.curve(num_settled, {"trial/kl": trial.kl, "trial/size_bytes": trial.size_bytes})
 
 
-def _options(resources: Resources) -> dict[str, float]:
-    """Return what one worker takes, in Ray's words."""
-    options: dict[str, float] = {"num_cpus": resources.cpus_per_worker, "num_gpus": resources.gpus_per_worker}
-    if resources.memory_bytes_per_worker is not None:
-        options["memory"] = resources.memory_bytes_per_worker
-    return options
-
-
-def _task(function: Callable[..., Any], resources: Resources, num_returns: int = 1) -> Any:
-    """Return a function as a Ray task with a worker's resources, in a process that is not used again."""
-    import ray
-
-    return ray.remote(max_calls=1, max_retries=0, num_returns=num_returns, **_options(resources))(function)
-
-
-def _get(ref: Any) -> Any:
-    """Return a task's result; raise an error of ours, not Ray's wrapper around one."""
-    import ray
-
-    try:
-        return ray.get(ref)
-    except ray.exceptions.RayError as error:
-        raise translate(error) from error
-
-
-def _survey(job: "SearchJob", evaluation: "Rows", reporter: Reporter) -> Any:
+def _survey(job: "SearchJob", evaluation: "TokenRows") -> Any:
     """Run in a worker: see `survey_model`."""
-    reporter.started()
     import_for_measuring()
     from stages.quantize.trial import survey_model
 
@@ -230,55 +211,53 @@ def _survey(job: "SearchJob", evaluation: "Rows", reporter: Reporter) -> Any:
 
 
 def _trial(
-    config: Mapping[str, Any], *, schemes: Mapping[str, Scheme], job: Any, survey: "Survey", reference: Any
+    config: Mapping[str, Any], *, schemes: Mapping[str, Scheme], job: Any, survey: "Survey", base: Any
 ) -> dict[str, Any]:
     """Run in a Tune trial: try one scheme; its receipt says how it went, except where memory did not suffice."""
     import_for_quantizing()
     from stages.quantize.trial import run_trial
 
     try:
-        run_trial(schemes[config["scheme"]], job, survey, reference)
+        run_trial(schemes[config["scheme"]], job, survey, base)
     except OutOfMemory as error:
         return {"out_of_memory": str(error)}
     return {"out_of_memory": None}
 
 
-def _remeasure(names: Sequence[str], finalists: Artifact, job: "SearchJob", survey: "Survey", reference: Any) -> Any:
+def _remeasure(names: Sequence[str], finalists: Artifact, job: "SearchJob", survey: "Survey", base: Any) -> Any:
     """Run in a worker: see `remeasure`."""
     import_for_measuring()
     from stages.quantize.trial import remeasure
 
-    return remeasure(names, finalists, job, survey, reference)
+    return remeasure(names, finalists, job, survey, base)
 
 
 def _run_trials(
-    schemes: Mapping[str, Scheme], context: Context, job: Any, survey: "Survey", reference: Any, *, num_settled: int
-) -> dict[str, TrialRecord]:
+    schemes: Mapping[str, Scheme], context: Context, job: Any, survey: "Survey", base: Any, *, num_settled: int
+) -> dict[str, Receipt]:
     """Run one Tune trial for each scheme and return their receipts."""
     from ray import tune
 
     resources, num_schemes = context.resources, num_settled + len(schemes)
-    records: dict[str, TrialRecord] = {}
+    receipts: dict[str, Receipt] = {}
 
     class Watch(tune.Callback):  # type: ignore[misc]  # the base is untyped
-        """Tells of each trial as it ends."""
+        """Reports each trial as it ends."""
 
         def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
             name = trial.config["scheme"]
-            if context.resume.has(receipt_name(name)):
-                records[name] = context.resume.get_json(receipt_name(name))
-                _tell(context, records[name], num_settled + len(records), num_schemes)
+            if receipt := read_receipt(context.resume, name):
+                receipts[name] = receipt
+                _report(context, receipt.trial, num_settled + len(receipts), num_schemes)
 
-    takes = {key.removeprefix("num_"): value for key, value in _options(resources).items()}
-    takes = {{"cpus": "cpu", "gpus": "gpu"}.get(key, key): value for key, value in takes.items()}
-    trial = tune.with_parameters(_trial, schemes=schemes, job=job, survey=survey, reference=reference)
+    trial = tune.with_parameters(_trial, schemes=schemes, job=job, survey=survey, base=base)
     with (
         tempfile.TemporaryDirectory(prefix="stillhouse-tune-") as folder,
         environment(QUIET_TUNE),
         contextlib.redirect_stdout(io.StringIO()),  # prints a table whatever `verbose` says
     ):
         results = tune.Tuner(
-            tune.with_resources(trial, takes),
+            tune.with_resources(trial, tune_resources(resources)),
             param_space={"scheme": tune.grid_search(list(schemes))},
             tune_config=tune.TuneConfig(max_concurrent_trials=resources.workers),
             run_config=tune.RunConfig(
@@ -289,12 +268,12 @@ def _run_trials(
                 callbacks=[Watch()],
             ),
         ).fit()
-        _check_lost([name for name in schemes if name not in records], results, survey)
-    return records
+        _check_lost([name for name in schemes if name not in receipts], results, survey)
+    return receipts
 
 
 def _check_lost(missing: Sequence[str], results: Any, survey: "Survey") -> None:
-    """Raise where trials left no receipt: something that another attempt may mend."""
+    """Raise where trials left no receipt: something that another attempt may not meet again."""
     if not missing:
         return
     starved = [result.metrics["out_of_memory"] for result in results if (result.metrics or {}).get("out_of_memory")]
@@ -312,22 +291,22 @@ def _check_lost(missing: Sequence[str], results: Any, survey: "Survey") -> None:
 def _reload(
     names: Sequence[str],
     context: Context,
-    records: Sequence[TrialRecord],
+    receipts: Mapping[str, Receipt],
     published: dict[str, tuple[File, ...]],
     measuring: tuple[Any, "Survey", Any],
 ) -> Mapping[str, float | str]:
     """Copy finalists from `resume` to `out`, then measure them from there in a process of its own."""
-    by_name = {record["scheme"]: record for record in records}
     found: dict[str, float | str] = {}
     for name in names:
         try:
-            published[name] = publish(by_name[name], context.resume, context.out)
+            published[name] = publish(receipts[name], context.resume, context.out)
         except (FileNotFoundError, StageFailed) as error:
             found[name] = f"its checkpoint cannot be read: {error}"
     readable = [name for name in names if name in published]
     if readable:
         files = tuple(file for name in readable for file in published[name])
         finalists = Artifact("search", context.fingerprint, files)
-        remeasure = _task(_remeasure, context.resources)
-        found |= _get(remeasure.remote(readable, finalists, *measuring))
+        found |= fetch_result(
+            remote_task(_remeasure, context, fresh_process=True).remote(readable, finalists, *measuring)
+        )
     return found

@@ -17,32 +17,37 @@ import torch
 
 from stages.contract import Artifact
 from stages.errors import OutOfMemory, Transient
+from stages.formats.search import DoneTrial
+from stages.formats.tokens import TokenRows
 from stages.models.checkpoints import load_model, save_checkpoint
 from stages.quantize.compress import find_layers, linear_bytes, quantize_model, quiet
 from stages.quantize.fidelity import BasePredictions, fitting_micro_batch, measure_fidelity, predict
 from stages.quantize.job import SearchJob, Survey
-from stages.quantize.records import TrialRecord, failed_record, new_record, receipt_name
-from stages.quantize.rows import Rows
+from stages.quantize.records import Receipt, ReceiptFile, failed_receipt, write_receipt
 from stages.quantize.schemes import Scheme
 from stages.runtime.translation import within_memory
-from stages.storage import AlreadyExists, Folder
+from stages.storage import Folder
 
 
-def survey_model(job: SearchJob, rows: Rows) -> tuple[Survey, BasePredictions]:
+def survey_model(job: SearchJob, rows: TokenRows) -> tuple[Survey, BasePredictions]:
     """Load the unquantized model once: its layers, and its predictions on the rows that are measured."""
     torch.set_num_threads(job.num_threads)
     folder = job.model.folder("model")
     with quiet():
         model = load_model(folder, dtype="auto", device=job.device)
-        words = model.config.get_text_config().vocab_size
-        micro_batch = fitting_micro_batch(job.micro_batch, sequence_length=rows.ids_RT.shape[1], vocabulary_size=words)
+        micro_batch = fitting_micro_batch(
+            job.micro_batch,
+            sequence_length=rows.ids_RT.shape[1],
+            vocabulary_size=model.config.get_text_config().vocab_size,
+        )
         with within_memory("the unquantized model", micro_batch=micro_batch):
             base = predict(model, rows, vocabulary_size=job.vocabulary_size, micro_batch=micro_batch, device=job.device)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    return Survey(find_layers(model), num_parameters, micro_batch), base
+    replays_head = base.head.weight is not None
+    return Survey(find_layers(model), num_parameters, micro_batch, replays_head), base
 
 
-def run_trial(scheme: Scheme, job: SearchJob, survey: Survey, base: BasePredictions) -> TrialRecord:
+def run_trial(scheme: Scheme, job: SearchJob, survey: Survey, base: BasePredictions) -> Receipt:
     """Quantize, measure and save one scheme, and leave its receipt.
 
     Returns:
@@ -52,36 +57,31 @@ def run_trial(scheme: Scheme, job: SearchJob, survey: Survey, base: BasePredicti
         OutOfMemory: a smaller micro-batch may do; there is no receipt.
     """
     started = time.monotonic()
-    folder = job.model.folder("model")
     with tempfile.TemporaryDirectory(prefix="stillhouse-trial-") as scratch:
         try:
             with quiet(), within_memory(f"scheme {scheme.name}", micro_batch=survey.micro_batch):
-                measured = _quantize_and_save(scheme, job, survey, base, folder, Path(scratch))
+                trial = _quantize_and_save(scheme, job, survey, base, Path(scratch))
         except Exception as error:  # a trial is a border: what its scheme does wrong is its result
-            if _may_pass(error):
+            if _may_succeed_later(error):
                 raise
-            record = failed_record(scheme, f"{type(error).__name__}: {error}", round(time.monotonic() - started, 3))
-        else:
-            uploaded = _upload(Path(scratch), scheme.name, job.resume)
             seconds = round(time.monotonic() - started, 3)
-            record = new_record(scheme) | {"status": "done", "error": None, "seconds": seconds} | measured | uploaded
-    try:
-        job.resume.put_json(receipt_name(scheme.name), record, create=True)
-    except AlreadyExists:
-        record = job.resume.get_json(receipt_name(scheme.name))
-    return record
+            return write_receipt(job.resume, failed_receipt(scheme, f"{type(error).__name__}: {error}", seconds))
+        folder, files = _upload(Path(scratch), scheme.name, job.resume)
+    trial = trial.model_copy(update={"seconds": round(time.monotonic() - started, 3)})
+    return write_receipt(job.resume, Receipt(trial=trial, folder=folder, files=files))
 
 
-def _may_pass(error: Exception) -> bool:
-    """Tell whether the same trial may succeed another time, on another machine too: memory is no part of identity."""
+def _may_succeed_later(error: Exception) -> bool:
+    """Whether the same trial may succeed another time, on another machine too: memory is no part of identity."""
     return isinstance(error, OutOfMemory | Transient | OSError | torch.AcceleratorError)
 
 
 def _quantize_and_save(
-    scheme: Scheme, job: SearchJob, survey: Survey, base: BasePredictions, folder: Path, scratch: Path
-) -> TrialRecord:
+    scheme: Scheme, job: SearchJob, survey: Survey, base: BasePredictions, scratch: Path
+) -> DoneTrial:
     torch.set_num_threads(job.num_threads)
     torch.manual_seed(job.seed)
+    folder = job.model.folder("model")
     model = load_model(folder, dtype="auto", device=job.device)
     quantize_model(
         model,
@@ -94,21 +94,24 @@ def _quantize_and_save(
     fidelity = measure_fidelity(model, base, micro_batch=survey.micro_batch, device=job.device)
     save_checkpoint(model, folder, Folder.at(scratch), "model")
     size_bytes = sum(path.stat().st_size for path in (scratch / "model").glob("*.safetensors"))
-    return {
+    return DoneTrial(
+        scheme=scheme.name,
+        config=scheme.model_dump(mode="json"),
+        seconds=0.0,
         **asdict(fidelity),
-        "size_bytes": size_bytes,
-        "bits_per_weight": 8 * size_bytes / survey.num_parameters,
-        "linear_bits_per_weight": 8 * linear_bytes(model, survey.layers) / survey.layers.num_weights,
-    }
+        size_bytes=size_bytes,
+        bits_per_weight=8 * size_bytes / survey.num_parameters,
+        linear_bits_per_weight=8 * linear_bytes(model, survey.layers) / survey.layers.num_weights,
+    )
 
 
-def _upload(scratch: Path, scheme: str, resume: Folder) -> TrialRecord:
+def _upload(scratch: Path, scheme: str, resume: Folder) -> tuple[str, tuple[ReceiptFile, ...]]:
     """Copy a saved checkpoint into `resume`, below a name that no other try of this scheme uses."""
     name = f"trials/{scheme}/{uuid4().hex[:8]}"
     root = scratch / "model"
     paths = sorted(path for path in root.rglob("*") if path.is_file())
     files = [(resume / name).upload(path, path.relative_to(root).as_posix()) for path in paths]
-    return {"folder": name, "files": [{"name": f.name, "sha256": f.sha256, "size_bytes": f.size_bytes} for f in files]}
+    return name, tuple(ReceiptFile(name=f.name, size_bytes=f.size_bytes, sha256=f.sha256) for f in files)
 
 
 def remeasure(
@@ -128,7 +131,7 @@ def remeasure(
                 model = load_model(folder, dtype="auto", device=job.device)
                 found[scheme] = measure_fidelity(model, base, micro_batch=survey.micro_batch, device=job.device).kl
         except Exception as error:  # as in `run_trial`
-            if _may_pass(error) and not isinstance(error, OSError):
+            if _may_succeed_later(error) and not isinstance(error, OSError):
                 raise
             found[scheme] = f"{type(error).__name__}: {error}"
     return found

@@ -5,18 +5,18 @@ so that after a crash only shards without one are done. Only small facts travel 
 """
 
 import logging
-import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from stages.contract import Config, Context, Input, Outcome, Reporter, Shards, Split, Stage
+from stages.contract import Config, Context, Input, Outcome, Shards, Split, Stage
 from stages.errors import ConfigError, StageFailed
 from stages.formats.dataset import DatasetInfo
 from stages.formats.signals import SignalsInfo
 from stages.runtime.processes import quiet_data
-from stages.runtime.translation import translate
+from stages.runtime.ray_workarounds import deprecated_options
+from stages.runtime.workers import WorkerSetup, device_of, translated_errors, worker_options
 
 if TYPE_CHECKING:
     from stages.teach.work import ShardFacts, TeachJob
@@ -96,7 +96,7 @@ class Teach(Stage):
             temperatures=self.method.temperatures,
             dtype=self.dtype,
             micro_batch=context.resources.micro_batch,
-            device="cuda" if context.resources.gpus_per_worker > 0 else "cpu",
+            device=device_of(context.resources),
         )
         context.reporter.progress(finished, total, "tokens")
         for tokens in _map_shards(missing, job, context):
@@ -133,13 +133,10 @@ class Teach(Stage):
 class _Actor:
     """A `ShardTeacher` in an actor of Ray Data's pool."""
 
-    def __init__(self, job: "TeachJob", reporter: Reporter, threads: int) -> None:
-        reporter.started()
-        import torch
-
+    def __init__(self, job: "TeachJob", setup: WorkerSetup) -> None:
+        setup.begin()
         from stages.teach.work import ShardTeacher
 
-        torch.set_num_threads(threads)
         self._teacher = ShardTeacher(job)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -154,27 +151,20 @@ def _map_shards(names: list[str], job: "TeachJob", context: Context) -> Iterator
     starved by it. Actors are not restarted, since retries are the engine's.
     """
     import ray
-    from ray.util.annotations import RayDeprecationWarning
 
     quiet_data(ray.data.DataContext.get_current())
     resources = context.resources
     workers = min(resources.workers, len(names))
     shards = ray.data.from_items([{"item": name} for name in names], override_num_blocks=len(names))
-    with warnings.catch_warnings():
-        # Ray 2.60 deprecates every way to pass `max_restarts`, and names none in their place.
-        warnings.simplefilter("ignore", RayDeprecationWarning)
+    with deprecated_options():
         taught = shards.map_batches(
             _Actor,
-            fn_constructor_args=(job, context.reporter, max(1, int(resources.cpus_per_worker))),
+            fn_constructor_args=(job, WorkerSetup.of(context)),
             batch_size=1,
             compute=ray.data.ActorPoolStrategy(size=workers),
-            num_cpus=resources.cpus_per_worker,
-            num_gpus=resources.gpus_per_worker,
-            memory=resources.memory_bytes_per_worker,
             max_restarts=0,
+            **worker_options(resources),
         )
-    try:
+    with translated_errors():
         for row in taught.iter_rows():
             yield int(row["tokens"])
-    except ray.exceptions.RayError as error:
-        raise translate(error) from error

@@ -21,7 +21,7 @@ from stages.train.objectives.loss import Loss, Targets
 
 @dataclass(frozen=True, slots=True)
 class Outputs:
-    """What a model says of a micro-batch."""
+    """What a model returns for a micro-batch."""
 
     logits_NV: Tensor
     hidden_states_ND: tuple[Tensor, ...]
@@ -36,7 +36,7 @@ class LiveTeacher:
 
     @torch.inference_mode()
     def outputs(self, input_ids_BT: Tensor, *, hidden_states: bool) -> Outputs:
-        """Return what it says."""
+        """Return its outputs for rows of tokens."""
         return run_model(self._model, input_ids_BT, hidden_states=hidden_states)
 
 

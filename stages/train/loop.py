@@ -5,7 +5,7 @@ whatever the micro-batch and the number of ranks; data order, learning rate and 
 step, so that a run that goes on from a snapshot ends with the very weights of one that was never disturbed (bit for
 bit on the CPU with the same ranks). Nothing waits for the device within a step.
 
-Does not: know Ray, choose resources, or save the final model.
+Does not: import Ray, choose resources, or save the final model.
 """
 
 import contextlib

@@ -1,9 +1,9 @@
 """Snapshots of long training below `resume/`, so that a later attempt goes on from the newest one.
 
 Promise: a snapshot is read only when its marker exists, which is created last and names every file with its digest; one
-whose bytes do not verify is passed over for the one before. Tensors are safetensors and the rest is JSON: nothing is
-unpickled. Two are kept. Attempts write under names of their own, so that one that lives on after it was given up can
-do no harm.
+whose bytes do not verify is skipped for the one before. Tensors are safetensors and the rest is JSON: nothing is
+unpickled. Two are kept. Attempts write under names of their own, so that one that lives on after it was abandoned
+can do no harm.
 """
 
 import logging
@@ -31,7 +31,7 @@ COST_FRACTION = 0.05
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """A complete snapshot: what its marker says."""
+    """A complete snapshot, by its marker."""
 
     name: str
     step: int
@@ -51,9 +51,7 @@ def newest(resume: Folder) -> Snapshot | None:
                 return found
         except FileNotFoundError:
             pass
-        logger.warning(
-            "deciding to pass over snapshot %s, since its bytes are not those that its marker names", found.name
-        )
+        logger.warning("deciding to skip snapshot %s, since its bytes are not those that its marker names", found.name)
     return None
 
 
@@ -96,7 +94,7 @@ class SnapshotWriter:
     _next: float | None = None
 
     def due(self) -> bool:
-        """Tell whether it is time for one; the first call starts the clock."""
+        """Return whether it is time for one; the first call starts the clock."""
         if self._next is None:
             self._next = self.clock() + EVERY_SECONDS
         return self.clock() >= self._next

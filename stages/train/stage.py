@@ -1,4 +1,4 @@
-"""`Train`: a student from a dataset, and from what a teacher says of it where an objective asks, with Ray Train.
+"""`Train`: a student from a dataset, with a teacher's signals or a live teacher where an objective needs them.
 
 Ray Train places the workers and joins them; retries are the engine's and snapshots are ours, so its own resume, its
 checkpoints and its reports are not used.
@@ -18,7 +18,8 @@ from stages.contract import Context, ExternalData, Input, Outcome, Split, Stage
 from stages.errors import ConfigError, StageFailed
 from stages.formats.training import TrainingInfo
 from stages.runtime.processes import environment, preserve_signal_handlers
-from stages.runtime.translation import translate
+from stages.runtime.ray_workarounds import TRAIN_ENVIRONMENT, trainer_class
+from stages.runtime.workers import device_of, train_resources, translated_errors
 from stages.train.objectives import Objective
 from stages.train.students import Continue, Llama, Smaller, Student, check_student
 
@@ -28,14 +29,6 @@ if TYPE_CHECKING:
 __all__ = ["Continue", "Llama", "Smaller", "Train"]
 
 logger = logging.getLogger(__name__)
-
-RAY_TRAIN_ENVIRONMENT = {
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",  # the end of training is noticed at the next check; 2 s by default
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # one actor less to start; a lost worker is the engine's to handle
-    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # prints appear twice else
-    "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",
-    "RAY_TRAIN_ENABLE_WORKER_STRUCTURED_LOGGING": "0",
-}
 
 
 class Train(Stage):
@@ -130,46 +123,23 @@ class Train(Stage):
         return Outcome({f"train/{name}": float(getattr(done, name)) for name in wanted})
 
 
-def _trainer_class() -> Any:
-    """Return Ray Train's trainer without the two helpers that cost time and give nothing here.
-
-    Its placement-group cleaner asks Ray's dashboard whether the controller lives; where there is none, each question
-    waits for 10 s and so does the end of training (12 s of a 27 s fit). The engine removes what a lost attempt leaves.
-    The datasets' helper is an actor that imports Ray Data (1.3 s); the reader is ours.
-    """
-    from ray.train.torch import TorchTrainer
-    from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
-    from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
-
-    class Trainer(TorchTrainer):  # type: ignore[misc]  # the base is untyped
-        def _create_default_callbacks(self) -> list[Any]:
-            unwanted = (DatasetsCallback, PlacementGroupCleanerCallback)
-            return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, unwanted)]
-
-    return Trainer
-
-
 def _fit(job: "TrainJob") -> None:
     """Run `_work` on every worker; raise what went wrong as an error of ours."""
     with (
-        environment(RAY_TRAIN_ENVIRONMENT),
+        environment(TRAIN_ENVIRONMENT),
         preserve_signal_handlers(),
         tempfile.TemporaryDirectory(prefix="train-") as storage,
     ):
-        import ray
         from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
 
         resources = job.context.resources
-        each: dict[str, float] = {"CPU": resources.cpus_per_worker}
-        if resources.gpus_per_worker:
-            each["GPU"] = resources.gpus_per_worker
-        if resources.memory_bytes_per_worker:
-            each["memory"] = resources.memory_bytes_per_worker
-        trainer = _trainer_class()(
+        trainer = trainer_class()(
             _work,
             train_loop_config={"job": job},
             scaling_config=ScalingConfig(
-                num_workers=resources.workers, use_gpu=resources.gpus_per_worker > 0, resources_per_worker=each
+                num_workers=resources.workers,
+                use_gpu=device_of(resources) == "cuda",
+                resources_per_worker=train_resources(resources),
             ),
             run_config=RunConfig(
                 name=f"{job.context.fingerprint[:16]}-{secrets.token_hex(4)}",
@@ -178,10 +148,8 @@ def _fit(job: "TrainJob") -> None:
                 logging_config=LoggingConfig(log_level="ERROR"),
             ),
         )
-        try:
+        with translated_errors(TrainingFailedError):
             trainer.fit()
-        except (TrainingFailedError, ray.exceptions.RayError) as error:
-            raise translate(error) from error
 
 
 def _work(config: dict[str, Any]) -> None:

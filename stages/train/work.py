@@ -17,6 +17,7 @@ from stages.formats.tokens import shard_pattern
 from stages.formats.training import TrainingInfo
 from stages.models.checkpoints import load_model, save_checkpoint, stored_dtype
 from stages.models.compatibility import check_compatible
+from stages.runtime.workers import WorkerSetup
 from stages.train import snapshots
 from stages.train.forward import LiveTeacher, LossSum
 from stages.train.loop import Progress, Ranks, Training
@@ -83,8 +84,7 @@ def train_rank(job: TrainJob, ranks: Ranks) -> None:
         StageFailed: the inputs do not fit the stage.
     """
     context = job.context
-    context.reporter.started()
-    torch.set_num_threads(max(1, int(context.resources.cpus_per_worker)))
+    WorkerSetup.of(context).begin()
     data = context.one("data")
     dataset = DatasetInfo.read(data)
     origin = _origin(job)

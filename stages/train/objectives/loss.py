@@ -1,7 +1,7 @@
 """What an objective is: what it needs, what it checks before anything runs, what it sees, and the losses it gives.
 
-Promise: the loop, the reader and the stage know objectives by this only. What an objective needs is all that is read,
-loaded and kept for it.
+Promise: the loop, the reader and the stage use objectives through this only. What an objective needs is all that is
+read, loaded and kept for it.
 
 Shapes: N targets, V vocabulary of the dataset, D model width.
 """
@@ -43,7 +43,7 @@ class Needs:
 
 @dataclass(frozen=True, slots=True)
 class Targets:
-    """Some targets of a micro-batch, and what the student and the teacher say there."""
+    """Some targets of a micro-batch, and the student's and the teacher's outputs there."""
 
     logits_NV: "Tensor"
     """The student's, float32."""

@@ -1,4 +1,4 @@
-"""Reverse KL to a live teacher: the student is fined for what the teacher would not say, not for what it leaves unsaid.
+"""Reverse KL to a live teacher: the student is penalized for tokens that the teacher finds unlikely.
 
 MiniLLM (arXiv:2306.08543) and GKD (arXiv:2306.13649) use it where a student is too small for all of the teacher's
 modes. Here it is over the dataset's own text, not over text that the student samples.

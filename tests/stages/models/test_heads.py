@@ -19,12 +19,11 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from stages.evaluate.rows import Batch
 from stages.evaluate.scoring import DocumentSums, Reference, score_batches
+from stages.formats.tokens import TokenRows, predicts
 from stages.models.heads import Head, PackedTensor, log_prob_chunks, observe_head
 from stages.ops.divergences import kl_divergence
 from stages.quantize.fidelity import measure_fidelity, predict
-from stages.quantize.rows import Rows
 from stages.teach.capture import capture
 from stages.teach.engines.local import LocalTeacher
 
@@ -108,7 +107,7 @@ def test_teach_quantize_and_evaluate_agree_with_the_models_own_logits(
     model, other = build(family, dtype), build(family, dtype, seed=1)
     mask_BT = np.random.default_rng(0).random(ids_BT.shape) < 0.8
     mask_BT[:, 0] = False
-    predicts_BT = np.pad(mask_BT[:, 1:], ((0, 0), (0, 1)))
+    predicts_BT = predicts(mask_BT)
     with torch.inference_mode():
         logits_NV, other_NV = (m(input_ids=ids_BT).logits.flatten(0, 1)[:, :VOCABULARY] for m in (model, other))
     log_p_NV, log_q_NV = (each.float()[predicts_BT.ravel()].log_softmax(-1) for each in (logits_NV, other_NV))
@@ -121,13 +120,13 @@ def test_teach_quantize_and_evaluate_agree_with_the_models_own_logits(
     torch.testing.assert_close(taught.log_partitions_NC, captured.log_partitions_NC, **tolerance)
     torch.testing.assert_close(taught.tail_log_mass_N, captured.tail_log_mass_N, **tolerance)
 
-    rows = Rows(ids_BT.numpy().astype(np.int32), predicts_BT)
+    rows = TokenRows(ids_BT.numpy().astype(np.int32), np.zeros(ids_BT.shape, np.int64), mask_BT)
     base = predict(model, rows, vocabulary_size=VOCABULARY, micro_batch=2, device="cpu")
     found = measure_fidelity(other, base, micro_batch=3, device="cpu")
     assert found.kl == pytest.approx(expected_kl, rel=tolerance["rtol"])
     assert found.num_tokens == mask_BT.sum()
 
-    batches = [Batch(rows.ids_RT, np.zeros(ids_BT.shape, np.int64), mask_BT)]
+    batches = [TokenRows(rows.ids_RT, np.zeros(ids_BT.shape, np.int64), mask_BT)]
     sums, head = DocumentSums(), observe_head(model, ids_BT, VOCABULARY)
     (states_NX,) = score_batches(model, head, batches, references={}, sums=sums, name="model")
     nll = -log_p_NV.gather(1, ids_BT[:, 1:][torch.from_numpy(mask_BT[:, 1:])][:, None]).sum()

@@ -179,17 +179,19 @@ def test_document_with_a_token_that_the_model_does_not_know_is_told_so(tmp_path:
     assert "'<|im_end|>', whose id 302 the model does not know (it knows 302)" in str(found[1])
 
 
-def test_chat_with_half_a_surrogate_pair_in_what_its_template_shows_is_told_so(tmp_path: Path) -> None:
+def test_chat_with_half_a_surrogate_pair_in_what_its_template_shows_is_refused(tmp_path: Path) -> None:
     tokenizer = qwen_like("{% for m in messages %}{{ m.thought }}{{ m.content }}{% endfor %}")
     chat = [{"role": "assistant", "content": "a", "thought": "\ud83e"}]
     assert "half of a surrogate pair at character 0" in str(encode(tokenizer, tmp_path, "chat", {"messages": chat}))
 
 
-def test_chat_that_its_template_refuses_is_told_why(tmp_path: Path) -> None:
+def test_chat_that_its_template_refuses_comes_back_with_the_reason(tmp_path: Path) -> None:
     refusing = qwen_like("{{ raise_exception('no system message, please') }}")
     assert "no system message, please" in str(encode(refusing, tmp_path, "chat", {"messages": CHAT}))
     silent = qwen_like("{% for m in messages %}{% generation %}{% endgeneration %}{% endfor %}")
-    assert "no answer of the assistant that can be told" in str(encode(silent, tmp_path, "chat", {"messages": CHAT}))
+    assert "no answer of the assistant that can be distinguished" in str(
+        encode(silent, tmp_path, "chat", {"messages": CHAT})
+    )
 
 
 def test_chat_template_with_the_date_gives_the_same_tokens_every_day(tmp_path: Path) -> None:
@@ -233,8 +235,8 @@ def test_trained_tokenizer_is_deterministic_and_encodes_anything(tmp_path: Path)
     assert len(tokenizer) == 280
 
 
-def test_trained_tokenizer_of_too_little_text_says_what_it_has_words_for() -> None:
-    with pytest.raises(StageFailed, match=r"too small for vocabulary_size=9000: it has words for \d+ tokens; lower"):
+def test_trained_tokenizer_of_too_little_text_says_how_many_it_yields() -> None:
+    with pytest.raises(StageFailed, match=r"too small for vocabulary_size=9000: it yields \d+ different tokens; lower"):
         train_byte_level_bpe(iter(TEXT), vocabulary_size=9000)
 
 

@@ -1,17 +1,15 @@
 """A tiny model and a tiny dataset, as artifacts in the common formats."""
 
-import hashlib
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from stages.contract import Artifact
-from stages.formats.dataset import DatasetInfo, RejectedRows, SplitCounts
+from stages.formats.tokens import TokenRows, to_parquet
 from stages.storage import Folder
 from tests.fakes import artifact_of
+from tests.stages.tiny import dataset_info
 
 VOCABULARY = 256
 WIDTH = 64
@@ -19,19 +17,8 @@ SEQUENCE = 32
 
 
 def write_shard(path: Path, ids: np.ndarray, masks: np.ndarray) -> None:
-    length = ids.shape[1]
-    table = pa.table(
-        {
-            "digest": pa.array(
-                [hashlib.sha256(row.astype("<i4").tobytes()).digest()[:16] for row in ids], pa.binary(16)
-            ),
-            "input_ids": pa.FixedSizeListArray.from_arrays(pa.array(ids.ravel(), pa.int32()), length),
-            "document_ids": pa.FixedSizeListArray.from_arrays(pa.array(np.zeros(ids.size), pa.int64()), length),
-            "loss_mask": pa.FixedSizeListArray.from_arrays(pa.array(masks.ravel(), pa.bool_()), length),
-        }
-    )
     path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(table, path)
+    path.write_bytes(to_parquet(TokenRows(ids, np.zeros_like(ids, np.int64), masks)))
 
 
 def calibration_rows(num: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -47,18 +34,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     ids, masks = calibration_rows(40)
     write_shard(folder / "tokens/calibration-00000.parquet", ids[:24], masks[:24])
     write_shard(folder / "tokens/calibration-00001.parquet", ids[24:], masks[24:])
-    DatasetInfo(
-        tokenizer_digest="0" * 64,
-        vocabulary_size=VOCABULARY,
-        sequence_length=SEQUENCE,
-        bos_token_id=None,
-        eos_token_id=0,
-        pad_token_id=0,
-        splits={"calibration": SplitCounts(shards=2, rows=40, tokens=40 * (SEQUENCE - 1), documents=1)},
-        rejected=RejectedRows(count=0, rows_read=0, examples=()),
-        unlearned_answers=0,
-        sources=({},),
-    ).write(Folder.at(folder))
+    dataset_info(vocabulary_size=VOCABULARY, sequence_length=SEQUENCE).write(Folder.at(folder))
     return artifact_of("dataset", folder)
 
 

@@ -1,5 +1,6 @@
 """Distances to a reference, against float64, for models with and without a plain output head."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,8 +10,9 @@ from scipy.special import log_softmax
 
 from stages.contract import Artifact
 from stages.errors import StageFailed
+from stages.formats.tokens import TokenRows, predicts
 from stages.quantize.fidelity import BasePredictions, fitting_micro_batch, measure_fidelity, predict
-from stages.quantize.rows import Rows, read_rows
+from stages.quantize.rows import read_distinct_rows
 
 
 class Embedding(torch.nn.Module):
@@ -46,25 +48,25 @@ class Toy(torch.nn.Module):
 
 
 @pytest.fixture(scope="module")
-def rows(data: Artifact) -> Rows:
-    rows = read_rows(data.paths("tokens/calibration-*.parquet")).take(np.arange(7))
-    rows.predicts_RT[2, 5:20] = False
+def rows(data: Artifact) -> TokenRows:
+    rows = read_distinct_rows(data.paths("tokens/calibration-*.parquet")).take(np.arange(7))
+    rows.mask_RT[2, 6:21] = False
     return rows
 
 
-def log_probs(model: Toy, rows: Rows, vocabulary_size: int = 256) -> np.ndarray:
+def log_probs(model: Toy, rows: TokenRows, vocabulary_size: int = 256) -> np.ndarray:
     with torch.no_grad():
         logits = model(torch.tensor(rows.ids_RT, dtype=torch.long), use_cache=False).logits
-    return log_softmax(logits.double().numpy()[rows.predicts_RT][:, :vocabulary_size], axis=-1)
+    return log_softmax(logits.double().numpy()[predicts(rows.mask_RT)][:, :vocabulary_size], axis=-1)
 
 
-def predicted(model: Toy, rows: Rows, micro_batch: int = 4, vocabulary_size: int = 256) -> BasePredictions:
+def predicted(model: Toy, rows: TokenRows, micro_batch: int = 4, vocabulary_size: int = 256) -> BasePredictions:
     return predict(model, rows, vocabulary_size=vocabulary_size, micro_batch=micro_batch, device="cpu")
 
 
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
 @pytest.mark.parametrize("cap", [None, 3.0], ids=["linear", "soft-capped"])
-def test_fidelity_is_the_mean_kl_of_float64_for_any_micro_batch(rows: Rows, cap: float | None, bias: bool) -> None:
+def test_fidelity_is_the_mean_kl_of_float64_for_any_micro_batch(rows: TokenRows, cap: float | None, bias: bool) -> None:
     base, other = Toy(0, cap, bias), Toy(1, cap, bias)
     p, q = log_probs(base, rows), log_probs(other, rows)
     kls = (np.exp(p) * (p - q)).sum(-1)
@@ -75,11 +77,11 @@ def test_fidelity_is_the_mean_kl_of_float64_for_any_micro_batch(rows: Rows, cap:
         assert found.kl == pytest.approx(kls.mean(), rel=1e-5)
         assert found.kl_p99 == pytest.approx(np.percentile(kls, 99), rel=1e-4)
         assert found.agreement == (p.argmax(-1) == q.argmax(-1)).mean()
-        assert found.num_tokens == rows.predicts_RT.sum()
+        assert found.num_tokens == predicts(rows.mask_RT).sum()
 
 
-def test_fidelity_is_normalized_over_the_datasets_vocabulary_not_the_padded_head(rows: Rows) -> None:
-    rows = Rows(rows.ids_RT % 100, rows.predicts_RT)
+def test_fidelity_is_normalized_over_the_datasets_vocabulary_not_the_padded_head(rows: TokenRows) -> None:
+    rows = replace(rows, ids_RT=rows.ids_RT % 100)
     base, other = Toy(0), Toy(1)
     p, q = log_probs(base, rows, 100), log_probs(other, rows, 100)
     found = measure_fidelity(other, predicted(base, rows, 3, vocabulary_size=100), micro_batch=2, device="cpu")
@@ -87,14 +89,14 @@ def test_fidelity_is_normalized_over_the_datasets_vocabulary_not_the_padded_head
     assert found.agreement == (p.argmax(-1) == q.argmax(-1)).mean()
 
 
-def test_fidelity_of_the_model_itself_is_zero(rows: Rows) -> None:
+def test_fidelity_of_the_model_itself_is_zero(rows: TokenRows) -> None:
     base = Toy(0)
     found = measure_fidelity(base, predicted(base, rows, 2), micro_batch=7, device="cpu")
     assert found.kl == pytest.approx(0, abs=1e-6)
     assert found.agreement == 1
 
 
-def test_fidelity_of_a_model_that_says_nan_is_an_error(rows: Rows) -> None:
+def test_fidelity_of_a_model_that_says_nan_is_an_error(rows: TokenRows) -> None:
     predictions = predicted(Toy(0), rows)
     broken = Toy(1)
     broken.head.weight.data[0, 0] = float("nan")

@@ -5,66 +5,102 @@ from pathlib import Path
 import pytest
 
 from stages.errors import StageFailed
+from stages.formats.search import DoneTrial, FailedTrial, Search
 from stages.quantize.records import (
+    Receipt,
+    ReceiptFile,
     assemble_search,
     check_enough,
-    failed_record,
+    describe_failures,
+    failed_receipt,
     final_metrics,
-    new_record,
     points_of,
+    read_receipt,
     read_settled,
-    receipt_name,
+    write_receipt,
 )
 from stages.quantize.schemes import Scheme
 from stages.quantize.selection import Verification, pareto_front
 from stages.storage import Folder
+from tests.fakes import artifact_of
 
 INT8, INT4, INT3 = (Scheme(weight_bits=bits, group_size=32) for bits in (8, 4, 3))
 
 
-def done(scheme: Scheme, kl: float, size_bytes: int) -> dict[str, object]:
-    return new_record(scheme) | {
-        "status": "done", "error": None, "seconds": 1.0, "kl": kl, "agreement": 0.9, "size_bytes": size_bytes,
-        "bits_per_weight": 5.0, "linear_bits_per_weight": 4.5, "folder": "trials/x", "files": [],
-    }  # fmt: skip
+def done(scheme: Scheme, kl: float, size_bytes: int) -> DoneTrial:
+    return DoneTrial(
+        scheme=scheme.name, config=scheme.model_dump(mode="json"), seconds=1.0, kl=kl, kl_p99=kl, agreement=0.9,
+        num_tokens=10, size_bytes=size_bytes, bits_per_weight=5.0, linear_bits_per_weight=4.5,
+    )  # fmt: skip
+
+
+def failed(scheme: Scheme, error: str) -> FailedTrial:
+    trial = failed_receipt(scheme, error, 0.0).trial
+    assert isinstance(trial, FailedTrial)
+    return trial
 
 
 def test_settled_are_those_with_a_receipt_or_without_a_fit(tmp_path: Path) -> None:
     resume = Folder.at(tmp_path)
-    resume.put_json(receipt_name(INT8.name), done(INT8, 0.1, 10))
+    receipt = Receipt(trial=done(INT8, 0.1, 10), folder="x", files=(ReceiptFile(name="a", size_bytes=1, sha256="0"),))
+    write_receipt(resume, receipt)
     wide = Scheme(weight_bits=4, group_size=48)
     settled = read_settled([INT8, INT4, wide], resume, {"layer": 64})
     assert list(settled) == [INT8.name, wide.name]
-    assert settled[INT8.name]["kl"] == 0.1
-    assert settled[wide.name]["status"] == "failed"
-    assert "layer (64)" in settled[wide.name]["error"]
+    assert settled[INT8.name] == receipt
+    unfit = settled[wide.name].trial
+    assert isinstance(unfit, FailedTrial)
+    assert "layer (64)" in unfit.error
+
+
+def test_receipt_that_was_first_stays(tmp_path: Path) -> None:
+    resume = Folder.at(tmp_path)
+    first = write_receipt(resume, failed_receipt(INT8, "elsewhere", 0.0))
+    assert write_receipt(resume, failed_receipt(INT8, "here", 0.0)) == first == read_receipt(resume, INT8.name)
+
+
+def test_receipt_of_another_version_is_an_error_that_names_it(tmp_path: Path) -> None:
+    resume = Folder.at(tmp_path)
+    resume.put_json(f"trials/{INT8.name}.json", {"status": "done", "kl": 0.1})
+    with pytest.raises(StageFailed, match=rf"receipt trials/{INT8.name}.json has schema None, expected 1"):
+        read_receipt(resume, INT8.name)
 
 
 def test_too_few_done_trials_is_an_error_that_names_each_reason() -> None:
-    records = [done(INT8, 0.1, 10), failed_record(INT4, "no luck", 0.0), failed_record(INT3, "none either", 0.0)]
-    check_enough(records, 1)
+    trials = [done(INT8, 0.1, 10), failed(INT4, "no luck"), failed(INT3, "none either")]
+    check_enough(trials, 1)
     with pytest.raises(StageFailed, match=f"1 of 3 .* at least 2:\n  {INT4.name}: no luck\n  {INT3.name}: none either"):
-        check_enough(records, 2)
+        check_enough(trials, 2)
 
 
-def assembled(max_kl: float) -> dict[str, object]:
-    records = [done(INT8, 0.01, 100), done(INT4, 0.1, 50), failed_record(INT3, "no luck", 0.0)]
+def test_failures_are_described_once_for_each_reason() -> None:
+    same = [failed(INT8, "too wide"), failed(INT4, "too wide")]
+    assert describe_failures(same) == "too wide"
+    assert describe_failures([*same, failed(INT3, "no luck")]) == "no luck; and 1 other reasons"
+    assert describe_failures([]) == "none was proposed"
+
+
+def assembled(max_kl: float) -> Search:
+    trials = [done(INT8, 0.01, 100), done(INT4, 0.1, 50), failed(INT3, "no luck")]
     verdict = Verification(accepted={INT4.name: 0.11, INT8.name: 0.01})
-    front = pareto_front(points_of(records))
-    return assemble_search(records, front, verdict, base="abc", base_bytes=400, max_kl=max_kl)
+    front = pareto_front(points_of(trials))
+    return assemble_search(trials, front, verdict, base="abc", base_bytes=400, max_kl=max_kl)
 
 
 def test_search_json_chooses_by_the_reloaded_kl() -> None:
-    assert assembled(0.2)["chosen"] == INT4.name
-    assert assembled(0.105)["chosen"] == INT8.name  # the trial's 0.1 would be within, the reload's 0.11 is not
-    assert assembled(0.001)["chosen"] is None
+    assert assembled(0.2).chosen == INT4.name
+    assert assembled(0.105).chosen == INT8.name  # the trial's 0.1 would be within, the reload's 0.11 is not
+    assert assembled(0.001).chosen is None
 
 
-def test_search_json_leaves_out_where_the_receipts_keep_files() -> None:
+def test_search_json_is_read_again_as_it_was_written(tmp_path: Path) -> None:
     search = assembled(0.2)
-    assert not {"folder", "files"} & set(search["trials"][0])
-    assert [trial["pareto"] for trial in search["trials"]] == [True, True, False]
-    assert search["finalists"][0]["folder"] == f"finalists/{INT4.name}"
+    search.write(Folder.at(tmp_path))
+    assert Search.read(artifact_of("search", tmp_path)) == search
+    plain = Folder.at(tmp_path).get_json("search.json")
+    assert not {"folder", "files"} & set(plain["trials"][0])
+    assert [trial.get("pareto") for trial in plain["trials"]] == [True, True, None]
+    assert plain["finalists"][0]["folder"] == f"finalists/{INT4.name}"
 
 
 def test_final_metrics_without_a_chosen_one_have_no_numbers_of_it() -> None:

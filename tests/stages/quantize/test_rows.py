@@ -7,28 +7,21 @@ import pytest
 
 from stages.contract import Artifact
 from stages.errors import StageFailed
-from stages.quantize.rows import Rows, read_rows, split_rows
+from stages.formats.tokens import TokenRows
+from stages.quantize.rows import read_distinct_rows, split_rows
 from tests.stages.quantize.conftest import calibration_rows, write_shard
 
 
-def as_set(rows: Rows) -> set[bytes]:
+def as_set(rows: TokenRows) -> set[bytes]:
     return {row.tobytes() for row in rows.ids_RT}
 
 
 def test_rows_of_all_shards_are_read_in_order(data: Artifact) -> None:
-    rows = read_rows(data.paths("tokens/calibration-*.parquet"))
+    rows = read_distinct_rows(data.paths("tokens/calibration-*.parquet"))
     ids, _ = calibration_rows(40)
     np.testing.assert_array_equal(rows.ids_RT, ids)
-    assert rows.predicts_RT[:, :-1].all()
-    assert not rows.predicts_RT[:, -1].any()
-
-
-def test_rows_predict_where_the_next_token_is_a_target(tmp_path: Path) -> None:
-    ids, masks = calibration_rows(1)
-    masks[0, 3] = masks[0, -1] = False
-    write_shard(tmp_path / "a.parquet", ids, masks)
-    rows = read_rows([tmp_path / "a.parquet"])
-    np.testing.assert_array_equal(np.flatnonzero(~rows.predicts_RT[0]), [2, ids.shape[1] - 2, ids.shape[1] - 1])
+    assert rows.mask_RT[:, 1:].all()
+    assert not rows.mask_RT[:, 0].any()
 
 
 def test_rows_that_repeat_or_predict_nothing_are_left_out(tmp_path: Path) -> None:
@@ -36,16 +29,16 @@ def test_rows_that_repeat_or_predict_nothing_are_left_out(tmp_path: Path) -> Non
     ids[2] = ids[0]
     masks[3] = False
     write_shard(tmp_path / "a.parquet", ids, masks)
-    np.testing.assert_array_equal(read_rows([tmp_path / "a.parquet"]).ids_RT, ids[:2])
+    np.testing.assert_array_equal(read_distinct_rows([tmp_path / "a.parquet"]).ids_RT, ids[:2])
 
 
 def test_rows_without_shards_is_an_error() -> None:
     with pytest.raises(StageFailed, match="no calibration rows"):
-        read_rows([])
+        read_distinct_rows([])
 
 
 def test_split_is_disjoint_and_decided_by_the_seed(data: Artifact) -> None:
-    rows = read_rows(data.paths("tokens/calibration-*.parquet"))
+    rows = read_distinct_rows(data.paths("tokens/calibration-*.parquet"))
     calibration, evaluation = split_rows(rows, calibration=24, evaluation=16, seed=5)
     assert (len(calibration), len(evaluation)) == (24, 16)
     assert not as_set(calibration) & as_set(evaluation)
@@ -57,13 +50,13 @@ def test_split_is_disjoint_and_decided_by_the_seed(data: Artifact) -> None:
 
 
 def test_split_of_too_few_rows_is_cut_in_proportion_and_stays_disjoint(data: Artifact) -> None:
-    rows = read_rows(data.paths("tokens/calibration-*.parquet"))
+    rows = read_distinct_rows(data.paths("tokens/calibration-*.parquet"))
     calibration, evaluation = split_rows(rows, calibration=120, evaluation=40, seed=0)
     assert (len(calibration), len(evaluation)) == (30, 10)
     assert not {row.tobytes() for row in calibration.ids_RT} & {row.tobytes() for row in evaluation.ids_RT}
 
 
 def test_split_of_one_row_says_what_is_expected(data: Artifact) -> None:
-    rows = read_rows(data.paths("tokens/calibration-*.parquet")).take(np.array([0]))
+    rows = read_distinct_rows(data.paths("tokens/calibration-*.parquet")).take(np.array([0]))
     with pytest.raises(StageFailed, match="1 distinct rows, expected at least one to calibrate on and another"):
         split_rows(rows, calibration=40, evaluation=1, seed=0)

@@ -1,12 +1,14 @@
 """Names, validation and fit of schemes."""
 
+import re
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from stages.quantize.schemes import DEFAULT_SCHEMES, Scheme
-from stages.quantize.stage import Quantize
+from stages.quantize.proposers import Grid
+from stages.quantize.schemes import DEFAULT_SCHEMES, MAX_NAME_CHARACTERS, LayerRule, Scheme
 
 
 @pytest.mark.parametrize(
@@ -26,8 +28,16 @@ def test_scheme_name_is_derived_from_its_fields(scheme: Scheme, name: str) -> No
     assert scheme.name == name
 
 
+def all_rules() -> st.SearchStrategy[LayerRule]:
+    layers = st.sampled_from(["*.down_proj", "*.q_proj", "model.layers.0.*", "a/b", "ä"])
+    grain = st.fixed_dictionaries(
+        {"layers": layers, "group_size": st.sampled_from([32, 64, "channel"]), "weight_bits": st.none() | st.just(8)}
+    )
+    return (grain | st.fixed_dictionaries({"layers": layers, "skip": st.just(True)})).map(LayerRule.model_validate)
+
+
 def all_schemes() -> st.SearchStrategy[Scheme]:
-    def build(bits, group, symmetric, algorithm, act, observer, smooth, dampening):
+    def build(bits, group, symmetric, algorithm, act, observer, smooth, dampening, rules):
         return Scheme(
             weight_bits=8 if act else bits,
             group_size=group,
@@ -37,6 +47,7 @@ def all_schemes() -> st.SearchStrategy[Scheme]:
             observer=observer,
             smooth=smooth if act else None,
             dampening=dampening if algorithm == "gptq" else 0.01,
+            rules=tuple(rules),
         )
 
     return st.builds(
@@ -48,15 +59,22 @@ def all_schemes() -> st.SearchStrategy[Scheme]:
         st.sampled_from([None, 8]),
         st.sampled_from(["memoryless_minmax", "memoryless_mse", "imatrix_mse"]),
         st.none() | st.floats(0, 1),
-        st.floats(1e-6, 0.5),
+        st.sampled_from([0.01, 0.1]) | st.floats(1e-6, 0.5),
+        st.lists(all_rules(), max_size=2),
     )
 
 
 @given(all_schemes(), all_schemes())
 def test_scheme_names_are_equal_exactly_when_schemes_are(left: Scheme, right: Scheme) -> None:
     assert (left.name == right.name) == (left == right)
-    assert "/" not in left.name
+    assert re.fullmatch(r"[a-z0-9.-]+", left.name)
+    assert len(left.name) <= MAX_NAME_CHARACTERS
     assert Scheme.model_validate_json(left.model_dump_json()).name == left.name
+
+
+def test_scheme_with_rules_is_named_by_what_is_short_and_a_digest() -> None:
+    scheme = Scheme(weight_bits=4, group_size=64, rules=(LayerRule(layers="*.down_proj", weight_bits=8),))
+    assert re.fullmatch(r"int4-g64-sym-rtn-mixed-[0-9a-f]{10}", scheme.name)
 
 
 @pytest.mark.parametrize(
@@ -68,8 +86,26 @@ def test_scheme_names_are_equal_exactly_when_schemes_are(left: Scheme, right: Sc
         ({"weight_bits": 4, "dampening": 0.5}, "algorithm='gptq' only"),
         ({"weight_bits": 4, "algorithm": "awq"}, "'rtn' or 'gptq'"),
         ({"weight_bits": 4, "bits": 4}, "Extra inputs"),
+        ({"weight_bits": 4, "rules": [{"layers": "*"}]}, "neither skips nor changes"),
+        ({"weight_bits": 4, "rules": [{"layers": "*", "skip": True, "weight_bits": 8}]}, "both skips and changes"),
+        ({"weight_bits": 4, "rules": [{"layers": "*", "group_size": 4}]}, "expected 8 or more"),
+        (
+            {"weight_bits": 8, "activation_bits": 8, "rules": [{"layers": "*", "weight_bits": 4}]},
+            "activation_bits=8 with weight_bits=4",
+        ),
     ],
-    ids=["bits", "w4a8", "smooth", "dampening", "algorithm", "unknown-field"],
+    ids=[
+        "bits",
+        "w4a8",
+        "smooth",
+        "dampening",
+        "algorithm",
+        "unknown-field",
+        "idle-rule",
+        "rule-of-two-minds",
+        "rule-of-small-groups",
+        "w4a8-by-rule",
+    ],
 )
 def test_scheme_that_makes_no_sense_is_refused(fields: dict[str, object], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
@@ -88,9 +124,9 @@ def test_default_schemes_cover_the_axes_and_differ() -> None:
         assert len(values) == 2
 
 
-def test_quantize_with_a_scheme_twice_is_refused() -> None:
+def test_grid_with_a_scheme_twice_is_refused() -> None:
     with pytest.raises(ValidationError, match="int8-channel-sym-rtn more than once"):
-        Quantize(schemes=(Scheme(weight_bits=8), Scheme(weight_bits=8)))
+        Grid(schemes=(Scheme(weight_bits=8), Scheme(weight_bits=8)))
 
 
 def test_misfit_names_layer_width_and_group() -> None:
@@ -108,3 +144,33 @@ def test_misfit_of_group_wider_than_the_layer_is_found() -> None:
 def test_misfit_of_fitting_schemes_is_none() -> None:
     assert Scheme(weight_bits=4, group_size=64).misfit({"a": 64, "b": 704}) is None
     assert Scheme(weight_bits=4).misfit({"a": 63}) is None
+
+
+RULES = (
+    LayerRule(layers="*.0.down_proj", skip=True),
+    LayerRule(layers="*.down_proj", weight_bits=8, group_size="channel"),
+)
+
+
+def test_of_rules_that_match_a_layer_the_first_counts() -> None:
+    scheme = Scheme(weight_bits=4, group_size=64, rules=RULES)
+    widths = {"a.0.down_proj": 50, "a.1.down_proj": 50, "a.1.up_proj": 64}
+    assert scheme.quantized_layers(widths) == ["a.1.down_proj", "a.1.up_proj"]
+    assert scheme.misfit(widths) is None
+    reason = scheme.misfit(widths | {"a.1.q_proj": 50})
+    assert reason is not None
+    assert "a.1.q_proj (50)" in reason
+    assert "down_proj" not in reason
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ((LayerRule(layers="*.experts.*", weight_bits=8),), r"'\*.experts.\*' matches no linear layer"),
+        ((LayerRule(layers="*", skip=True),), "rules skip every linear layer"),
+        ((LayerRule(layers="a.*", group_size=48),), r"group_size=48 does not divide the input width of a.q \(64\)"),
+    ],
+    ids=["no-match", "nothing-left", "group-of-a-rule"],
+)
+def test_misfit_of_rules_is_found(rules: tuple[LayerRule, ...], message: str) -> None:
+    assert re.search(message, str(Scheme(weight_bits=4, rules=rules).misfit({"a.q": 64})))

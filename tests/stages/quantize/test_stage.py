@@ -3,7 +3,7 @@
 import json
 import os
 import signal
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,10 @@ import pytest
 
 from stages.contract import Artifact, Context, Outcome
 from stages.errors import OutOfMemory, StageFailed, Transient
+from stages.formats.search import DoneTrial, Trial
 from stages.quantize import stage as quantize_stage
 from stages.quantize.job import Layers, Survey
+from stages.quantize.proposers import Grid, Proposer
 from stages.quantize.schemes import Scheme
 from stages.quantize.stage import Quantize
 from tests.fakes import RecordingReporter, fake_context
@@ -21,8 +23,9 @@ INT8 = Scheme(weight_bits=8)
 W8A8 = Scheme(weight_bits=8, activation_bits=8)
 GPTQ4 = Scheme(weight_bits=4, group_size=32, algorithm="gptq")
 TOO_WIDE = Scheme(weight_bits=4, group_size=96)
+SCHEMES = (INT8, W8A8, GPTQ4, TOO_WIDE)
 STAGE = Quantize(
-    schemes=(INT8, W8A8, GPTQ4, TOO_WIDE), calibration_rows=16, evaluation_rows=8, finalists=3, max_kl=0.5, seed=3
+    proposer=Grid(schemes=SCHEMES), calibration_rows=16, evaluation_rows=8, finalists=3, max_kl=0.5, seed=3
 )
 
 pytestmark = pytest.mark.ray
@@ -48,7 +51,7 @@ def search(local_ray: None, model: Artifact, data: Artifact, tmp_path_factory: p
 
 
 def test_search_records_every_scheme_in_order(search: Search, model: Artifact) -> None:
-    assert list(search.trials) == [scheme.name for scheme in STAGE.schemes]
+    assert list(search.trials) == [scheme.name for scheme in SCHEMES]
     assert [trial["status"] for trial in search.json["trials"]] == ["done", "done", "done", "failed"]
     assert "group_size=96 does not divide" in search.trials[TOO_WIDE.name]["error"]
     assert search.json["base"] == model.fingerprint
@@ -92,7 +95,7 @@ def test_search_finalists_are_complete_checkpoints(search: Search) -> None:
         assert len(load_tokenizer(folder)) == load_model(folder).config.vocab_size
 
 
-def test_search_tells_how_far_it_is(search: Search) -> None:
+def test_search_reports_how_far_it_is(search: Search) -> None:
     report = search.context.reporter
     assert isinstance(report, RecordingReporter)
     assert report.progressed == [(done, 4, "trials") for done in (1, 2, 3, 4)]
@@ -107,7 +110,8 @@ def going_on(search: Search, context: Context, receipts: Mapping[str, Mapping[st
     for entry in search.context.resume.entries():
         data = search.context.resume.get(entry.name)
         if entry.name in receipts:
-            data = json.dumps(json.loads(data) | receipts[entry.name]).encode()
+            receipt = json.loads(data)
+            data = json.dumps(receipt | {"trial": receipt["trial"] | receipts[entry.name]}).encode()
         context.resume.put(entry.name, data)
     return context
 
@@ -133,8 +137,38 @@ def test_search_behind_receipts_runs_no_trial_again_and_rejects_what_its_files_d
     assert {entry.name.split("/")[1] for entry in context.out.entries("finalists")} == {INT8.name}
 
 
-def survey_little(job: object, evaluation: object, report: object) -> tuple[Survey, None]:
-    return Survey(Layers({"layer": 64}, 64 * 64, ()), 64 * 64, 8), None
+class Coarser(Proposer):
+    """Halves the bits of what went well, in rounds, and stops."""
+
+    def propose(self, trials: Sequence[Trial]) -> Sequence[Scheme]:
+        if not trials:
+            return (Scheme(weight_bits=8), TOO_WIDE)
+        done = [trial for trial in trials if isinstance(trial, DoneTrial)]
+        best = Scheme.model_validate(min(done, key=lambda trial: trial.kl).config)
+        return [best, best.model_copy(update={"weight_bits": best.weight_bits // 2})]
+
+
+def test_search_asks_its_proposer_again_with_what_the_first_round_found(
+    local_ray: None, model: Artifact, data: Artifact, tmp_path: Path
+) -> None:
+    """And once more behind its receipts: the same proposals, no trial."""
+    stage = STAGE.model_copy(update={"proposer": Coarser()})
+    search = Search(stage, fake_context(tmp_path / "one", {"model": model, "data": data}, workers=2))
+    int4 = Scheme(weight_bits=4)
+    assert list(search.trials) == [INT8.name, TOO_WIDE.name, int4.name]
+    assert [trial["status"] for trial in search.json["trials"]] == ["done", "failed", "done"]
+    reporter = search.context.reporter
+    assert isinstance(reporter, RecordingReporter)
+    assert reporter.progressed == [(1, 2, "trials"), (2, 2, "trials"), (3, 3, "trials")]
+
+    context = fake_context(tmp_path / "two", {"model": model, "data": data}, workers=2)
+    again = Search(stage, going_on(search, context, {f"trials/{int4.name}.json": {"seconds": 12345.0}}))
+    assert again.trials == search.trials | {int4.name: search.trials[int4.name] | {"seconds": 12345.0}}
+    assert again.json["chosen"] == search.json["chosen"]
+
+
+def survey_little(job: object, evaluation: object) -> tuple[Survey, None]:
+    return Survey(Layers({"layer": 64}, 64 * 64, ()), 64 * 64, 8, replays_head=True), None
 
 
 def try_in_vain(config: Mapping[str, Any], **_: object) -> dict[str, str]:
@@ -165,6 +199,6 @@ def test_search_whose_trials_leave_no_receipt_can_go_on(
     monkeypatch.setattr(quantize_stage, "_trial", try_in_vain)
     context = fake_context(tmp_path, {"model": model, "data": data}, workers=2)
     with pytest.raises(error, match=message) as caught:
-        STAGE.model_copy(update={"schemes": schemes}).run(context)
+        STAGE.model_copy(update={"proposer": Grid(schemes=schemes)}).run(context)
     assert type(caught.value) is error
     assert not context.resume.entries()

@@ -5,15 +5,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 
 from stages.contract import Artifact
 from stages.errors import OutOfMemory
+from stages.formats.search import DoneTrial, FailedTrial
 from stages.quantize import trial
 from stages.quantize.fidelity import BasePredictions
 from stages.quantize.job import SearchJob, Survey
-from stages.quantize.records import receipt_name
-from stages.quantize.rows import read_rows, split_rows
-from stages.quantize.schemes import Scheme
+from stages.quantize.records import Receipt, failed_receipt, read_receipt, write_receipt
+from stages.quantize.rows import read_distinct_rows, split_rows
+from stages.quantize.schemes import LayerRule, Scheme
 from stages.storage import Folder
 from tests.fakes import artifact_of
 from tests.stages.quantize.conftest import VOCABULARY, WIDTH
@@ -23,7 +25,7 @@ Surveyed = tuple[SearchJob, Survey, BasePredictions]
 
 @pytest.fixture(scope="module")
 def surveyed(model: Artifact, data: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Surveyed:
-    rows = read_rows(data.paths("tokens/calibration-*.parquet"))
+    rows = read_distinct_rows(data.paths("tokens/calibration-*.parquet"))
     calibration, evaluation = split_rows(rows, calibration=16, evaluation=8, seed=0)
     job = SearchJob(
         model=model,
@@ -46,6 +48,13 @@ def test_survey_finds_layers_to_quantize_and_counts_tied_parameters_once(surveye
     assert survey.num_parameters == survey.layers.num_weights + 256 * WIDTH + 5 * WIDTH
 
 
+def as_finalist(receipt: Receipt, resume: Path) -> Artifact:
+    assert receipt.folder is not None
+    checkpoint = artifact_of("search", resume / receipt.folder)
+    name = f"finalists/{receipt.trial.scheme}"
+    return replace(checkpoint, files=tuple(replace(f, name=f"{name}/{f.name}") for f in checkpoint.files))
+
+
 @pytest.mark.parametrize(
     "scheme",
     [
@@ -58,38 +67,67 @@ def test_survey_finds_layers_to_quantize_and_counts_tied_parameters_once(surveye
 def test_trial_leaves_a_receipt_and_a_checkpoint_with_the_same_kl(
     scheme: Scheme, surveyed: Surveyed, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    job, survey, reference = surveyed
+    job, survey, base = surveyed
     job = replace(job, resume=Folder.at(tmp_path))
-    record = trial.run_trial(scheme, job, survey, reference)
-    assert record["status"] == "done", record["error"]
-    assert job.resume.get_json(receipt_name(scheme.name)) == record
-    assert abs(record["linear_bits_per_weight"] - scheme.weight_bits) < 2.2
-    checkpoint = artifact_of("search", tmp_path / record["folder"])
-    published = replace(
-        checkpoint, files=tuple(replace(f, name=f"finalists/{scheme.name}/{f.name}") for f in checkpoint.files)
-    )
-    again = trial.remeasure([scheme.name], published, job, survey, reference)
-    assert again[scheme.name] == pytest.approx(record["kl"], abs=1e-5)
+    receipt = trial.run_trial(scheme, job, survey, base)
+    done = receipt.trial
+    assert isinstance(done, DoneTrial), done
+    assert read_receipt(job.resume, scheme.name) == receipt
+    assert done.config == scheme.model_dump(mode="json")
+    assert abs(done.linear_bits_per_weight - scheme.weight_bits) < 2.2
+    again = trial.remeasure([scheme.name], as_finalist(receipt, tmp_path), job, survey, base)
+    assert again[scheme.name] == pytest.approx(done.kl, abs=1e-5)
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("algorithm", ["rtn", "gptq"])
+def test_rule_of_a_scheme_changes_the_bits_of_its_layer_only(
+    algorithm: str, surveyed: Surveyed, tmp_path: Path
+) -> None:
+    """By llm-compressor, on disk, and after plain transformers loaded the files."""
+    job, survey, base = surveyed
+    job = replace(job, resume=Folder.at(tmp_path))
+    layer, skipped = "model.layers.1.mlp.down_proj", "model.layers.0.mlp.gate_proj"
+    rules = (LayerRule(layers=layer, weight_bits=8, group_size=64), LayerRule(layers=skipped, skip=True))
+    scheme = Scheme.model_validate({"weight_bits": 4, "group_size": 32, "algorithm": algorithm, "rules": rules})
+    receipt = trial.run_trial(scheme, job, survey, base)
+    done = receipt.trial
+    assert isinstance(done, DoneTrial), done
+    again = trial.remeasure([scheme.name], as_finalist(receipt, tmp_path), job, survey, base)
+    assert again[scheme.name] == pytest.approx(done.kl, abs=1e-5)
+    found = {name: shape_on_disk(tmp_path / str(receipt.folder), name) for name in survey.layers.in_features}
+    widths = survey.layers.in_features
+    # Packed columns of int32 for each input, and the columns of scales.
+    expected = {name: (width * 4 // 32, width // 32) for name, width in widths.items()}
+    assert found == expected | {layer: (widths[layer] * 8 // 32, widths[layer] // 64), skipped: (widths[skipped], 0)}
+
+
+def shape_on_disk(folder: Path, layer: str) -> tuple[int, int]:
+    """Return a layer's columns of stored weights, and of scales."""
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
+        names = set(file.keys())
+        if f"{layer}.weight" in names:
+            return file.get_slice(f"{layer}.weight").get_shape()[1], 0
+        return tuple(file.get_slice(f"{layer}.{part}").get_shape()[1] for part in ("weight_packed", "weight_scale"))
 
 
 def test_trial_whose_gptq_would_round_to_nearest_fails_with_that_reason(surveyed: Surveyed, tmp_path: Path) -> None:
     """One row of one repeated token: every layer's Hessian has rank one."""
-    job, survey, reference = surveyed
+    job, survey, base = surveyed
     job = replace(job, resume=Folder.at(tmp_path), calibration_RT=np.full((1, 32), 7, np.int32))
     scheme = Scheme(weight_bits=4, group_size=32, algorithm="gptq", dampening=1e-12)
-    record = trial.run_trial(scheme, job, survey, reference)
-    assert record["status"] == "failed"
-    assert "could not factorize the Hessian of model.layers.0" in record["error"]
-    assert job.resume.get_json(receipt_name(scheme.name)) == record
-    assert [entry.name for entry in job.resume.entries()] == [receipt_name(scheme.name)]
+    receipt = trial.run_trial(scheme, job, survey, base)
+    assert isinstance(receipt.trial, FailedTrial)
+    assert "could not factorize the Hessian of model.layers.0" in receipt.trial.error
+    assert read_receipt(job.resume, scheme.name) == receipt
+    assert [entry.name for entry in job.resume.entries()] == [f"trials/{scheme.name}.json"]
 
 
 def test_trial_that_was_first_elsewhere_returns_that_receipt(surveyed: Surveyed, tmp_path: Path) -> None:
-    job, survey, reference = surveyed
+    job, survey, base = surveyed
     job, scheme = replace(job, resume=Folder.at(tmp_path)), Scheme(weight_bits=8)
-    job.resume.put_json(receipt_name(scheme.name), {"status": "failed", "error": "elsewhere"})
-    assert trial.run_trial(scheme, job, survey, reference)["error"] == "elsewhere"
+    first = write_receipt(job.resume, failed_receipt(scheme, "elsewhere", 0.0))
+    assert trial.run_trial(scheme, job, survey, base) == first
 
 
 @pytest.mark.parametrize("micro_batch", [8, 1])
@@ -100,20 +138,20 @@ def test_trial_out_of_memory_leaves_no_receipt_since_another_machine_may_have_mo
         raise RuntimeError("[enforce fail at alloc_cpu.cpp:126] DefaultCPUAllocator: can't allocate memory: 8 bytes")
 
     monkeypatch.setattr(trial, "quantize_model", refuse)
-    job, survey, reference = surveyed
+    job, survey, base = surveyed
     job, scheme = replace(job, resume=Folder.at(tmp_path)), Scheme(weight_bits=8)
     survey = replace(survey, micro_batch=micro_batch)
     with pytest.raises(OutOfMemory, match=f"int8-channel-sym-rtn ran out of memory with micro_batch={micro_batch}"):
-        trial.run_trial(scheme, job, survey, reference)
+        trial.run_trial(scheme, job, survey, base)
     assert not job.resume.entries()
 
 
 def test_remeasure_of_a_checkpoint_without_weights_gives_the_reason(surveyed: Surveyed, tmp_path: Path) -> None:
-    job, survey, reference = surveyed
+    job, survey, base = surveyed
     folder = tmp_path / "finalists/broken"
     folder.mkdir(parents=True)
     (folder / "config.json").write_bytes(next(f for f in job.model.paths("model/config.json")).read_bytes())
-    found = trial.remeasure(["broken"], artifact_of("search", tmp_path), job, survey, reference)
+    found = trial.remeasure(["broken"], artifact_of("search", tmp_path), job, survey, base)
     assert isinstance(found["broken"], str)
     assert "safetensors" in found["broken"]
 

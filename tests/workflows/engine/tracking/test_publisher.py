@@ -1,7 +1,7 @@
 """Runs published to MLflow exactly once, whatever is killed on the way; and earlier ones behind the work."""
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -191,11 +191,11 @@ def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run_follow(
-    place: Place, store: FakeStore, *batches: Sequence[RunEvent], earlier: Iterator[str] = iter(())
+    place: Place, store: FakeStore, *batches: Sequence[RunEvent], earlier: Iterable[str] = ()
 ) -> tuple[bool, list[Mapping[str, Any]], Script]:
     answers: list[Mapping[str, Any]] = []
     script = Script(place.log("r"), *batches)
-    return follow("r", place.runs, store, script, earlier, answers.append), answers, script
+    return follow("r", place.runs, store, script, iter(earlier), answers.append), answers, script
 
 
 def test_follow_publishes_the_whole_run_as_it_grows(sqlite: Place) -> None:
@@ -298,9 +298,7 @@ def test_publish_history_unknown_run_is_a_config_error(sqlite: Place) -> None:
 def test_publish_history_dead_server_is_unavailable(sqlite: Place) -> None:
     sqlite.log("r", short_night())
     with pytest.raises(TrackingUnavailable):
-        publish_history(
-            sqlite.runs, [], tracking_uri=f"http://127.0.0.1:{free_port()}", artifact_root=sqlite.root
-        )
+        publish_history(sqlite.runs, [], tracking_uri=f"http://127.0.0.1:{free_port()}", artifact_root=sqlite.root)
 
 
 def test_publish_attempt_that_failed_shows_its_error(sqlite: Place) -> None:
