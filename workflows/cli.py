@@ -27,6 +27,7 @@ from workflows.commands.parameters import format_validation_error
 from workflows.commands.plan import plan
 from workflows.commands.run import run
 from workflows.commands.ui import ui
+from workflows.engine.plan import PlanInterrupted
 
 app = App(
     name="stillhouse",
@@ -63,6 +64,8 @@ def run_command(argv: Sequence[str]) -> int:
         if isinstance(cause, ValidationError) and argument is not None:
             return _fail("ConfigError", format_validation_error(cause, argument.name), WRONG, as_json)
         return _fail("ConfigError", str(error), WRONG, as_json)
+    except (KeyboardInterrupt, PlanInterrupted):
+        return _fail("Interrupted", "interrupted; run the same command again to go on", INTERRUPTED, as_json)
     except ConfigError as error:
         return _fail(type(error).__name__, str(error), WRONG, as_json)
     except StillhouseError as error:
@@ -72,8 +75,6 @@ def run_command(argv: Sequence[str]) -> int:
         if not isinstance(translated, Transient):
             logging.getLogger(__name__).error("%s", traceback.format_exc())
         return _fail(type(error).__name__, str(translated), FAILED, as_json)
-    except KeyboardInterrupt:
-        return _fail("Interrupted", "interrupted; run the same command again to go on", INTERRUPTED, as_json)
     return result if isinstance(result, int) else OK
 
 
