@@ -165,7 +165,6 @@ def show(store_uri: str, text: str) -> dict[str, Any]:
         "took": duration(commit.seconds),
         "peak memory": size(manifest.peak_memory_bytes),
         "metrics": dict(manifest.metrics),
-        "fallbacks": list(manifest.fallbacks),
         "inputs": {name: part.fingerprint[:12] for name, part in manifest.inputs.items()},
         "provenance": manifest.provenance.model_dump(),
         "files": [
