@@ -26,6 +26,7 @@ from workflows.commands.output import console, print_json
 from workflows.commands.parameters import format_validation_error
 from workflows.commands.plan import plan
 from workflows.commands.run import run
+from workflows.commands.runs import runs
 from workflows.commands.ui import ui
 from workflows.engine.plan import PlanInterrupted
 
@@ -35,7 +36,7 @@ app = App(
     version_flags=["--version"],
     result_action="return_value",
 )
-for simple in (artifacts, compare, doctor, init, ui, workflows):
+for simple in (artifacts, compare, doctor, init, runs, ui, workflows):
     app.command(simple)
 for dynamic in (run, plan, explain):
     app.command(dynamic, help_flags=())  # `run WORKFLOW --help` is the workflow's

@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from stages.formats.metrics import PRIMARY_METRIC
 from stages.storage import Folder
 from workflows.engine.redaction import redacted
 from workflows.engine.tracking.connection import Connection, pages
-from workflows.engine.tracking.ui_view import PRIMARY_METRIC, VIEW, view_state
+from workflows.engine.tracking.ui_view import VIEW, view_state
 from workflows.engine.tracking.view import KEY, RUN, Candidate, MetricPoint, Registration, Row, RunView, legal_name
 
 __all__ = ["MlflowStore"]
