@@ -183,12 +183,10 @@ class Context:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a stage's `run` returns: final metrics, and what a reader of the manifest must know."""
+    """What a stage's `run` returns: final metrics."""
 
     metrics: Mapping[str, float] = field(default_factory=dict)
     """Final numbers, with units in their names; they travel in the manifest only."""
-    fallbacks: tuple[str, ...] = ()
-    """Each change of algorithm that the config allowed and that did happen, in one sentence."""
 
 
 class Stage(Config, ABC):
