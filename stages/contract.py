@@ -130,10 +130,6 @@ class Artifact:
         (path,) = self.paths(name)
         return path.read_bytes()
 
-    def read_json(self, name: str) -> Any:
-        """Read one of the artifact's JSON files."""
-        return json.loads(self.read_bytes(name))
-
 
 class Reporter(Protocol):
     """Where a stage reports how far it is. Picklable; may be called from any Ray worker; never blocks, never raises."""

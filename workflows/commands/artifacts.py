@@ -88,7 +88,6 @@ def show(artifact: str, *, at: StoreOptions = StoreOptions(), output: OutputOpti
         "took": duration(commit.seconds),
         "peak memory": size(manifest.peak_memory_bytes),
         "metrics": manifest.metrics,
-        "fallbacks": list(manifest.fallbacks),
         "inputs": {name: part.fingerprint[:12] for name, part in manifest.inputs.items()},
         "provenance": manifest.provenance.model_dump(),
         "files": [{"name": file.name, "size_bytes": file.size_bytes, "uri": file.uri} for file in files],
