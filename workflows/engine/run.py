@@ -219,6 +219,7 @@ def _prepare(
 def run_started(
     run: str, workflow: Workflow, params: Mapping[str, str], command: str, store: ArtifactStore
 ) -> RunStarted:
+    """Return the event of a run that begins now."""
     return RunStarted(
         run=run,
         workflow=workflow.name,
