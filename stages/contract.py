@@ -3,7 +3,7 @@
 A stage is a frozen config with one method, `run(context)`. Its fields are what its result depends on, and nothing
 else; where and how fast it runs is `Resources` and reaches it through the context. It reads `context.inputs`, writes
 files below `context.out`, keeps what it needs to go on after a crash below `context.resume`, and returns an
-`Outcome`. It does not know the engine, the ledger or the step's name.
+`Outcome`. It does not know the engine, tracking or the step's name.
 
 Files that each kind of artifact holds (logical names, relative to the artifact):
 
@@ -11,7 +11,7 @@ Files that each kind of artifact holds (logical names, relative to the artifact)
 | ---     | --- |
 | dataset | `dataset.json`, `tokenizer/…`, `tokens/<split>-<part>.parquet` (`train`, `validation`, `calibration`) |
 | signals | `signals.json`, `signals/<shard>.parquet` |
-| model   | `model/…` (a checkpoint as the hub lays it out, tokenizer included), `training.json` |
+| model   | `model/…` (a checkpoint as the hub lays it out, with its tokenizer), `training.json`, or `derived.json` |
 | search  | `search.json`, `finalists/<scheme>/…` (checkpoints) |
 | scores  | `scores.json`, `documents.parquet` |
 | speed   | `speed.json` |
@@ -53,7 +53,7 @@ class ExternalData(Config, ABC):
         """
 
     def resolved(self) -> Self:
-        """Return it as a worker shall read it: hub ids at the commit they name now, paths absolute."""
+        """Return it as a worker is to read it: hub ids at the commit they name now, paths absolute."""
         return self
 
 
@@ -139,16 +139,16 @@ class Reporter(Protocol):
     """Where a stage reports how far it is. Picklable; may be called from any Ray worker; never blocks, never raises."""
 
     def started(self) -> None:
-        """Tell that the work has the resources that it asked for: the wait for them is over."""
+        """Report that the work has the resources that it asked for: the wait for them is over."""
 
     def progress(self, done: float, total: float, unit: str) -> None:
-        """Tell how much of the work is done, e.g. `progress(12, 40, "steps")`."""
+        """Report how much of the work is done, e.g. `progress(12, 40, "steps")`."""
 
     def curve(self, step: int, metrics: Mapping[str, float]) -> None:
         """Add a point to the step's curves, e.g. `curve(20, {"train/loss": 3.1})`."""
 
     def note(self, text: str) -> None:
-        """Tell a person one line."""
+        """Show people one line."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,7 +202,7 @@ class Stage(Config, ABC):
     FRESH_PROCESS: ClassVar[bool] = False
     """Needs a worker process of its own, since its library leaves state behind (costs about 230 ms)."""
     PLACES_WORKERS: ClassVar[bool] = False
-    """Hands its work to Ray, which may let it wait for resources: its workers call `reporter.started()` first."""
+    """Hands its work to Ray, which may let it wait for resources: its workers begin with `WorkerSetup.begin`."""
 
     def check(self, sources: "Mapping[str, Stage | ExternalData | Mapping[str, Stage | ExternalData]]") -> None:
         """Check what can be known before anything runs: this config against those of the steps that feed it.
@@ -232,7 +232,7 @@ class Shards:
     """Output files of long work, each with a receipt, so that a later attempt does only those that are missing.
 
     A shard is written under this attempt's own folder; its receipt, written after it into `resume`, says where it
-    lies and what its bytes are. Picklable: workers write through it directly.
+    lies in the artifact and what its bytes are. Picklable: workers write through it directly.
     """
 
     out: Folder
@@ -240,24 +240,36 @@ class Shards:
 
     def done(self) -> dict[str, dict[str, Any]]:
         """Return the facts of every shard that is written, by logical name."""
-        receipts = self.resume / "receipts"
-        found = [receipts.get_json(entry.name) for entry in receipts.entries()]
-        return {receipt["name"]: receipt["facts"] for receipt in found}
+        return {receipt["name"]: receipt["facts"] for receipt in _receipts(self.resume)}
 
     def write(self, name: str, data: bytes, facts: Mapping[str, Any]) -> None:
         """Write a shard, then its receipt. A shard that another attempt finished meanwhile stays as it is."""
         file = self.out.put(name, data)
         receipts, receipt_name = self.resume / "receipts", name.replace("/", "~") + ".json"
-        receipt = {"name": name, "uri": file.uri, "size_bytes": file.size_bytes, "sha256": file.sha256}
+        path = file.uri.removeprefix(_artifact_folder(self.resume).uri + "/")
+        receipt = {"name": name, "path": path, "size_bytes": file.size_bytes, "sha256": file.sha256}
         try:
             receipts.put_json(receipt_name, {**receipt, "facts": dict(facts)}, create=True)
         except AlreadyExists:
-            if receipts.get_json(receipt_name)["uri"] != file.uri:  # else it is ours, of a task that Ray ran twice
+            found = receipts.find_json(receipt_name)
+            if found is None:  # a power cut tore it
+                receipts.put_json(receipt_name, {**receipt, "facts": dict(facts)})
+            elif found["path"] != path:  # else it is ours, of a task that Ray ran twice
                 self.out.delete([name])
 
 
 def read_receipts(resume: Folder) -> list[File]:
-    """Return the files that the receipts below a `resume` folder name."""
+    """Return the files that the receipts below a `resume` folder name, under the spelling by which it is reached."""
+    root = _artifact_folder(resume)
+    return [File(r["name"], root.uri_of(r["path"]), r["size_bytes"], r["sha256"]) for r in _receipts(resume)]
+
+
+def _receipts(resume: Folder) -> list[dict[str, Any]]:
     receipts = resume / "receipts"
-    found = [receipts.get_json(entry.name) for entry in receipts.entries()]
-    return [File(r["name"], r["uri"], r["size_bytes"], r["sha256"]) for r in found]
+    found = (receipts.find_json(entry.name) for entry in receipts.entries())
+    return [receipt for receipt in found if receipt is not None]
+
+
+def _artifact_folder(resume: Folder) -> Folder:
+    """Return the folder that holds an artifact's `out/…` and `resume/…`."""
+    return Folder(resume.uri.rpartition("/resume")[0])

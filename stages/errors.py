@@ -31,7 +31,7 @@ class StageFailed(StillhouseError):
 
 
 class Transient(StageFailed):
-    """A step's work failed in a way that trying again may mend."""
+    """A step's work failed in a way that trying again may fix."""
 
 
 class WorkerLost(Transient):

@@ -1,7 +1,9 @@
 """Folders in a store, by URI: local disk, S3, GCS and Azure through `obstore`, behind six verbs.
 
 Promises: `put(create=True)` writes an object whole or raises `AlreadyExists`, and of two writers one wins; a
-reader never sees half an object; `fetch` gives a local path (where it lies, or a verified download in the cache).
+reader never sees half an object; with `durable`, nor after a power cut; what is written to an object store carries its
+sha256 as metadata, so that nobody reads it back to hash it; `fetch` gives a local path (where it lies, or a verified
+download in the cache).
 Does not: rename, append or lock: nothing in the store is ever changed in place but a run's heartbeat.
 
 Credentials and endpoints come from the environment only (`AWS_*`, `GOOGLE_*`, `AZURE_*`).
@@ -10,16 +12,19 @@ Credentials and endpoints come from the environment only (`AWS_*`, `GOOGLE_*`, `
 import contextlib
 import hashlib
 import json
+import logging
 import os
+import secrets
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import obstore
 from obstore.exceptions import AlreadyExistsError as AlreadyExists
+from obstore.exceptions import BaseError
 from obstore.store import LocalStore, ObjectStore, from_url
 
 from stages.errors import ConfigError
@@ -27,10 +32,16 @@ from stages.errors import ConfigError
 if TYPE_CHECKING:
     from obstore.store import ClientConfig
 
-__all__ = ["AlreadyExists", "Entry", "File", "Folder", "cache_root", "fetch", "is_remote"]
+__all__ = ["STORE_ERRORS", "AlreadyExists", "Entry", "File", "Folder", "cache_root", "fetch", "is_remote", "sha256_of"]
 
+logger = logging.getLogger(__name__)
+
+STORE_ERRORS = (OSError, BaseError)
+"""What every method here may raise where the store, or the way to it, fails."""
 CHUNK_BYTES = 8 * 1024 * 1024
 """Read and write granularity: large enough that S3 multipart parts are legal (≥ 5 MiB)."""
+DIGEST_METADATA = "sha256"
+"""Under this name an object in an object store says what was written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,16 +123,27 @@ class Folder:
         """Return the URI of an object in this folder."""
         return f"{self.uri}/{name}"
 
-    def put(self, name: str, data: bytes, *, create: bool = False) -> File:
-        """Write an object whole; with `create`, raise `AlreadyExists` where there is one already."""
-        store, key = self._key(name)
-        obstore.put(store, key, data, mode="create" if create else "overwrite")
-        return File(name, self.uri_of(name), len(data), hashlib.sha256(data).hexdigest())
+    def put(self, name: str, data: bytes, *, create: bool = False, durable: bool = False) -> File:
+        """Write an object whole; with `create`, raise `AlreadyExists` where there is one already.
 
-    def put_json(self, name: str, value: Any, *, create: bool = False) -> File:
+        With `durable` (which means `create`) it is on the disk, not only in the system's memory, when this returns.
+        """
+        store, key = self._key(name)
+        file = File(name, self.uri_of(name), len(data), hashlib.sha256(data).hexdigest())
+        if durable and not is_remote(self.uri):
+            _create_durably(Path(self.uri) / name, data)
+        else:
+            mode: Literal["create", "overwrite"] = "create" if create or durable else "overwrite"
+            obstore.put(store, key, data, mode=mode, attributes=self._attributes(file.sha256))
+        return file
+
+    def _attributes(self, sha256: str) -> dict[str, str] | None:
+        return {DIGEST_METADATA: sha256} if is_remote(self.uri) else None  # a local disk has no place for it
+
+    def put_json(self, name: str, value: Any, *, create: bool = False, durable: bool = False) -> File:
         """Write a value as JSON with sorted keys."""
         data = json.dumps(value, sort_keys=True, indent=1, allow_nan=False)
-        return self.put(name, data.encode(), create=create)
+        return self.put(name, data.encode(), create=create, durable=durable)
 
     def get(self, name: str) -> bytes:
         """Read an object whole; raise `FileNotFoundError` where there is none."""
@@ -131,6 +153,16 @@ class Folder:
     def get_json(self, name: str) -> Any:
         """Read a JSON object."""
         return json.loads(self.get(name))
+
+    def find_json(self, name: str) -> Any | None:
+        """Read a JSON object; None where there is none, or where a power cut left it torn, which is logged."""
+        try:
+            return self.get_json(name)
+        except FileNotFoundError:
+            return None
+        except ValueError:
+            logger.warning("%s is torn (not JSON): it counts as absent", self.uri_of(name))
+            return None
 
     def has(self, name: str) -> bool:
         """Tell whether there is such an object."""
@@ -159,14 +191,26 @@ class Folder:
         return sorted(prefix.rstrip("/").rsplit("/", 1)[-1] for prefix in prefixes)
 
     def upload(self, path: Path, name: str) -> File:
-        """Stream a local file into the folder; its digest is taken of the bytes that are sent."""
+        """Stream a local file into the folder; its digest is taken of the bytes that are sent.
+
+        Raises:
+            OSError: the file changed meanwhile.
+        """
         store, key = self._key(name)
+        before = sha256_of(path) if is_remote(self.uri) else ""  # metadata must be known before the first byte is sent
         digest, size = hashlib.sha256(), 0
-        with path.open("rb") as source, obstore.open_writer(store, key, buffer_size=CHUNK_BYTES) as sink:
+        with (
+            path.open("rb") as source,
+            obstore.open_writer(store, key, buffer_size=CHUNK_BYTES, attributes=self._attributes(before)) as sink,
+        ):
             while chunk := source.read(CHUNK_BYTES):
                 digest.update(chunk)
                 size += len(chunk)
                 sink.write(chunk)
+        if before not in ("", digest.hexdigest()):
+            raise OSError(
+                f"{path} changed while it was uploaded to {self.uri_of(name)}; write it no more and try again"
+            )
         return File(name, self.uri_of(name), size, digest.hexdigest())
 
     def stream(self, name: str) -> Iterator[bytes]:
@@ -175,13 +219,28 @@ class Folder:
         for chunk in obstore.get(store, key).stream(min_chunk_size=CHUNK_BYTES):
             yield bytes(chunk)
 
-    def digest(self, name: str) -> File:
-        """Hash an object as the store holds it; raise `FileNotFoundError` where there is none."""
+    def digest(self, name: str, watch: Callable[[int], None] | None = None) -> File:
+        """Hash an object as the store holds it; raise `FileNotFoundError` where there is none. `watch`: `sha256_of`."""
         digest, size = hashlib.sha256(), 0
         for chunk in self.stream(name):
             digest.update(chunk)
             size += len(chunk)
+            if watch is not None:
+                watch(len(chunk))
         return File(name, self.uri_of(name), size, digest.hexdigest())
+
+    def identify(self, name: str) -> File:
+        """Return an object's size and digest: as noted when it was written, else by `digest`.
+
+        Raises:
+            FileNotFoundError: there is no such object.
+        """
+        if is_remote(self.uri):
+            store, key = self._key(name)
+            found = obstore.get(store, key, options={"head": True})
+            if noted := found.attributes.get(DIGEST_METADATA):
+                return File(name, self.uri_of(name), found.meta["size"], noted)
+        return self.digest(name)
 
     def delete(self, names: list[str]) -> None:
         """Delete objects by name."""
@@ -200,6 +259,39 @@ class Folder:
     def local_path(self) -> Path | None:
         """Return the folder's path where it lies on a local disk, else None."""
         return None if is_remote(self.uri) else Path(self.uri)
+
+
+def sha256_of(path: Path, watch: Callable[[int], None] | None = None) -> str:
+    """Hash a local file; `watch` gets the number of bytes of each chunk, and may raise to stop."""
+    digest = hashlib.sha256()
+    with path.open("rb") as source:
+        while chunk := source.read(CHUNK_BYTES):
+            digest.update(chunk)
+            if watch is not None:
+                watch(len(chunk))
+    return digest.hexdigest()
+
+
+def _create_durably(path: Path, data: bytes) -> None:
+    """Create a file that is there whole after a power cut, or not at all; raise `AlreadyExists` where there is one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staged = path.with_name(f"{path.name}#{secrets.randbelow(10**15)}")  # obstore lists no name of this form
+    try:
+        with staged.open("xb") as sink:
+            sink.write(data)
+            sink.flush()
+            os.fsync(sink.fileno())
+        os.link(staged, path)
+    except FileExistsError as error:
+        raise AlreadyExists(f"{path} exists already") from error
+    finally:
+        staged.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # file systems that cannot sync a folder do it by themselves
+            os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 def _fetch_from_hub(uri: str) -> Path:

@@ -13,6 +13,14 @@ from pathlib import Path
 import pytest
 
 from stages import errors
+from stages.formats.dataset import DatasetInfo
+from stages.formats.derivation import Derivation
+from stages.formats.report import Report
+from stages.formats.scores import Scores
+from stages.formats.search import Search
+from stages.formats.signals import SignalsInfo
+from stages.formats.speed import Speed
+from stages.formats.training import TrainingInfo
 from workflows.cli import app
 from workflows.commands.find import workflow_names
 from workflows.engine import store
@@ -43,7 +51,12 @@ HEAVY = {
 }
 BANNED = {"utils", "helpers", "misc", "common", "base", "manager", "handler", "types"}
 PURE = ("graph", "check", "identity", "plan", "schedule", "failures")
-RAY_IMPORTERS = {"workflows/engine/ray_executor.py", "stages/runtime/workers.py", "stages/runtime/ray_workarounds.py"}
+RAY_IMPORTERS = {
+    "workflows/engine/ray_executor.py",
+    "workflows/engine/ray_workarounds.py",
+    "stages/runtime/ray_workarounds.py",
+    "stages/runtime/workers.py",
+}
 MAX_LINES = 350
 
 
@@ -103,6 +116,64 @@ def test_mlflow_is_imported_by_the_ledgers_connection_only(path: Path) -> None:
 @pytest.mark.parametrize("name", PURE)
 def test_pure_engine_file_imports_nothing_heavy(name: str) -> None:
     assert not {module for module in imports(ROOT / f"workflows/engine/{name}.py") if module.split(".")[0] in HEAVY}
+
+
+def keyed_reads(source: str) -> list[str]:
+    """Return the places in a program's text where an artifact's or a manifest's JSON is read by string key.
+
+    Three signs: the name of an artifact's JSON file as a string, which only its model needs; a string key of something
+    called a manifest, report or verdict; and a string key of JSON that was read or dumped just now.
+    """
+    found = []
+    tree = ast.parse(source)
+    prose = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and node.value in ARTIFACT_FILES and id(node) not in prose:
+            found.append(f"line {node.lineno}: {node.value!r}")
+        key = holder = None
+        if isinstance(node, ast.Subscript):
+            holder, key = node.value, node.slice
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "get":
+            holder, key = node.func.value, node.args[0] if node.args else None
+        if isinstance(key, ast.Constant) and isinstance(key.value, str):
+            call = isinstance(holder, ast.Call)
+            name = ast.unparse(holder.func if isinstance(holder, ast.Call) else holder).rpartition(".")[2]
+            if name in (JSON_CALLS if call else JSON_NAMES):
+                found.append(f"line {node.lineno}: {ast.unparse(node)}")
+    return found
+
+
+ARTIFACT_FILES = {
+    format_.FILE for format_ in (DatasetInfo, Derivation, Report, Scores, Search, SignalsInfo, Speed, TrainingInfo)
+}
+JSON_NAMES = {"manifest", "report", "verdict"}
+JSON_CALLS = {"read_json", "to_json", "model_dump"}
+JSON_READERS = ("stages/formats/", "stages/external/", "workflows/engine/manifest.py")
+"""Who reads JSON by key: the formats, the manifest, and what reads checkpoints and data sets that others wrote."""
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_artifacts_json_is_read_through_its_format_only(path: Path) -> None:
+    if not name_of(path).startswith(JSON_READERS):
+        assert keyed_reads(path.read_text()) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "scores = json.loads(artifact.read_bytes('scores.json'))",
+        "commit.manifest['files']",
+        "outcome = execution.report.get('verdict')",
+        "artifact.read_json(name)['champion']",
+        "Report.read(artifact).to_json()['verdict']",
+    ],
+)
+def test_keyed_reads_finds_each_way_to_read_by_key(source: str) -> None:
+    assert len(keyed_reads(source)) == 1
+
+
+def test_keyed_reads_leaves_prose_attributes_and_other_keys_alone() -> None:
+    assert keyed_reads("'scores.json'\nmanifest.files\ninputs['report']\nreports[name]\nmanifest[index]") == []
 
 
 def test_importing_the_command_loads_nothing_heavy() -> None:

@@ -19,10 +19,9 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.nn import functional
 
 from stages.errors import StageFailed
-from stages.evaluate.rows import Batch
+from stages.formats.tokens import TokenRows, predicts
 from stages.models.heads import Head, log_prob_chunks
 from stages.ops.divergences import kl_divergence
 from stages.runtime.translation import within_memory
@@ -66,7 +65,7 @@ class DocumentSums:
 def score_batches(
     model: Any,
     head: Head,
-    batches: Iterable[Batch],
+    batches: Iterable[TokenRows],
     *,
     references: Mapping[str, Reference],
     sums: DocumentSums,
@@ -87,11 +86,12 @@ def score_batches(
         OutOfMemory: the device's memory did not suffice.
     """
     for batch in batches:
-        with within_memory(f"scoring {name!r}", micro_batch=len(batch.input_ids_BT)), torch.inference_mode():
-            input_ids_BT = torch.as_tensor(batch.input_ids_BT, device=model.device).long()
-            is_target_BT = torch.as_tensor(batch.loss_mask_BT[:, 1:].copy(), device=model.device)
-            states_NX = head.states(model, input_ids_BT, functional.pad(is_target_BT, (0, 1)))
-            targets_N = input_ids_BT[:, 1:][is_target_BT]
+        predicts_BT = predicts(batch.mask_RT)
+        with within_memory(f"scoring {name!r}", micro_batch=len(batch)), torch.inference_mode():
+            input_ids_BT = torch.as_tensor(batch.ids_RT, device=model.device).long()
+            chosen_BT = torch.as_tensor(predicts_BT, device=model.device)
+            states_NX = head.states(model, input_ids_BT, chosen_BT)
+            targets_N = input_ids_BT.roll(-1, dims=1)[chosen_BT]
             others = {key: (ref.head, next(ref.states).to(states_NX.device)) for key, ref in references.items()}
             figures = _compare(head, states_NX, targets_N, others)
         for column, values_N in figures.items():
@@ -101,7 +101,7 @@ def score_batches(
                     f"{name!r} gives a {column.partition('/')[0]} that is not finite for {num_bad} of {len(values_N)} "
                     "tokens; expected finite numbers: its weights are broken, or its dtype has too small a range"
                 )
-        sums.add(batch.document_ids_BT[:, 1:][batch.loss_mask_BT[:, 1:]], figures)
+        sums.add(np.roll(batch.document_ids_RT, -1, axis=1)[predicts_BT], figures)
         yield states_NX
 
 

@@ -7,19 +7,22 @@ An object in an object store is hashed by streaming it once, so that a corpus on
 An ETag would not give that: it depends on the parts in which the object was uploaded.
 """
 
-import hashlib
 import json
 import logging
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 
 from stages.errors import ExternalDataError
-from stages.storage import Entry, File, Folder, cache_root
+from stages.storage import Entry, File, Folder, cache_root, sha256_of
 
 logger = logging.getLogger(__name__)
+
+WatchDigest = Callable[[str, int], None]
+"""Is called with a file's name and the size of each chunk of it that was read; may raise to stop."""
 
 SETTLED_SECONDS = 2.0
 """A file that changed later than this ago is hashed but not cached: a second write within one tick of the file
@@ -44,6 +47,8 @@ def _read_digests() -> dict[str, str]:
 
 def _add_digests(found: Mapping[str, str]) -> None:
     """Append to the cache with one write, which the kernel keeps whole among concurrent appenders."""
+    if not found:
+        return
     path = cache_root() / "digests.jsonl"
     # The leading newline ends a line that a crash may have torn.
     data = "".join(f"\n{json.dumps([key, digest])}" for key, digest in found.items()) + "\n"
@@ -65,54 +70,64 @@ def _stat_key(path: Path) -> tuple[str, int, bool]:
     return key, stat.st_size, time.time() - stat.st_mtime > SETTLED_SECONDS
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as source:
-        return hashlib.file_digest(source, "sha256").hexdigest()
-
-
-def digest_files(named: Mapping[str, Path]) -> tuple[File, ...]:
+def digest_files(named: Mapping[str, Path], watch: WatchDigest | None = None) -> tuple[File, ...]:
     """Hash local files, through the cache.
 
     Args:
         named: logical name → path.
+        watch: is called with the logical name and the size of each chunk that is read; may raise to stop.
 
     Raises:
         ExternalDataError: a file cannot be read.
     """
     known, files = _read_digests(), []
     fresh: dict[str, str] = {}
-    for name, path in named.items():
-        try:
+    try:
+        for name, path in named.items():
             key, size, settled = _stat_key(path)
-            digest = known.get(key) or fresh.get(key) or _sha256(path)
+            digest = known.get(key) or fresh.get(key) or sha256_of(path, watch and partial(watch, name))
             if settled and key not in known and _stat_key(path)[0] == key:
                 fresh[key] = digest
-        except OSError as error:
-            raise ExternalDataError(
-                f"cannot read {str(path)!r}: {error.strerror or error}; check the path and its permissions"
-            ) from error
-        files.append(File(name, str(path.absolute()), size, digest))
-    if fresh:
-        _add_digests(fresh)
+            files.append(File(name, str(path.absolute()), size, digest))
+    except OSError as error:
+        raise ExternalDataError(
+            f"cannot read {str(path)!r}: {error.strerror or error}; check the path and its permissions"
+        ) from error
+    finally:
+        _add_digests(fresh)  # also of work that was interrupted
     return tuple(files)
 
 
-def digest_objects(folder: Folder, names: Iterable[str] | None = None) -> tuple[File, ...]:
-    """Hash objects below a remote folder, through the cache; all of them where `names` is None."""
+def digest_objects(
+    folder: Folder, names: Iterable[str] | None = None, watch: WatchDigest | None = None
+) -> tuple[File, ...]:
+    """Hash objects below a remote folder, through the cache; all of them where `names` is None. `watch`: as above."""
     wanted = None if names is None else set(names)
     known, files = _read_digests(), []
     fresh: dict[str, str] = {}
-    for entry in list_objects(folder):
-        if wanted is not None and entry.name not in wanted:
-            continue
-        key = json.dumps([folder.uri_of(entry.name), entry.size_bytes, entry.modified])
-        digest = known.get(key)
-        if digest is None:
-            digest = fresh[key] = folder.digest(entry.name).sha256
-        files.append(File(entry.name, folder.uri_of(entry.name), entry.size_bytes, digest))
-    if fresh:
+    try:
+        for entry in list_objects(folder):
+            if wanted is not None and entry.name not in wanted:
+                continue
+            key = json.dumps([folder.uri_of(entry.name), entry.size_bytes, entry.modified])
+            digest = known.get(key)
+            if digest is None:
+                digest = fresh[key] = folder.digest(entry.name, watch and partial(watch, entry.name)).sha256
+            files.append(File(entry.name, folder.uri_of(entry.name), entry.size_bytes, digest))
+    finally:
         _add_digests(fresh)
     return tuple(files)
+
+
+def digests_below(folder: Folder, names: Iterable[str], watch: WatchDigest) -> dict[str, str]:
+    """Return name → sha256 of files or objects below a folder, through the cache.
+
+    Raises:
+        ExternalDataError: one cannot be read.
+    """
+    root = folder.local_path()
+    found = digest_objects(folder, names, watch) if root is None else digest_files({n: root / n for n in names}, watch)
+    return {file.name: file.sha256 for file in found}
 
 
 def list_objects(folder: Folder) -> list[Entry]:

@@ -1,11 +1,12 @@
 """`report.json`: the verdict on all candidates, and each candidate with the same `final/*` metrics as every other."""
 
-from typing import ClassVar, Literal
+from collections.abc import Mapping
+from typing import ClassVar, Literal, Self
 
 from stages.contract import Split
 from stages.formats.json_format import FormatModel, JsonFormat
 
-__all__ = ["Check", "Claim", "Report", "ReportedCandidate", "Verdict"]
+__all__ = ["Check", "QualityClaim", "Report", "ReportedCandidate", "Verdict"]
 
 
 class Check(FormatModel):
@@ -20,10 +21,10 @@ class Check(FormatModel):
     """95 % interval; None for what is exact or not measured."""
     passed: bool
     text: str
-    """The same in words."""
+    """The same as a sentence."""
 
 
-class Claim(FormatModel):
+class QualityClaim(FormatModel):
     """Whether one model predicts held-out text better than another, beyond noise."""
 
     claim: str
@@ -44,7 +45,7 @@ class Verdict(FormatModel):
     registered_name: str
     """Name in the model registry."""
     reasons: tuple[str, ...]
-    claims: tuple[Claim, ...]
+    claims: tuple[QualityClaim, ...]
     checks: dict[str, tuple[Check, ...]]
     """Candidate → its checks; the teacher has none."""
 
@@ -80,3 +81,13 @@ class Report(JsonFormat):
     tokens: int
     documents: int
     candidates: tuple[ReportedCandidate, ...]
+
+    def with_metric(self, metric: str, values: Mapping[str, float]) -> Self:
+        """Return the report with a further metric of some candidates, by their names."""
+        candidates = tuple(
+            candidate.model_copy(update={"metrics": {**candidate.metrics, metric: values[candidate.name]}})
+            if candidate.name in values
+            else candidate
+            for candidate in self.candidates
+        )
+        return self.model_copy(update={"candidates": candidates})

@@ -21,7 +21,7 @@ class CandidateScores(FormatModel):
     uri_prefix: str
     """URI of the folder to load the checkpoint from."""
     kind: str
-    """How it was made, in a word: `model`, `quantized`, `pruned`, …; for people, nothing depends on it."""
+    """How it was made: `model`, `quantized`, `pruned`, …; for people, nothing depends on it."""
     base: str | None
     """Name of the candidate that it was derived from, where that is among those scored."""
     base_fingerprint: str | None

@@ -20,6 +20,11 @@ class CandidateSpeed(FormatModel):
     reason: str | None = None
     """Why the figures are absent."""
 
+    @property
+    def figures(self) -> dict[str, float]:
+        """Those that were measured, by their names."""
+        return {name: value for name, value in self if name != "reason" and value is not None}
+
 
 class Speed(JsonFormat):
     """`speed.json`."""

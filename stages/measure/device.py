@@ -14,7 +14,7 @@ __all__ = ["describe_cpu", "describe_gpu"]
 
 
 def describe_cpu() -> str:
-    """Return the CPU's model name, or its architecture where the system does not tell (as on ARM Linux)."""
+    """Return the CPU's model name, or its architecture where the system does not say (as on ARM Linux)."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

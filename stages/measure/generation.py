@@ -1,7 +1,7 @@
 """Time the generation of a fixed number of tokens after a fixed prompt, and count its memory.
 
 Prefill is one forward pass over the prompt, which gives the first token; each decode step reads the key-value cache
-and gives one more. The end-of-text token is not heeded, so every run does the same work. Models take turns (A B C
+and gives one more. The end-of-text token is ignored, so every run does the same work. Models are interleaved (A B C
 A B C), so that a machine that slows down meanwhile slows all of them.
 
 Memory is the bytes of weights and buffers plus the most that one whole generation has allocated at once beyond them:
@@ -23,7 +23,7 @@ import torch
 
 from stages.runtime.translation import within_memory
 
-__all__ = ["Load", "Timings", "measure_memory", "summarize", "time_in_turns"]
+__all__ = ["Load", "Timings", "measure_memory", "summarize", "time_interleaved"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,7 @@ def generate(model: Any, prompt_BP: torch.Tensor, new_tokens: int) -> Timings:
     inputs, cache = prompt_BP, None
     batch_size, prompt_tokens = prompt_BP.shape
     what = f"generating {new_tokens} tokens after {prompt_tokens} in {batch_size} rows"
-    advice = "all models are resident while they take turns: measure fewer at once, or lower `batch_size`"
+    advice = "all models are resident, since their runs are interleaved: measure fewer at once, or lower `batch_size`"
     with within_memory(what, advice=advice), torch.inference_mode():
         for _ in range(new_tokens):
             sync()
@@ -73,7 +73,7 @@ def generate(model: Any, prompt_BP: torch.Tensor, new_tokens: int) -> Timings:
     return Timings(seconds[0], tuple(seconds[1:]))
 
 
-def time_in_turns(
+def time_interleaved(
     models: Mapping[str, Any],
     load: Load,
     *,
@@ -82,19 +82,19 @@ def time_in_turns(
     seed: int,
     progress: Callable[[int, int], None],
 ) -> dict[str, list[Timings]]:
-    """Run every model in turn, `warmup` times unrecorded and `repeats` times recorded."""
+    """Run every model in each round, `warmup` rounds unrecorded and `repeats` recorded."""
     vocab_size = min((model.config.get_text_config().vocab_size for model in models.values()), default=0)
     found: dict[str, list[Timings]] = {name: [] for name in models}
     gc.collect()
     gc.disable()  # a collection in the middle of a step shows as a false p95
     try:
-        for turn in range(warmup + repeats if models else 0):
+        for index in range(warmup + repeats if models else 0):
             for name, model in models.items():
-                prompt_BP = load.prompt(vocab_size, seed=seed + turn, device=model.device)
+                prompt_BP = load.prompt(vocab_size, seed=seed + index, device=model.device)
                 timings = generate(model, prompt_BP, load.new_tokens)
-                if turn >= warmup:
+                if index >= warmup:
                     found[name].append(timings)
-            progress(turn + 1, warmup + repeats)
+            progress(index + 1, warmup + repeats)
     finally:
         gc.enable()
     return found

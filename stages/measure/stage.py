@@ -1,17 +1,20 @@
 """Measure models on one machine: prefill and decode latency, tokens per second, peak memory.
 
-All models in one process, taking turns, so that they can be compared. The device's model, the threads,
+All models in one process, their runs interleaved, so that they can be compared. The device's model, the threads,
 the batch and the number format are config, hence identity: a measurement is never reused on another machine. A
 quantized checkpoint is unpacked by transformers and would run in the format of its base, so it is not measured, and
 the reason is written.
 """
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from dataclasses import replace
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from stages.contract import Context, Input, Kind, Outcome, Reporter, Stage
+from stages.contract import Context, Input, Kind, Outcome, Stage
+from stages.formats.speed import CandidateSpeed, Speed
+from stages.runtime.workers import WorkerSetup, fetch_result, remote_task
 
 if TYPE_CHECKING:
     from stages.candidates import Candidate
@@ -20,21 +23,13 @@ __all__ = ["NO_KERNEL", "Measure"]
 
 NO_KERNEL = "no kernel here: transformers unpacks compressed-tensors weights"
 """Why quantized candidates have no latency."""
-FIGURES = (
-    "prefill_p50_ms",
-    "prefill_p95_ms",
-    "latency_p50_ms",
-    "latency_p95_ms",
-    "tokens_per_second",
-    "peak_memory_bytes",
-)
 
 
 class Measure(Stage):
     """Speed and memory of each model on one kind of machine."""
 
     KIND: ClassVar[Kind] = "speed"
-    REVISION: ClassVar[str] = "2026-11-21 first"
+    REVISION: ClassVar[str] = "2026-11-25 speed in a typed file"
     PLACES_WORKERS: ClassVar = True
     INPUTS: ClassVar[Mapping[str, Input]] = {"models": Input(("model", "search"), many=True)}
 
@@ -65,8 +60,6 @@ class Measure(Stage):
             StageFailed: fewer CPUs than threads, another device, or a model's context that the prompt does not fit.
             OutOfMemory: the models do not fit the device together.
         """
-        import ray
-
         from stages.candidates import read_candidates
         from stages.errors import StageFailed
 
@@ -76,64 +69,54 @@ class Measure(Stage):
                 f"threads={self.threads}, but the step takes cpus_per_worker={resources.cpus_per_worker:g}; expected "
                 "as many CPUs or more, since threads that share a CPU measure the wait for it: change one of them"
             )
-        options = {
-            "num_cpus": resources.cpus_per_worker,
-            "num_gpus": resources.gpus_per_worker,
-            "memory": resources.memory_bytes_per_worker,
-            "max_retries": 0,
-        }
         candidates = read_candidates(context.many("models"))
         runnable = [candidate for candidate in candidates if not _is_quantized(candidate)]
-        task = ray.remote(_measure).options(**options)
-        found = ray.get(task.remote(self, runnable, resources.gpus_per_worker > 0, context.reporter))
-        absent = {**dict.fromkeys(FIGURES), "reason": NO_KERNEL}
-        models = {c.name: {**found[c.name], "reason": None} if c.name in found else absent for c in candidates}
-        fixed = ("device", "threads", "dtype", "batch_size", "prompt_tokens", "new_tokens", "repeats")
-        context.out.put_json("speed.json", {**self.model_dump(include=set(fixed)), "models": models})
-        return Outcome({f"{figure}/{name}": found[name][figure] for name in found for figure in FIGURES})
+        setup = replace(WorkerSetup.of(context), num_threads=self.threads)
+        task = remote_task(_measure, context, setup=setup)
+        found: dict[str, CandidateSpeed] = fetch_result(task.remote(self, runnable, setup))
+        absent = CandidateSpeed(reason=NO_KERNEL)
+        fixed = {name: getattr(self, name) for name in Speed.model_fields if name != "models"}
+        Speed(**fixed, models={c.name: found.get(c.name, absent) for c in candidates}).write(context.out)
+        return Outcome({f"{name}/{model}": value for model in found for name, value in found[model].figures.items()})
 
 
 def _is_quantized(candidate: "Candidate") -> bool:
-    """Tell whether transformers would unpack a checkpoint; one given from outside may be quantized as well."""
-    return "quantization_config" in candidate.artifact.read_json(f"{candidate.folder}/config.json")
+    """Return whether transformers would unpack a checkpoint; one given from outside may be quantized as well."""
+    return "quantization_config" in candidate.config
 
 
-def _measure(
-    config: Measure, candidates: "list[Candidate]", gpu: bool, reporter: Reporter
-) -> dict[str, dict[str, Any]]:
+def _measure(config: Measure, candidates: "list[Candidate]", setup: WorkerSetup) -> dict[str, CandidateSpeed]:
     """Load the models in a worker and measure them; return their figures by name."""
-    import torch
-
-    from stages.measure.generation import Load, measure_memory, summarize, time_in_turns
+    from stages.measure.generation import Load, measure_memory, summarize, time_interleaved
     from stages.models.checkpoints import load_model
 
-    reporter.started()
-    _check_device(config, gpu)
-    torch.set_num_threads(config.threads)
+    _check_device(config, setup.device)
     load = Load(config.batch_size, config.prompt_tokens, config.new_tokens)
     models, memory = {}, {}
     for candidate in candidates:
         _check_context(config, candidate)
-        folder = candidate.artifact.folder(candidate.folder)
-        model = load_model(folder, dtype=config.dtype, device="cuda" if gpu else "cpu")
+        model = load_model(candidate.artifact.folder(candidate.folder), dtype=config.dtype, device=setup.device)
         models[candidate.name] = model
         memory[candidate.name] = measure_memory(model, load, seed=config.seed)
-    runs = time_in_turns(
+    runs = time_interleaved(
         models,
         load,
         warmup=config.warmup,
         repeats=config.repeats,
         seed=config.seed,
-        progress=lambda done, total: reporter.progress(done, total, "turns"),
+        progress=lambda done, total: setup.reporter.progress(done, total, "rounds"),
     )
-    return {name: {**summarize(runs[name], load), "peak_memory_bytes": memory[name]} for name in models}
+    return {
+        name: CandidateSpeed(**summarize(runs[name], load), peak_memory_bytes=memory[name], reason=None)
+        for name in models
+    }
 
 
-def _check_device(config: Measure, gpu: bool) -> None:
+def _check_device(config: Measure, device: str) -> None:
     from stages.errors import StageFailed
     from stages.measure.device import describe_cpu
 
-    if gpu:
+    if device == "cuda":
         import torch
 
         actual = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "no CUDA device"
@@ -151,8 +134,7 @@ def _check_context(config: Measure, candidate: "Candidate") -> None:
     """Check that a model with a table of positions has enough; rotary ones compute any length, equally fast."""
     from stages.errors import StageFailed
 
-    values = candidate.artifact.read_json(f"{candidate.folder}/config.json")
-    values = values.get("text_config") or values
+    values = candidate.config.get("text_config") or candidate.config
     longest = values.get("max_position_embeddings") or values.get("n_positions")
     wanted = config.prompt_tokens + config.new_tokens
     if longest is not None and wanted > longest and not any(key.startswith("rope") for key in values):

@@ -7,40 +7,23 @@ percentiles of many runs; these are compared as they are. Does not: correct for 
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
 from stages.errors import StageFailed
+from stages.formats.report import Check
+from stages.formats.scores import CandidateScores
+from stages.formats.speed import CandidateSpeed
 from stages.ops.statistics import PairedBootstrap, Statistic
+from stages.promote.evidence import Evidence
 from stages.promote.gate import Gate
 
-__all__ = ["Check", "check_candidate"]
+__all__ = ["check_candidate"]
 
 
 @dataclass(frozen=True, slots=True)
-class Check:
-    """One limit, applied to one candidate."""
-
-    limit: str
-    """The gate's field."""
-    bound: float
-    value: float | None
-    """None where it could not be found."""
-    interval: tuple[float, float] | None
-    """95 % interval; None for what is exact or not measured."""
-    passed: bool
-    text: str
-    """The same in words."""
-
-    def as_json(self) -> dict[str, Any]:
-        """Return plain JSON."""
-        return asdict(self)
-
-
-@dataclass(frozen=True, slots=True)
-class _Rule:
+class QualityRule:
     """How a limit on quality is computed."""
 
     what: str
@@ -48,6 +31,15 @@ class _Rule:
     against_base: bool
     statistic: Callable[[str, str], Statistic]
     """(candidate, base or teacher) → the figure, of sums over documents."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExactRule:
+    """How a limit on a figure without noise is found."""
+
+    what: str
+    unit: str
+    figure: Callable[[CandidateScores, CandidateSpeed], float | None]
 
 
 def _mean(column: str) -> Callable[[str, str], Statistic]:
@@ -58,60 +50,49 @@ def _perplexity_ratio(minus: float) -> Callable[[str, str], Statistic]:
     return lambda name, other: lambda s: np.exp((s[f"{name}/nll"] - s[f"{other}/nll"]) / s["tokens"]) - minus
 
 
-_QUALITY: Mapping[str, _Rule] = {
-    "max_kl_to_base": _Rule("KL to its base", " nats/token", True, _mean("kl_to_base")),
-    "min_agreement_with_base": _Rule("agreement with its base", "", True, _mean("agree_with_base")),
-    "max_perplexity_increase_fraction": _Rule("perplexity increase over its base", "", True, _perplexity_ratio(1.0)),
-    "max_kl_to_teacher": _Rule("KL to the teacher", " nats/token", False, _mean("kl")),
-    "min_agreement_with_teacher": _Rule("agreement with the teacher", "", False, _mean("agree")),
-    "max_perplexity_ratio_to_teacher": _Rule("perplexity over the teacher's", "x", False, _perplexity_ratio(0.0)),
+_QUALITY: Mapping[str, QualityRule] = {
+    "max_kl_to_base": QualityRule("KL to its base", " nats/token", True, _mean("kl_to_base")),
+    "min_agreement_with_base": QualityRule("agreement with its base", "", True, _mean("agree_with_base")),
+    "max_perplexity_increase_fraction": QualityRule(
+        "perplexity increase over its base", "", True, _perplexity_ratio(1.0)
+    ),
+    "max_kl_to_teacher": QualityRule("KL to the teacher", " nats/token", False, _mean("kl")),
+    "min_agreement_with_teacher": QualityRule("agreement with the teacher", "", False, _mean("agree")),
+    "max_perplexity_ratio_to_teacher": QualityRule("perplexity over the teacher's", "x", False, _perplexity_ratio(0.0)),
 }
-_EXACT: Mapping[str, tuple[str, str, str]] = {
-    "min_compression_x": ("compression_x", "compression against the teacher", "x"),
-    "max_size_bytes": ("size_bytes", "size", " bytes"),
-    "max_latency_p50_ms": ("latency_p50_ms", "median latency", " ms/token"),
-    "max_peak_memory_bytes": ("peak_memory_bytes", "peak memory", " bytes"),
+_EXACT: Mapping[str, ExactRule] = {
+    "min_compression_x": ExactRule("compression against the teacher", "x", lambda scores, _: scores.compression_x),
+    "max_size_bytes": ExactRule("size", " bytes", lambda scores, _: scores.size_bytes),
+    "max_latency_p50_ms": ExactRule("median latency", " ms/token", lambda _, speed: speed.latency_p50_ms),
+    "max_peak_memory_bytes": ExactRule("peak memory", " bytes", lambda _, speed: speed.peak_memory_bytes),
 }
 
 
-def check_candidate(
-    gate: Gate,
-    name: str,
-    entry: Mapping[str, Any],
-    *,
-    speed: Mapping[str, Any],
-    teacher: str,
-    bootstrap: PairedBootstrap,
-) -> list[Check]:
-    """Apply every limit of the gate that holds for a candidate.
-
-    Args:
-        gate: the limits.
-        name: the candidate.
-        entry: its entry in `scores.json`.
-        speed: its entry in `speed.json`; empty where speed was not measured.
-        teacher: name of the teacher's rows among the documents.
-        bootstrap: resamples of the documents, with the columns of every model.
-    """
+def check_candidate(gate: Gate, name: str, evidence: Evidence) -> tuple[Check, ...]:
+    """Apply every limit of the gate that holds for a candidate: those to the base for whatever was derived from one."""
+    scores, speed = evidence.models[name], evidence.speed(name)
     checks = []
     for limit, bound in gate:
         if bound is None:
             continue
         if limit in _EXACT:
-            checks.append(_check_exact(limit, bound, {**speed, **entry}))
-            continue
-        rule = _QUALITY[limit]
-        if not rule.against_base:
-            checks.append(_check_quality(limit, bound, rule, bootstrap, name, teacher))
-        elif entry["kind"] == "quantized" and entry["base"] is None:
-            text = f"{rule.what} is not known: the model that was quantized is not among the models that were scored"
-            checks.append(Check(limit, bound, None, None, False, text))
-        elif entry["kind"] == "quantized":
-            checks.append(_check_quality(limit, bound, rule, bootstrap, name, entry["base"]))
-    return checks
+            rule = _EXACT[limit]
+            checks.append(_check_exact(limit, bound, rule, rule.figure(scores, speed), speed.reason))
+        elif not _QUALITY[limit].against_base:
+            checks.append(_check_quality(limit, bound, evidence.bootstrap, name, evidence.teacher))
+        elif scores.base is not None:
+            checks.append(_check_quality(limit, bound, evidence.bootstrap, name, scores.base))
+        elif scores.base_fingerprint is not None:
+            text = (
+                f"{_QUALITY[limit].what} is not known: the model that it was derived from "
+                f"({scores.base_fingerprint[:12]}) is not among the models that were scored"
+            )
+            checks.append(Check(limit=limit, bound=bound, value=None, interval=None, passed=False, text=text))
+    return tuple(checks)
 
 
-def _check_quality(limit: str, bound: float, rule: _Rule, bootstrap: PairedBootstrap, name: str, other: str) -> Check:
+def _check_quality(limit: str, bound: float, bootstrap: PairedBootstrap, name: str, other: str) -> Check:
+    rule = _QUALITY[limit]
     try:
         found = bootstrap.interval(rule.statistic(name, other))
     except ValueError as error:
@@ -125,17 +106,17 @@ def _check_quality(limit: str, bound: float, rule: _Rule, bootstrap: PairedBoots
         text = f"{shown}, its upper end is {excess:.3g} above the limit of {bound:g}"
     else:
         text = f"{shown}, its lower end is {excess:.3g} below the limit of {bound:g}"
-    return Check(limit, bound, found.estimate, (found.low, found.high), excess <= 0, text)
+    interval = (found.low, found.high)
+    return Check(limit=limit, bound=bound, value=found.estimate, interval=interval, passed=excess <= 0, text=text)
 
 
-def _check_exact(limit: str, bound: float, figures: Mapping[str, Any]) -> Check:
-    key, what, unit = _EXACT[limit]
-    value = figures.get(key)
+def _check_exact(limit: str, bound: float, rule: ExactRule, value: float | None, reason: str | None) -> Check:
+    what, unit = rule.what, rule.unit
     if value is None:
-        reason = f" ({figures['reason']})" if figures.get("reason") else ""
-        text = f"{what} is not measured{reason}, so the limit of {bound:g}{unit} is not shown to be kept"
-        return Check(limit, bound, None, None, False, text)
-    assert math.isfinite(value), f"{key} is {value}"
+        why = f" ({reason})" if reason else ""
+        text = f"{what} is not measured{why}, so the limit of {bound:g}{unit} is not shown to be kept"
+        return Check(limit=limit, bound=bound, value=None, interval=None, passed=False, text=text)
+    assert math.isfinite(value), f"{what} is {value}"
     at_most = limit.startswith("max")
     passed = value <= bound if at_most else value >= bound
     if passed:
@@ -143,4 +124,4 @@ def _check_exact(limit: str, bound: float, figures: Mapping[str, Any]) -> Check:
     else:
         side = "above" if at_most else "below"
         text = f"{what} {value:.4g}{unit}, {abs(value - bound):.3g}{unit} {side} the limit of {bound:g}{unit}"
-    return Check(limit, bound, value, None, passed, text)
+    return Check(limit=limit, bound=bound, value=value, interval=None, passed=passed, text=text)

@@ -1,18 +1,24 @@
 """Draw quality against size: each candidate's KL to the teacher over its megabytes, the Pareto line, the champion.
 
 Labels are placed greedily where they cover neither a point nor another label. Colors are Okabe and Ito's, which color-
-blind readers tell apart; shapes differ as well. Needs no display.
+blind readers can distinguish; shapes differ as well. Needs no display.
 """
 
 import io
 import math
-from collections.abc import Mapping, Sequence
-from itertools import product
+from collections.abc import Sequence
+from itertools import cycle, product
 from typing import Any
+
+from stages.candidates import NOT_DERIVED
+from stages.formats.report import Report, ReportedCandidate
 
 __all__ = ["draw_quality_against_size", "find_pareto"]
 
 BLUE, ORANGE, GREEN, GRAY = "#0072B2", "#E69F00", "#009E73", "#666666"
+PURPLE, SKY, VERMILION = "#CC79A7", "#56B4E9", "#D55E00"
+SERIES = ((BLUE, "o"), (ORANGE, "s"), (PURPLE, "^"), (SKY, "D"), (VERMILION, "v"))
+"""Color and marker of each kind of candidate, those that were derived from no other one first."""
 RADII_POINTS = (9, 16, 26, 40, 58, 80, 105)
 """How far from its point a label may stand; the nearest free place wins, and far ones get a thin line."""
 ANGLES_DEGREES = (0, 180, 30, -30, 150, -150, 60, -60, 120, -120, 90, -90)
@@ -30,7 +36,7 @@ def find_pareto(points: Sequence[tuple[float, float]]) -> list[int]:
     return kept
 
 
-def draw_quality_against_size(report: Mapping[str, Any]) -> bytes:
+def draw_quality_against_size(report: Report) -> bytes:
     """Return the figure of a report as PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -38,23 +44,23 @@ def draw_quality_against_size(report: Mapping[str, Any]) -> bytes:
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    teacher = report["reference"]
-    shown = [c for c in report["candidates"] if c["name"] != teacher]
-    points = [(c["metrics"]["final/size_bytes"] / 1e6, c["metrics"]["final/kl_to_teacher"]) for c in shown]
+    teacher = report.reference
+    shown = [c for c in report.candidates if c.name != teacher]
+    points = [(c.metrics["final/size_bytes"] / 1e6, c.metrics["final/kl_to_teacher"]) for c in shown]
     _draw_points(axes, report, shown, points)
-    _set_scales(axes, [c["metrics"]["final/size_bytes"] / 1e6 for c in report["candidates"]], [y for _, y in points])
-    for candidate in report["candidates"]:
-        if candidate["name"] == teacher:
-            size = candidate["metrics"]["final/size_bytes"] / 1e6
+    _set_scales(axes, [c.metrics["final/size_bytes"] / 1e6 for c in report.candidates], [y for _, y in points])
+    for candidate in report.candidates:
+        if candidate.name == teacher:
+            size = candidate.metrics["final/size_bytes"] / 1e6
             axes.axvline(size, color=GRAY, linestyle=":", linewidth=1, label=f"teacher, {size:.3g} MB (KL 0)")
     axes.set_xlabel("weights on disk, MB")
     axes.set_ylabel("KL(teacher ‖ candidate), nats per token")
-    axes.set_title(f"{report['verdict']['registered_name']}: quality against size (lower left is better)", fontsize=11)
+    axes.set_title(f"{report.verdict.registered_name}: quality against size (lower left is better)", fontsize=11)
     axes.grid(True, which="major", color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)
-    if report["candidates"]:
+    if report.candidates:
         figure.legend(loc="outside lower center", ncols=5, fontsize=8, frameon=False)
-    _place_labels(figure, axes, [c["name"] for c in shown], points, report["verdict"]["champion"])
+    _place_labels(figure, axes, [c.name for c in shown], points, report.verdict.champion)
     sink = io.BytesIO()
     # Without the program's version and date equal reports give equal bytes.
     figure.savefig(sink, format="png", metadata={"Software": None})
@@ -62,25 +68,27 @@ def draw_quality_against_size(report: Mapping[str, Any]) -> bytes:
 
 
 def _draw_points(
-    axes: Any, report: Mapping[str, Any], shown: Sequence[Mapping[str, Any]], points: Sequence[tuple[float, float]]
+    axes: Any, report: Report, shown: Sequence[ReportedCandidate], points: Sequence[tuple[float, float]]
 ) -> None:
     """Draw one series for each kind of candidate, the champion's ring, intervals, and the Pareto line."""
     pareto = [points[index] for index in find_pareto(points)]
     if len(pareto) > 1:
         axes.plot(*zip(*pareto, strict=True), color=GRAY, linewidth=1, linestyle="--", zorder=1, label="Pareto line")
-    for kind, color, marker, label in (("model", BLUE, "o", "student"), ("quantized", ORANGE, "s", "quantized")):
-        own = [i for i, candidate in enumerate(shown) if candidate["kind"] == kind]
+    kinds = dict.fromkeys([NOT_DERIVED, *(candidate.kind for candidate in shown)])
+    for kind, (color, marker) in zip(kinds, cycle(SERIES), strict=False):
+        own = [i for i, candidate in enumerate(shown) if candidate.kind == kind]
         if not own:
             continue
         xs, ys = zip(*(points[i] for i in own), strict=True)
-        lows, highs = zip(*(shown[i]["intervals"]["final/kl_to_teacher"] for i in own), strict=True)
+        lows, highs = zip(*(shown[i].intervals["final/kl_to_teacher"] for i in own), strict=True)
         errors = [
             [max(0.0, y - low) for y, low in zip(ys, lows, strict=True)],
             [max(0.0, high - y) for y, high in zip(ys, highs, strict=True)],
         ]
         axes.errorbar(xs, ys, yerr=errors, fmt="none", ecolor=color, elinewidth=1, alpha=0.6, zorder=2)
+        label = "student" if kind == NOT_DERIVED else kind
         axes.scatter(xs, ys, s=44, color=color, marker=marker, edgecolors="white", zorder=3, label=label)
-    champion = [points[i] for i, c in enumerate(shown) if c["name"] == report["verdict"]["champion"]]
+    champion = [points[i] for i, c in enumerate(shown) if c.name == report.verdict.champion]
     if champion:
         ring = {"facecolors": "none", "edgecolors": GREEN, "linewidths": 2.2}
         axes.scatter(*zip(*champion, strict=True), s=190, zorder=4, label="champion", **ring)

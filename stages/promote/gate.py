@@ -1,7 +1,7 @@
 """The limits that a candidate must keep; `checks.py` applies them. Light: config only.
 
-Limits against the base hold for quantized candidates, whose base is the model that was quantized; those against the
-teacher, of size and of speed hold for every candidate.
+Limits against the base hold for candidates that were derived from another one (quantized, pruned, merged, …); those
+against the teacher, of size and of speed hold for every candidate.
 """
 
 from pydantic import Field
@@ -15,15 +15,15 @@ class Gate(Config):
     """Limits; None checks nothing. The defaults catch what is broken, and are to be set tighter for a known model."""
 
     max_kl_to_base: float | None = Field(0.1, gt=0)
-    """Mean KL(base ‖ quantized), nats per token: how far quantization moved the distribution."""
+    """Mean KL(base ‖ candidate), nats per token: how far deriving it from its base moved the distribution."""
     min_agreement_with_base: float | None = Field(0.9, ge=0, le=1)
-    """Fraction of tokens for which the quantized model and its base find the same word likeliest."""
+    """Fraction of tokens for which the candidate and its base find the same token likeliest."""
     max_perplexity_increase_fraction: float | None = Field(0.05, ge=0)
-    """Perplexity of the quantized model over its base's, minus 1."""
+    """Perplexity of the candidate over its base's, minus 1."""
     max_kl_to_teacher: float | None = Field(None, gt=0)
     """Mean KL(teacher ‖ candidate), nats per token."""
     min_agreement_with_teacher: float | None = Field(None, ge=0, le=1)
-    """Fraction of tokens for which candidate and teacher find the same word likeliest."""
+    """Fraction of tokens for which candidate and teacher find the same token likeliest."""
     max_perplexity_ratio_to_teacher: float | None = Field(2.0, gt=0)
     """Perplexity of the candidate over the teacher's."""
     min_compression_x: float | None = Field(2.0, gt=0)

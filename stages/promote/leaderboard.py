@@ -4,76 +4,58 @@ Order: the champion, then candidates that keep every limit (smallest first), the
 first), then the teacher. Columns of which nothing is known are left out; a cell that is not known is a dash.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from stages.formats.metrics import PRIMARY_METRIC, UNKNOWN, known_columns
+from stages.formats.report import Report, ReportedCandidate
 
 __all__ = ["CHAMPION_MARK", "leaderboard", "write_markdown"]
 
 CHAMPION_MARK = "★"
-UNKNOWN = "–"
-
-_COLUMNS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
-    ("size MB", "final/size_bytes", lambda v: f"{v / 1e6:.2f}" if v < 1e8 else f"{v / 1e6:,.0f}"),
-    ("x smaller", "final/compression_x", lambda v: f"{v:.2f}"),
-    ("bits/weight", "final/bits_per_weight", lambda v: f"{v:.2f}"),
-    ("perplexity", "final/perplexity", lambda v: f"{v:.4g}"),
-    ("KL to teacher", "final/kl_to_teacher", lambda v: f"{v:.4f}"),
-    ("agreement %", "final/agreement", lambda v: f"{100 * v:.1f}"),
-    ("KL to student", "final/kl_to_student", lambda v: f"{v:.4f}"),
-    ("ms/token p50", "final/latency_p50_ms", lambda v: f"{v:.2f}"),
-    ("ms/token p95", "final/latency_p95_ms", lambda v: f"{v:.2f}"),
-    ("tokens/s", "final/tokens_per_second", lambda v: f"{v:,.0f}"),
-    ("memory MB", "final/peak_memory_bytes", lambda v: f"{v / 1e6:,.1f}"),
-)
 
 
-def leaderboard(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+def leaderboard(report: Report) -> tuple[list[str], list[list[str]]]:
     """Return the headers and the rows of a report's table; the first cell of a row begins with the candidate's name."""
-    candidates = sorted(report["candidates"], key=lambda candidate: _rank(report, candidate))
-    columns = [c for c in _COLUMNS if any(c[1] in candidate["metrics"] for candidate in candidates)]
+    candidates = sorted(report.candidates, key=lambda candidate: _rank(report, candidate))
+    columns = known_columns(candidate.metrics for candidate in candidates)
     rows = []
     for candidate in candidates:
-        mark = f" {CHAMPION_MARK}" if candidate["name"] == report["verdict"]["champion"] else ""
-        cells = [
-            show(candidate["metrics"][metric]) if metric in candidate["metrics"] else UNKNOWN
-            for _, metric, show in columns
-        ]
-        rows.append([candidate["name"] + mark, *cells, _limits_kept(report, candidate["name"])])
-    return ["candidate", *(header for header, _, _ in columns), "limits kept"], rows
+        mark = f" {CHAMPION_MARK}" if candidate.name == report.verdict.champion else ""
+        cells = [metric.cell(candidate.metrics) for metric in columns]
+        rows.append([candidate.name + mark, *cells, _limits_kept(report, candidate.name)])
+    return ["candidate", *(metric.label for metric in columns), "limits kept"], rows
 
 
-def _rank(report: Mapping[str, Any], candidate: Mapping[str, Any]) -> tuple[int, float, str]:
-    name, metrics = candidate["name"], candidate["metrics"]
-    checks = report["verdict"]["checks"].get(name)
-    if name == report["verdict"]["champion"]:
+def _rank(report: Report, candidate: ReportedCandidate) -> tuple[int, float, str]:
+    name, metrics = candidate.name, candidate.metrics
+    checks = report.verdict.checks.get(name)
+    if name == report.verdict.champion:
         return 0, 0.0, name
     if checks is None:
         return 3, 0.0, name
-    if all(check["passed"] for check in checks):
+    if all(check.passed for check in checks):
         return 1, metrics["final/size_bytes"], name
-    return 2, metrics["final/kl_to_teacher"], name
+    return 2, metrics[PRIMARY_METRIC], name
 
 
-def _limits_kept(report: Mapping[str, Any], name: str) -> str:
-    checks = report["verdict"]["checks"].get(name)
+def _limits_kept(report: Report, name: str) -> str:
+    checks = report.verdict.checks.get(name)
     if checks is None:
         return "teacher"
-    return f"{sum(check['passed'] for check in checks)} of {len(checks)}"
+    return f"{sum(check.passed for check in checks)} of {len(checks)}"
 
 
-def write_markdown(report: Mapping[str, Any]) -> str:
-    """Return `leaderboard.md`: the verdict, the table, the claim, each limit in words, and what the figures mean."""
+def write_markdown(report: Report) -> str:
+    """Return `leaderboard.md`: the verdict, the table, the claim, each limit as a sentence, and what the figures mean."""
     headers, rows = leaderboard(report)
-    verdict = report["verdict"]
-    lines = [f"# {verdict['registered_name']}: {verdict['outcome']}", ""]
-    lines += [f"- {reason}" for reason in verdict["reasons"]]
-    lines += [f"- {claim['text']}" for claim in verdict["claims"]]
+    verdict = report.verdict
+    lines = [f"# {verdict.registered_name}: {verdict.outcome}", ""]
+    lines += [f"- {reason}" for reason in verdict.reasons]
+    lines += [f"- {claim.text}" for claim in verdict.claims]
     lines += ["", _row(headers), _row(["---", *["---:"] * (len(headers) - 1)])]
     lines += [_row([f"**{cell}**" for cell in row] if CHAMPION_MARK in row[0] else row) for row in rows]
     lines += ["", "![Quality against size](quality-size.png)", "", "## Limits", ""]
-    for name, checks in verdict["checks"].items():
+    for name, checks in verdict.checks.items():
         lines += [f"**{name}**", ""]
-        lines += [f"- {'kept' if check['passed'] else '**not kept**'}: {check['text']}" for check in checks]
+        lines += [f"- {'kept' if check.passed else '**not kept**'}: {check.text}" for check in checks]
         lines += [""]
     return "\n".join([*lines, *_legend(report), ""])
 
@@ -82,14 +64,14 @@ def _row(cells: list[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
-def _legend(report: Mapping[str, Any]) -> list[str]:
+def _legend(report: Report) -> list[str]:
     lines = [
         "## What the figures mean",
         "",
-        f"- Quality: {report['tokens']:,} tokens of {report['documents']:,} documents of the {report['split']} split. "
-        "KL in nats per token, from the teacher (or from the student that was quantized) to the candidate.",
+        f"- Quality: {report.tokens:,} tokens of {report.documents:,} documents of the {report.split} split. "
+        "KL in nats per token, from the teacher (or from the student that it was derived from) to the candidate.",
         "- Intervals: 95 %, paired bootstrap over documents. A limit is kept if the unfavorable end keeps it.",
         "- Size: bytes of the weights on disk; bits/weight: these over the architecture's parameters. MB: 10⁶ bytes.",
     ]
-    reasons = {text for candidate in report["candidates"] for text in candidate["notes"].values()}
+    reasons = {text for candidate in report.candidates for text in candidate.notes.values()}
     return lines + [f"- {UNKNOWN}: not measured ({reason})." for reason in sorted(reasons)]

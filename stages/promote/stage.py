@@ -1,6 +1,6 @@
 """Judge scored candidates: the gate, the champion, the claim, and the report that people read.
 
-Pure: it reads scores and speed, and writes what it decided with the reasons; the ledger applies it to the registry.
+Pure: it reads scores and speed, and writes what it decided with the reasons; tracking applies it to the registry.
 """
 
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ class Promote(Stage):
     """The verdict on all candidates of one evaluation."""
 
     KIND: ClassVar[Kind] = "report"
-    REVISION: ClassVar[str] = "2026-11-21 first"
+    REVISION: ClassVar[str] = "2026-11-25 limits to the base for whatever was derived, report in a typed file"
     INPUTS: ClassVar[Mapping[str, Input]] = {
         "scores": Input(("scores",)),
         "speed": Input(("speed",), required=False),
@@ -51,8 +51,9 @@ class Promote(Stage):
         Raises:
             StageFailed: the scores do not fit together, or lack a model of the claim.
         """
-        import pyarrow.parquet as pq
-
+        from stages.formats.documents import read_documents
+        from stages.formats.scores import Scores
+        from stages.formats.speed import Speed
         from stages.promote.evidence import read_evidence
         from stages.promote.figure import draw_quality_against_size
         from stages.promote.leaderboard import write_markdown
@@ -60,25 +61,32 @@ class Promote(Stage):
         from stages.promote.verdict import decide
 
         scores, speed = context.one("scores"), context.optional("speed")
-        table = pq.read_table(scores.paths("documents.parquet")[0])
         evidence = read_evidence(
-            scores.read_json("scores.json"),
-            {name: table[name].to_numpy() for name in table.column_names},
-            None if speed is None else speed.read_json("speed.json"),
+            Scores.read(scores),
+            read_documents(scores),
+            None if speed is None else Speed.read(speed),
             num_resamples=self.bootstrap_resamples,
             seed=self.seed,
         )
-        verdict = decide(evidence, self.gate, baseline=self.baseline, contender=self.contender)
-        report = build_report(evidence, verdict, registered_name=self.registered_name)
-        context.out.put_json("report.json", report)
+        verdict = decide(
+            evidence,
+            self.gate,
+            registered_name=self.registered_name,
+            baseline=self.baseline,
+            contender=self.contender,
+        )
+        report = build_report(evidence, verdict)
+        report.write(context.out)
         context.out.put("leaderboard.md", write_markdown(report).encode())
         context.out.put("quality-size.png", draw_quality_against_size(report))
         context.reporter.note(verdict.reasons[0])
         metrics = {"accepted": float(verdict.champion is not None), "candidates": float(len(verdict.checks))}
         for claim in verdict.claims:
-            metrics["claim_holds"] = float(claim["holds"])
-            metrics["claim_difference_nats_per_token"] = claim["difference_nats_per_token"]
+            metrics["claim_holds"] = float(claim.holds)
+            metrics["claim_difference_nats_per_token"] = claim.difference_nats_per_token
         if verdict.champion is not None:
             champion = evidence.models[verdict.champion]
-            metrics |= {f"champion/{key}": champion[key] for key in ("perplexity", "kl_to_reference", "compression_x")}
+            metrics["champion/perplexity"] = champion.perplexity
+            metrics["champion/kl_to_reference"] = champion.kl_to_reference
+            metrics["champion/compression_x"] = champion.compression_x
         return Outcome(metrics)

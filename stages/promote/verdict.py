@@ -1,70 +1,46 @@
 """Decide: which candidate is the champion, which claim holds, and why, in sentences with figures.
 
 The champion is the smallest candidate that keeps every limit (bytes on disk; of equal sizes the one closer to the
-teacher). The teacher is the reference and never a champion. Does not: change a registry; the ledger applies it.
+teacher). The teacher is the reference and never a champion. Does not: change a registry; tracking applies it.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 from stages.errors import StageFailed, nearest
-from stages.promote.checks import Check, check_candidate
+from stages.formats.report import Check, QualityClaim, Verdict
+from stages.promote.checks import check_candidate
 from stages.promote.evidence import FEW_DOCUMENTS, Evidence
 from stages.promote.gate import Gate
 
-__all__ = ["Verdict", "compare_models", "decide"]
+__all__ = ["compare_models", "decide"]
 
 
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """What was decided, and why."""
-
-    champion: str | None
-    reasons: tuple[str, ...]
-    claims: tuple[dict[str, Any], ...]
-    checks: Mapping[str, Sequence[Check]]
-
-    def as_json(self, registered_name: str) -> dict[str, Any]:
-        """Return the verdict as it stands in `report.json`."""
-        return {
-            "outcome": "rejected" if self.champion is None else "accepted",
-            "champion": self.champion,
-            "registered_name": registered_name,
-            "reasons": list(self.reasons),
-            "claims": list(self.claims),
-            "checks": {name: [check.as_json() for check in checks] for name, checks in self.checks.items()},
-        }
-
-
-def decide(evidence: Evidence, gate: Gate, *, baseline: str | None, contender: str | None) -> Verdict:
+def decide(
+    evidence: Evidence, gate: Gate, *, registered_name: str, baseline: str | None, contender: str | None
+) -> Verdict:
     """Apply the gate to every candidate but the teacher, choose the champion, and judge the claim.
 
     Raises:
         StageFailed: `baseline` or `contender` is no model that was scored.
     """
-    checks = {
-        name: check_candidate(
-            gate,
-            name,
-            entry,
-            speed=evidence.speed.get(name, {}),
-            teacher=evidence.teacher,
-            bootstrap=evidence.bootstrap,
-        )
-        for name, entry in evidence.models.items()
-        if name != evidence.teacher
-    }
+    scores = evidence.models
+    checks = {name: check_candidate(gate, name, evidence) for name in scores if name != evidence.teacher}
     passing = [name for name, found in checks.items() if all(check.passed for check in found)]
-    entries = evidence.models
-    champion = min(passing, key=lambda n: (entries[n]["size_bytes"], entries[n]["kl_to_reference"], n), default=None)
+    champion = min(passing, key=lambda n: (scores[n].size_bytes, scores[n].kl_to_reference, n), default=None)
     claims = []
     if baseline is not None and contender is not None:
         claims.append(compare_models(evidence, baseline=baseline, contender=contender))
-    return Verdict(champion, tuple(_reasons(evidence, checks, champion)), tuple(claims), checks)
+    return Verdict(
+        outcome="rejected" if champion is None else "accepted",
+        champion=champion,
+        registered_name=registered_name,
+        reasons=tuple(_reasons(evidence, checks, champion)),
+        claims=tuple(claims),
+        checks=checks,
+    )
 
 
-def compare_models(evidence: Evidence, *, baseline: str, contender: str) -> dict[str, Any]:
+def compare_models(evidence: Evidence, *, baseline: str, contender: str) -> QualityClaim:
     """Judge the claim that one model predicts held-out text better than another, beyond noise.
 
     Returns:
@@ -81,20 +57,20 @@ def compare_models(evidence: Evidence, *, baseline: str, contender: str) -> dict
     )
     perplexities = {name: evidence.perplexity(name) for name in (baseline, contender)}
     holds = found.low > 0
-    word = "beats" if holds else "is worse than" if found.high < 0 else "does not beat, beyond noise,"
+    outcome = "beats" if holds else "is worse than" if found.high < 0 else "does not beat, beyond noise,"
     text = (
-        f"{contender} {word} {baseline} on held-out text: perplexity {perplexities[baseline]:.4g} → "
+        f"{contender} {outcome} {baseline} on held-out text: perplexity {perplexities[baseline]:.4g} → "
         f"{perplexities[contender]:.4g}, a gain of {found.estimate:+.4f} nats per token (95% interval {found.low:+.4f} "
         f"to {found.high:+.4f} over {evidence.num_documents} documents)"
     )
-    return {
-        "claim": f"{contender} beats {baseline} on held-out text",
-        "difference_nats_per_token": found.estimate,
-        "interval": [found.low, found.high],
-        "perplexities": perplexities,
-        "holds": holds,
-        "text": text,
-    }
+    return QualityClaim(
+        claim=f"{contender} beats {baseline} on held-out text",
+        difference_nats_per_token=found.estimate,
+        interval=(found.low, found.high),
+        perplexities=perplexities,
+        holds=holds,
+        text=text,
+    )
 
 
 def _reasons(evidence: Evidence, checks: Mapping[str, Sequence[Check]], champion: str | None) -> list[str]:
@@ -116,17 +92,17 @@ def _reasons(evidence: Evidence, checks: Mapping[str, Sequence[Check]], champion
 
 def _promotion(evidence: Evidence, champion: str) -> str:
     """Say what the champion gains and what it loses."""
-    entry = evidence.models[champion]
+    scores = evidence.models[champion]
     teacher = evidence.perplexity(evidence.teacher)
-    change = entry["perplexity"] / teacher - 1
+    change = scores.perplexity / teacher - 1
     text = (
-        f"promoted {champion}: {entry['compression_x']:.1f}x smaller than the teacher "
-        f"({entry['size_bytes'] / 1e6:.3g} MB vs {evidence.scores['reference_bytes'] / 1e6:.3g} MB) at "
-        f"{entry['kl_to_reference']:.3g} nats/token KL to it, perplexity {teacher:.4g} → {entry['perplexity']:.4g} "
-        f"({change:+.1%}), the same top-1 word for {entry['agreement']:.1%} of tokens"
+        f"promoted {champion}: {scores.compression_x:.1f}x smaller than the teacher "
+        f"({scores.size_bytes / 1e6:.3g} MB vs {evidence.scores.reference_bytes / 1e6:.3g} MB) at "
+        f"{scores.kl_to_reference:.3g} nats/token KL to it, perplexity {teacher:.4g} → {scores.perplexity:.4g} "
+        f"({change:+.1%}), the same top-1 token for {scores.agreement:.1%} of tokens"
     )
-    if entry["base"] is not None:
-        increase = entry["perplexity"] / evidence.models[entry["base"]]["perplexity"] - 1
-        text += f"; of that, quantizing {entry['base']} moved it by {entry['kl_to_base']:.3g} nats/token KL"
-        text += f" and changed perplexity by {increase:+.1%}"
+    if scores.base is not None:
+        increase = scores.perplexity / evidence.models[scores.base].perplexity - 1
+        text += f"; of that, deriving it from {scores.base} ({scores.kind}) moved it by {scores.kl_to_base:.3g} "
+        text += f"nats/token KL and changed perplexity by {increase:+.1%}"
     return text

@@ -38,7 +38,7 @@ LINE_CHARACTERS = 300
 RAY_DATA_TAIL = re.compile(r"(\n|\\n)?Failed to apply UDF transform.*", re.DOTALL)
 """Ray Data's own advice, which it writes into the message of what a function of ours raised."""
 RAY_DATA_MARK = "SystemException"
-"""What Ray Data raises its errors from, without a message, to tell its own from a user's."""
+"""What Ray Data raises its errors from, without a message, to distinguish its own from a user's."""
 
 
 def translate(error: BaseException) -> StillhouseError:
@@ -54,7 +54,7 @@ def translate(error: BaseException) -> StillhouseError:
             f"the disk is full ({line.strip()[:LINE_CHARACTERS]}); free space (`stillhouse artifacts gc`) and run the "
             "same command again"
         )
-    # Ray raises an error of a task as one that is of its type too, whose text is a whole traceback: take what it wraps.
+    # Ray raises an error of a task as one that is of its type too, whose text is a whole traceback: use what it wraps.
     ours = next((link for link in chain if isinstance(link, StillhouseError) and not hasattr(link, "cause")), None)
     if starved is not None and not isinstance(ours, OutOfMemory):
         return OutOfMemory(one_line(starved))

@@ -105,6 +105,7 @@ def remote_task(
     *,
     fresh_process: bool = False,
     num_returns: int | Literal["streaming"] = 1,
+    setup: WorkerSetup | None = None,
 ) -> RemoteTask:
     """Return a function as a Ray task with the resources of one worker; it is never retried by Ray.
 
@@ -113,6 +114,7 @@ def remote_task(
         context: of the step.
         fresh_process: whether the worker's process ends with the task, since a library leaves state behind.
         num_returns: how many references a call gives.
+        setup: what the worker begins with, where it is not the context's.
     """
     import ray
 
@@ -121,7 +123,7 @@ def remote_task(
         options["max_calls"] = 1
     call = _begin_and_iterate if num_returns == "streaming" else _begin_and_call
     task = ray.remote(**options)(call).options(name=function.__name__)
-    return RemoteTask(function, WorkerSetup.of(context), task)
+    return RemoteTask(function, setup or WorkerSetup.of(context), task)
 
 
 def _begin_and_call(setup: WorkerSetup, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

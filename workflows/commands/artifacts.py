@@ -1,12 +1,17 @@
 """`stillhouse artifacts …`: the commands about the store."""
 
+import time
+
 from cyclopts import App
 from rich.text import Text
 
-from workflows.commands import inspect_store
-from workflows.commands.options import FAILED, OK, AsJson, Count, Store, TrackingUri
-from workflows.commands.output import console, print_fields, print_json
-from workflows.engine.run import Settings
+from stages.errors import ConfigError
+from workflows.commands.find import find_store
+from workflows.commands.formatting import duration, fitting_table, size
+from workflows.commands.options import FAILED, OK, Count, Hours, OutputOptions, StoreOptions, TrackingOptions
+from workflows.commands.output import console, print_fields, print_json, say
+from workflows.engine import gc as engine_gc
+from workflows.engine.store import Commit
 
 artifacts = App(
     name="artifacts", help="The store: what is in it, whether it is whole, what to keep.", result_action="return_value"
@@ -14,78 +19,123 @@ artifacts = App(
 
 
 @artifacts.command(name="list")
-def list_artifacts(*, store: Store = "./.stillhouse", json: AsJson = False) -> int:
-    """List the artifacts: kind, step, size, when they were made.
-
-    Args:
-        store: the store.
-        json: print one JSON document and nothing else.
-    """
-    rows = inspect_store.list_artifacts(store)
-    if json:
+def list_artifacts(*, at: StoreOptions = StoreOptions(), output: OutputOptions = OutputOptions()) -> int:
+    """List the artifacts: kind, step, size, when they were made."""
+    store = find_store(at.store)
+    found = [commit for commit in map(store.newest, store.fingerprints()) if commit]
+    pins = set(store.pins())
+    rows = [
+        {
+            "fingerprint": commit.fingerprint,
+            "kind": commit.artifact.kind,
+            "step": _step(commit),
+            "size_bytes": _total_bytes(commit),
+            "seconds": commit.seconds,
+            "created": commit.manifest.created,
+            "run": commit.manifest.run,
+            "generation": commit.generation,
+            "pinned": commit.fingerprint in pins,
+        }
+        for commit in sorted(found, key=lambda commit: commit.manifest.created)
+    ]
+    if output.json:
         print_json({"artifacts": rows})
-    else:
-        inspect_store.print_artifacts(console(), rows)
+        return OK
+    cells = [
+        [
+            _step(commit),
+            commit.artifact.kind,
+            size(_total_bytes(commit)),
+            duration(commit.seconds),
+            time.strftime("%Y-%m-%d %H:%M", time.localtime(commit.manifest.created)),
+            commit.fingerprint[:12],
+            "pinned" if commit.fingerprint in pins else "",
+        ]
+        for commit in sorted(found, key=lambda commit: commit.manifest.created)
+    ]
+    out = console()
+    headings = ("workflow/step", "kind", "size", "took", "made", "fingerprint", "")
+    out.print(fitting_table(headings, cells, width=out.width, droppable=("took", "kind", "made")))
+    say(f"{len(found)} artifacts, {size(sum(map(_total_bytes, found)))}")
     return OK
 
 
 @artifacts.command
-def show(artifact: str, *, store: Store = "./.stillhouse", json: AsJson = False) -> int:
+def show(artifact: str, *, at: StoreOptions = StoreOptions(), output: OutputOptions = OutputOptions()) -> int:
     """Show an artifact: files, metrics, lineage, and the folder to load a checkpoint from.
 
     Args:
         artifact: the first digits of a fingerprint, or WORKFLOW/STEP.
-        store: the store.
-        json: print one JSON document and nothing else.
     """
-    answer = inspect_store.show(store, artifact)
-    if json:
-        print_json(answer)
-    else:
-        print_fields(answer)
+    store = find_store(at.store)
+    fingerprint = store.resolve(artifact)
+    commit = store.newest(fingerprint)
+    if commit is None:
+        reason = store.withdrawal(fingerprint) or "its step has not finished yet"
+        raise ConfigError(f"{fingerprint[:12]} has no commit: {reason}")
+    manifest, files = commit.manifest, commit.artifact.files
+    folders = sorted({file.uri.rsplit("/", 1)[0] for file in files if file.name.endswith("/config.json")})
+    answer = {
+        "fingerprint": fingerprint,
+        "kind": manifest.kind,
+        "step": _step(commit),
+        "run": manifest.run,
+        "generation": commit.generation,
+        "load from": "\n".join(folders) or "no checkpoint",
+        "size": size(_total_bytes(commit)),
+        "took": duration(commit.seconds),
+        "peak memory": size(manifest.peak_memory_bytes),
+        "metrics": manifest.metrics,
+        "fallbacks": list(manifest.fallbacks),
+        "inputs": {name: part.fingerprint[:12] for name, part in manifest.inputs.items()},
+        "provenance": manifest.provenance.model_dump(),
+        "files": [{"name": file.name, "size_bytes": file.size_bytes, "uri": file.uri} for file in files],
+    }
+    print_fields(answer, as_json=output.json)
     return OK
 
 
 @artifacts.command
-def verify(*which: str, store: Store = "./.stillhouse", json: AsJson = False) -> int:
+def verify(*which: str, at: StoreOptions = StoreOptions(), output: OutputOptions = OutputOptions()) -> int:
     """Hash files again and compare them with their manifests.
 
     What does not verify is withdrawn, and made again by the next run.
 
     Args:
         which: fingerprints or WORKFLOW/STEP; all if none is given.
-        store: the store.
-        json: print one JSON document and nothing else.
     """
-    rows = inspect_store.verify(store, which)
-    rotten = [row for row in rows if row["problems"]]
-    if json:
+    store, rows, rotten = find_store(at.store), [], 0
+    for fingerprint in map(store.resolve, which) if which else store.fingerprints():
+        commit = store.newest(fingerprint)
+        if commit is None:
+            continue
+        problems = store.problems(commit, deep=True)
+        rows.append({"fingerprint": fingerprint, "step": commit.manifest.step, "problems": problems})
+        if problems:
+            rotten += 1
+            store.withdraw(commit, problems[0])
+            if not output.json:
+                text = f"✗ {fingerprint[:12]} {commit.manifest.step}: {'; '.join(problems)}; withdrawn"
+                console().print(Text(text, style="bold red"), soft_wrap=True)
+    if output.json:
         print_json({"artifacts": rows})
     else:
-        out = console()
-        for row in rotten:
-            out.print(
-                Text(
-                    f"✗ {row['fingerprint'][:12]} {row['step']}: {'; '.join(row['problems'])}; withdrawn",
-                    style="bold red",
-                ),
-                soft_wrap=True,
-            )
-        out.print(f"{len(rows) - len(rotten)} artifacts verify, {len(rotten)} do not", highlight=False)
+        say(f"{len(rows) - rotten} artifacts verify, {rotten} do not")
     return FAILED if rotten else OK
 
 
 @artifacts.command
-def pin(artifact: str, *, note: str = "", store: Store = "./.stillhouse") -> int:
+def pin(artifact: str, *, note: str = "", at: StoreOptions = StoreOptions()) -> int:
     """Keep an artifact and what it was made from, whatever `gc` would say.
 
     Args:
         artifact: the first digits of a fingerprint, or WORKFLOW/STEP.
         note: why.
-        store: the store.
     """
-    fingerprint = inspect_store.pin(store, artifact, note)
-    console().print(f"pinned {fingerprint[:12]}", highlight=False)
+    store = find_store(at.store)
+    fingerprint = store.resolve(artifact)
+    store.pin(fingerprint, note)
+    say(f"pinned {fingerprint[:12]}")
     return OK
 
 
@@ -93,23 +143,42 @@ def pin(artifact: str, *, note: str = "", store: Store = "./.stillhouse") -> int
 def gc(
     *,
     keep_runs: Count = 5,
+    min_age_hours: Hours = 24.0,
     yes: bool = False,
-    store: Store = "./.stillhouse",
-    tracking_uri: TrackingUri = None,
-    json: AsJson = False,
+    at: TrackingOptions = TrackingOptions(),
+    output: OutputOptions = OutputOptions(),
 ) -> int:
-    """Collect what no pinned artifact, kept run or registered version reaches. Only tells, unless `--yes`.
+    """Collect what no pinned artifact, kept run or registered version reaches. Only lists, unless `--yes`.
+
+    Also: what failed attempts left, snapshots that no attempt goes on from, and the records of old runs whose artifacts
+    are gone and that MLflow has.
 
     Args:
         keep_runs: keep what the newest so many runs used.
+        min_age_hours: keep what was written less than so many hours ago.
         yes: delete.
-        store: the store.
-        tracking_uri: MLflow's tracking URI.
-        json: print one JSON document and nothing else.
     """
-    answer = inspect_store.collect(Settings(store=store, tracking_uri=tracking_uri), keep_runs=keep_runs, delete=yes)
-    if json:
-        print_json(answer)
-    else:
-        inspect_store.print_collected(console(), answer)
+    store = find_store(at.store)
+    garbage = engine_gc.find_garbage(
+        store, tracking_uri=at.tracking_uri, keep_runs=keep_runs, min_age_seconds=min_age_hours * 3600
+    )
+    if yes:
+        engine_gc.delete(store, garbage)
+    if output.json:
+        print_json({**garbage.to_json(), "deleted": yes})
+        return OK
+    for item in garbage.items:
+        say(f"{item.name[:15]:15}  {item.text}  {size(item.size_bytes)}")
+    for kind, items in garbage.by_kind().items():
+        say(f"{len(items)} {kind}s, {size(sum(item.size_bytes for item in items))}")
+    verb = "deleted" if yes else "would be deleted (give --yes to do it)"
+    say(f"{size(garbage.size_bytes)} {verb}; {len(garbage.kept)} artifacts kept")
     return OK
+
+
+def _step(commit: Commit) -> str:
+    return f"{commit.manifest.workflow}/{commit.manifest.step}"
+
+
+def _total_bytes(commit: Commit) -> int:
+    return sum(file.size_bytes for file in commit.artifact.files)

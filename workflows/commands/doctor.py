@@ -5,22 +5,31 @@ import shutil
 import socket
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
-from typing import Any, Literal
-from urllib.parse import urlsplit
+from typing import Literal
+
+from rich.text import Text
 
 from stages.errors import ConfigError
 from stages.storage import cache_root, is_remote
+from workflows.commands.formatting import plain_table
+from workflows.commands.options import FAILED, OK, OutputOptions, TrackingOptions
+from workflows.commands.output import console, print_json
 from workflows.engine.ray_executor import local_resources, probe
+from workflows.engine.redaction import redacted
 from workflows.engine.run import Settings
 from workflows.engine.store import ArtifactStore
+from workflows.engine.tracking.tracking_uri import TrackingUnavailable, check_tracking_uri, is_server, sqlite_path
 
 FREE_BYTES_WANTED = 5 * 10**9
 """The quickstart's store takes some 100 MB; a 1-billion-parameter student with its snapshots takes about 5 GB."""
 HUB = ("huggingface.co", 443)
 CONNECT_SECONDS = 3.0
 SUPPORTED = {"ray": "2.60", "torch": "2.1", "transformers": "5.1", "mlflow": "3.17", "llmcompressor": "0.14"}
+INSTALL = "pip install -c constraints.txt -e ."
+DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
+MARK = {"fine": ("✓", "green"), "note": ("·", "dim"), "wrong": ("✗", "bold red")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,24 +41,37 @@ class Finding:
     text: str
     remedy: str = ""
 
-    def to_json(self) -> dict[str, Any]:
-        """Return plain JSON."""
-        return asdict(self)
+
+def doctor(
+    *,
+    at: TrackingOptions = TrackingOptions(),
+    address: str | None = None,
+    output: OutputOptions = OutputOptions(),
+) -> int:
+    """Look at Python, torch, GPU, Ray, MLflow, store, hub and disk: what is fine, what is not, what to do.
+
+    Args:
+        address: HOST:PORT of a Ray cluster's head.
+    """
+    findings = examine(replace(at.settings, address=address))
+    if output.json:
+        print_json({"findings": [asdict(finding) for finding in findings]})
+    else:
+        table = plain_table()
+        for finding in findings:
+            mark, style = MARK[finding.state]
+            remedy = f"\n→ {finding.remedy}" if finding.remedy else ""
+            table.add_row(Text(mark, style=style), finding.subject, finding.text + remedy)
+        console().print(table)
+    return FAILED if any(finding.state == "wrong" for finding in findings) else OK
 
 
 def examine(settings: Settings) -> list[Finding]:
     """Look at everything that a run needs; nothing is changed but a probe in the store."""
-    parts = (
-        _python(),
-        _packages(),
-        _devices(),
-        _ray(settings.address),
-        _store(settings),
-        _tracking(settings),
-        _hub(),
-        _disk(settings),
-    )
-    return [finding for part in parts for finding in part]
+    store = ArtifactStore(settings.store)
+    parts = (_python(), _packages(), _devices(), _ray(settings.address))
+    more = (_store(store), _tracking(settings, store), _hub(), _disk(settings.store))
+    return [finding for part in (*parts, *more) for finding in part]
 
 
 def _python() -> Iterator[Finding]:
@@ -57,9 +79,8 @@ def _python() -> Iterator[Finding]:
     if (3, 11) <= sys.version_info[:2] <= (3, 13):
         yield Finding("Python", "fine", version)
     else:
-        yield Finding(
-            "Python", "wrong", f"{version}, expected 3.11 to 3.13", "make a virtual environment with another Python"
-        )
+        remedy = "make a virtual environment with another Python"
+        yield Finding("Python", "wrong", f"{version}, expected 3.11 to 3.13", remedy)
 
 
 def _packages() -> Iterator[Finding]:
@@ -67,12 +88,12 @@ def _packages() -> Iterator[Finding]:
         try:
             version = metadata.version(name)
         except metadata.PackageNotFoundError:
-            yield Finding(name, "wrong", "not installed", "pip install -c constraints.txt -e .")
+            yield Finding(name, "wrong", "not installed", INSTALL)
             continue
         if version.startswith(prefix):
             yield Finding(name, "fine", version)
         else:
-            yield Finding(name, "wrong", f"{version}, tested with {prefix}.*", "pip install -c constraints.txt -e .")
+            yield Finding(name, "wrong", f"{version}, tested with {prefix}.*", INSTALL)
 
 
 def _devices() -> Iterator[Finding]:
@@ -81,41 +102,31 @@ def _devices() -> Iterator[Finding]:
     if torch.cuda.is_available():
         names = ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
         yield Finding("GPU", "fine", names)
-    elif local_resources().gpus:
-        yield Finding(
-            "GPU",
-            "wrong",
-            f"{local_resources().gpus:.0f} there, but torch {torch.__version__} cannot use them",
-            "install a CUDA build of torch",
-        )
+    elif gpus := local_resources().gpus:
+        text = f"{gpus:.0f} there, but torch {torch.__version__} cannot use them"
+        yield Finding("GPU", "wrong", text, "install a CUDA build of torch")
     else:
-        yield Finding(
-            "GPU",
-            "note",
-            f"none here; steps run on {os.cpu_count()} CPU cores, {torch.get_num_threads()} torch threads",
-        )
+        text = f"none here; steps run on {os.cpu_count()} CPU cores, {torch.get_num_threads()} torch threads"
+        yield Finding("GPU", "note", text)
 
 
 def _ray(address: str | None) -> Iterator[Finding]:
-    mode = os.environ.get("RAY_AUTH_MODE", "token, with a token of its own for each run")
+    mode = os.environ.get("RAY_AUTH_MODE")
     if address is None:
-        yield Finding("Ray", "fine", f"started here for each run; authentication: {mode}")
+        text = f"started here for each run; authentication: {mode or 'token, with a token of its own for each run'}"
+        yield Finding("Ray", "fine", text)
         return
     try:
         probe(address)
-        yield Finding(
-            "Ray",
-            "fine",
-            f"a cluster answers at {address}; authentication: {os.environ.get('RAY_AUTH_MODE', 'Ray’s default')}",
-        )
     except ConfigError as error:
-        yield Finding(
-            "Ray", "wrong", str(error), "check the address and the network; a head listens on 6379 by default"
-        )
+        remedy = "check the address and the network; a head listens on 6379 by default"
+        yield Finding("Ray", "wrong", str(error), remedy)
+    else:
+        text = f"a cluster answers at {address}; authentication: {mode or 'Ray’s default'}"
+        yield Finding("Ray", "fine", text)
 
 
-def _store(settings: Settings) -> Iterator[Finding]:
-    store = ArtifactStore(settings.store)
+def _store(store: ArtifactStore) -> Iterator[Finding]:
     try:
         store.check_writable()
         yield Finding("store", "fine", f"{store.uri} can be written; {len(store.fingerprints())} artifacts")
@@ -123,51 +134,65 @@ def _store(settings: Settings) -> Iterator[Finding]:
         yield Finding("store", "wrong", str(error))
 
 
-def _tracking(settings: Settings) -> Iterator[Finding]:
-    uri = settings.tracking(ArtifactStore(settings.store))
-    if not uri.startswith(("http://", "https://")):
-        yield Finding("MLflow", "fine", uri)
+def _tracking(settings: Settings, store: ArtifactStore) -> Iterator[Finding]:
+    try:
+        uri = settings.tracking(store)
+        check_tracking_uri(uri)
+    except TrackingUnavailable as error:
+        remedy = "work goes on without it and the journal is sent later; start it to see runs now"
+        yield Finding("MLflow", "wrong", str(error), remedy)
         return
-    parts = urlsplit(uri)
-    port = parts.port or (443 if parts.scheme == "https" else 80)
-    if _connects(parts.hostname or "", port):
-        yield Finding("MLflow", "fine", f"a server answers at {parts.hostname}:{port}")
+    except ConfigError as error:
+        yield Finding("MLflow", "wrong", str(error))
+        return
+    if sqlite_path(uri) is None and not is_server(uri):
+        yield _database(uri)
     else:
-        yield Finding(
-            "MLflow",
-            "wrong",
-            f"nothing answers at {parts.hostname}:{port}",
-            "work goes on without it and the journal is sent later; start it to see runs now",
-        )
+        yield Finding("MLflow", "fine", f"a server answers at {redacted(uri)}" if is_server(uri) else uri)
+
+
+def _database(uri: str) -> Finding:
+    """Look at a database that MLflow is to be kept in: whether its driver is here, and something listens there."""
+    from sqlalchemy import make_url
+    from sqlalchemy.exc import SQLAlchemyError
+
+    shown = redacted(uri)
+    try:
+        parts = make_url(uri)
+        parts.get_dialect().import_dbapi()
+    except SQLAlchemyError as error:
+        return Finding("MLflow", "wrong", f"{shown} is no database's URI: {redacted(str(error))}")
+    except ImportError as error:
+        return Finding("MLflow", "wrong", f"{shown} needs a driver that is not installed", f"pip install {error.name}")
+    port = parts.port or DATABASE_PORTS[parts.get_backend_name()]
+    if parts.host and not _connects(parts.host, port):
+        remedy = "work goes on without it and the journal is sent later; start it to see runs now"
+        return Finding("MLflow", "wrong", f"no database answers at {parts.host}:{port}", remedy)
+    return Finding("MLflow", "fine", f"a database answers at {shown}")
 
 
 def _hub() -> Iterator[Finding]:
     if os.environ.get("HF_HUB_OFFLINE") == "1":
         yield Finding("hub", "note", "HF_HUB_OFFLINE=1: hub ids are refused, local checkpoints work")
     elif _connects(*HUB):
-        yield Finding(
-            "hub", "fine", f"{HUB[0]} answers; HF_TOKEN is {'set' if os.environ.get('HF_TOKEN') else 'not set'}"
-        )
+        token = "set" if os.environ.get("HF_TOKEN") else "not set"
+        yield Finding("hub", "fine", f"{HUB[0]} answers; HF_TOKEN is {token}")
     else:
-        yield Finding(
-            "hub",
-            "note",
-            f"{HUB[0]} does not answer; local checkpoints and texts work",
-            "needed only where a hub id is named",
-        )
+        text = f"{HUB[0]} does not answer; local checkpoints and texts work"
+        yield Finding("hub", "note", text, "needed only where a hub id is named")
 
 
-def _disk(settings: Settings) -> Iterator[Finding]:
-    places = {"cache": str(cache_root())}
-    if not is_remote(settings.store):
-        places["store"] = os.path.abspath(settings.store)
+def _disk(store: str) -> Iterator[Finding]:
+    places = {"cache": str(cache_root())} | ({} if is_remote(store) else {"store": os.path.abspath(store)})
     for name, path in places.items():
         while not os.path.exists(path):
             path = os.path.dirname(path)
         free = shutil.disk_usage(path).free
-        state: Literal["fine", "wrong"] = "fine" if free >= FREE_BYTES_WANTED else "wrong"
-        remedy = "" if state == "fine" else "free space: stillhouse artifacts gc"
-        yield Finding(f"disk ({name})", state, f"{free / 1e9:.0f} GB free at {path}", remedy)
+        text = f"{free / 1e9:.0f} GB free at {path}"
+        if free >= FREE_BYTES_WANTED:
+            yield Finding(f"disk ({name})", "fine", text)
+        else:
+            yield Finding(f"disk ({name})", "wrong", text, "free space: stillhouse artifacts gc")
 
 
 def _connects(host: str, port: int) -> bool:

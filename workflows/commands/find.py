@@ -1,4 +1,4 @@
-"""Finds workflows: by the name of a file in `workflows/`, or by the path of a user's own file."""
+"""Finds what a command names: a workflow in `workflows/` or in a user's own file, a store, a run."""
 
 import importlib
 import importlib.util
@@ -15,9 +15,36 @@ from pydantic import ValidationError
 
 from stages.errors import ConfigError, StillhouseError, nearest
 from workflows.engine.graph import Workflow
+from workflows.engine.store import ArtifactStore
 
 HERE = Path(__file__).parent
 WORKFLOWS = HERE.parent
+
+
+def find_store(uri: str) -> ArtifactStore:
+    """Return the store at a place.
+
+    Raises:
+        ConfigError: there is nothing there.
+    """
+    store = ArtifactStore(uri)
+    local = store.root.local_path()
+    if local is not None and not local.is_dir():
+        raise ConfigError(f"there is no store at {uri!r}; run a workflow first, or name its store with --store")
+    return store
+
+
+def find_run(store: ArtifactStore, run: str) -> Mapping[str, str]:
+    """Return step → fingerprint of a run.
+
+    Raises:
+        ConfigError: the store has no such run; names the nearest.
+    """
+    runs = store.root / "runs"
+    steps: Mapping[str, str] | None = (runs / run).find_json("steps.json")
+    if steps is None:
+        raise ConfigError(f"the store {store.uri} has no run {run!r}{nearest(run, runs.children())}")
+    return steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +66,7 @@ class FoundWorkflow:
         except (StillhouseError, ValidationError):
             raise
         except Exception as error:
-            raise ConfigError(f"the workflow {self.name!r} cannot be built: {_told(error)}") from error
+            raise ConfigError(f"the workflow {self.name!r} cannot be built: {_describe(error)}") from error
         if not isinstance(made, Workflow):
             raise ConfigError(
                 f"the workflow function {self.name!r} returned {made!r}, expected a Workflow; does it `return` one?"
@@ -47,7 +74,7 @@ class FoundWorkflow:
         return made
 
 
-def _told(error: Exception) -> str:
+def _describe(error: Exception) -> str:
     """Return an error's type, message, and where in the user's file it came from."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).parent != HERE]
     own = next((frame for frame in reversed(frames) if "site-packages" not in frame.filename), None)
@@ -94,41 +121,40 @@ def _load(file: Path) -> ModuleType:
     try:
         spec.loader.exec_module(module)
     except Exception as error:
-        raise ConfigError(f"the workflow file {str(file)!r} cannot be imported: {_told(error)}") from error
+        raise ConfigError(f"the workflow file {str(file)!r} cannot be imported: {_describe(error)}") from error
     finally:
         sys.path.remove(str(file.parent))
     return module
 
 
-def _functions(module: ModuleType) -> list[str]:
-    """Return the functions of a module that say they return a Workflow."""
-    return [
-        name
+def _functions(module: ModuleType) -> dict[str, Callable[..., Workflow]]:
+    """Return the functions of a module that are declared to return a Workflow."""
+    return {
+        name: value
         for name, value in vars(module).items()
         if inspect.isfunction(value)
         and value.__module__ == module.__name__
         and value.__annotations__.get("return") in (Workflow, "Workflow")
-    ]
+    }
 
 
 def _only_function(module: ModuleType, path: str) -> str:
-    found = _functions(module)
-    if len(found) != 1:
-        many = (
-            f"several workflows ({', '.join(found)}); choose one: {path}:{found[0]}"
-            if found
-            else "no function that returns a Workflow (`def name(…) -> Workflow`)"
-        )
-        raise ConfigError(f"{path!r} has {many}")
-    return found[0]
+    found = list(_functions(module))
+    if len(found) == 1:
+        return found[0]
+    many = (
+        f"several workflows ({', '.join(found)}); choose one: {path}:{found[0]}"
+        if found
+        else "no function that returns a Workflow (`def name(…) -> Workflow`)"
+    )
+    raise ConfigError(f"{path!r} has {many}")
 
 
 def _function(module: ModuleType, name: str) -> Callable[..., Workflow]:
     known = _functions(module)
     if name not in known:
         raise ConfigError(
-            f"{module.__file__} has no workflow function {name!r}{nearest(name, known)}; it must be declared `-> "
+            f"{module.__file__} has no workflow function {name!r}{nearest(name, list(known))}; it must be declared `-> "
             "Workflow`"
         )
-    build: Callable[..., Workflow] = getattr(module, name)
-    return build
+    return known[name]

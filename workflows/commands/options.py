@@ -1,41 +1,86 @@
-"""What the commands' options are called, and the exit codes."""
+"""The options that commands share, each written once, and the exit codes.
 
+cyclopts flattens these dataclasses into a command's own options (`name="*"`): a field is an option, its docstring the
+help.
+"""
+
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from cyclopts import Parameter, validators
+
+from workflows.engine.run import Settings
 
 OK, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
 """Exit codes: every required step is committed; a step failed; the request is wrong; Ctrl-C."""
 
+Workflow = Annotated[str, Parameter(allow_leading_hyphen=True, show_default=False)]
 Tokens = Annotated[str, Parameter(show=False, allow_leading_hyphen=True)]
-Name = Annotated[str, Parameter(allow_leading_hyphen=True, show_default=False)]
-Store = Annotated[str, Parameter(help="The store: a path, s3://, gs:// or az:// URI.")]
-TrackingUri = Annotated[
-    str | None, Parameter(help="MLflow's tracking URI; a sqlite file inside the store if not given.")
-]
+Flag = Annotated[bool, Parameter(negative=())]
 Port = Annotated[int, Parameter(validator=validators.Number(gte=1, lte=65535))]
 Count = Annotated[int, Parameter(validator=validators.Number(gte=0))]
-AsJson = Annotated[bool, Parameter(name="--json", negative=(), help="Print one JSON document and nothing else.")]
+Hours = Annotated[float, Parameter(validator=validators.Number(gte=0))]
 
-HELP = ("--help", "-h")
 
-COMMON: dict[str, tuple[Any, Any]] = {
-    "params": (
-        Annotated[Path | None, Parameter(help="A YAML file of the workflow's parameters; options override it.")],
-        None,
-    ),
-    "store": (Store, "./.stillhouse"),
-    "address": (
-        Annotated[str | None, Parameter(help="HOST:PORT of a Ray cluster's head; this machine if not given.")],
-        None,
-    ),
-    "only": (Annotated[str | None, Parameter(help="This step and what it needs.")], None),
-    "strict_code": (
-        Annotated[bool, Parameter(negative=(), help="A found result whose stage's code changed since is made again.")],
-        False,
-    ),
-    "json": (AsJson, False),
-    "tracking_uri": (TrackingUri, None),
-    "verbose": (Annotated[bool, Parameter(negative=(), help="Let Ray's and the workers' own output through.")], False),
-}
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class OutputOptions:
+    """How a command answers."""
+
+    json: Flag = False
+    """Print one JSON document and nothing else."""
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class StoreOptions:
+    """Which store."""
+
+    store: str = "./.stillhouse"
+    """The store: a path, s3://, gs:// or az:// URI."""
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class TrackingOptions(StoreOptions):
+    """Which store, and which MLflow."""
+
+    tracking_uri: str | None = None
+    """MLflow's tracking URI; a sqlite file inside the store if not given."""
+
+    @property
+    def settings(self) -> Settings:
+        """What the engine is asked with."""
+        return Settings(store=self.store, tracking_uri=self.tracking_uri)
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class RunOptions(OutputOptions, TrackingOptions):
+    """What a request for a run takes beside the workflow's own parameters."""
+
+    params: Path | None = None
+    """A YAML file of the workflow's parameters; options override it."""
+    address: str | None = None
+    """HOST:PORT of a Ray cluster's head; this machine if not given."""
+    only: str | None = None
+    """This step and what it needs."""
+    strict_code: Flag = False
+    """A found result whose stage's code changed since is made again."""
+    verbose: Flag = False
+    """Let Ray's and the workers' own output through."""
+
+    @property
+    def settings(self) -> Settings:
+        """What the engine is asked with."""
+        return Settings(self.store, self.tracking_uri, self.address, self.only, self.strict_code, self.verbose)
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class ExplainOptions(RunOptions):
+    """What `explain` takes beside the workflow's own parameters."""
+
+    against: str | None = None
+    """A run's id: show what differs from the step's result in it."""

@@ -1,4 +1,4 @@
-"""What commands print: the console, names and values, and the JSON documents."""
+"""Where commands print: the console, names and values, and JSON documents."""
 
 import json
 import sys
@@ -6,11 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.pretty import Pretty
 
-from workflows.engine.plan import Plan
-from workflows.engine.redaction import redacted
-from workflows.engine.run import Execution
+from workflows.commands.formatting import plain_table
 
 PIPE_COLUMNS = 140
 
@@ -23,64 +21,24 @@ def console(*, stderr: bool = False, quiet: bool = False) -> Console:
     return made if made.is_terminal else Console(**plain, width=PIPE_COLUMNS)
 
 
+def say(text: str) -> None:
+    """Print a line as it is: neither wrapped nor colored."""
+    console().print(text, highlight=False, soft_wrap=True)
+
+
 def print_json(value: Any) -> None:
     """Write one JSON document to standard output."""
     sys.stdout.write(json.dumps(value, indent=1) + "\n")
 
 
-def print_fields(answer: Mapping[str, Any]) -> None:
-    """Print names and values."""
-    from rich.pretty import Pretty
-
-    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+def print_fields(answer: Mapping[str, Any], *, as_json: bool) -> None:
+    """Print names and values: as a table, or as one JSON document."""
+    if as_json:
+        print_json(answer)
+        return
+    table = plain_table()
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in answer.items():
         table.add_row(name, value if isinstance(value, str) else Pretty(value, expand_all=False))
     console().print(table)
-
-
-def plan_json(planned: Plan) -> dict[str, Any]:
-    """Return a plan as plain JSON."""
-    return {"workflow": planned.workflow.name, "steps": [step.to_json() for step in planned.steps.values()]}
-
-
-def execution_json(execution: Execution) -> dict[str, Any]:
-    """Return a run as plain JSON: its steps, what it ran, candidates and verdict."""
-    result = execution.result
-    steps = []
-    for name, step in result.steps.items():
-        artifact = execution.store.uri_of(f"artifacts/{step.commit.fingerprint}") if step.commit else None
-        planned = execution.plan.steps[name].to_json()
-        steps.append(
-            {
-                **planned,
-                "outcome": step.outcome,
-                "artifact": artifact,
-                "detail": step.reason,
-                "log": step.log,
-                "attempts": step.attempts,
-            }
-        )
-    reports = list(execution.reports.values())
-    candidates = [
-        {
-            "name": c["name"],
-            "artifact": c["uri"],
-            "metrics": c["metrics"],
-            "params": c["params"],
-            "notes": c.get("notes", {}),
-        }
-        for report in reports
-        for c in report["candidates"]
-    ]
-    return {
-        "run": result.run,
-        "outcome": "succeeded" if result.succeeded else "interrupted" if result.interrupted else "failed",
-        "executed": result.executed,
-        "steps": steps,
-        "candidates": candidates,
-        "verdict": reports[-1]["verdict"] if reports else None,
-        "seconds": round(execution.seconds, 3),
-        "tracking_uri": redacted(execution.tracking_uri),
-    }

@@ -6,61 +6,64 @@ models, and messages without a parser's jargon.
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 import yaml
 from cyclopts import App, Parameter
-from cyclopts.config import Yaml
+from cyclopts.config import Dict
 from pydantic import BaseModel, Field, ValidationError, create_model
 
 from stages.errors import ConfigError, nearest
 from workflows.commands.find import FoundWorkflow
+from workflows.commands.options import RunOptions
 
-Options = Mapping[str, tuple[Any, Any]]
-"""Option → (type, default)."""
-Act = Callable[[FoundWorkflow, Mapping[str, Any], Mapping[str, Any], Sequence[str]], int]
-"""Takes a workflow, its parameters, the common options and the words of the command; returns the exit code."""
+OPTIONS = "options_of_every_workflow"
+"""The parameter that holds the common options; the command line never sees its name."""
+
+Chosen = TypeVar("Chosen", bound=RunOptions)
 
 
 def with_parameters(
     verb: str,
     found: FoundWorkflow,
     tokens: Sequence[str],
-    options: Options,
-    act: Act,
+    options: Chosen,
+    act: Callable[[FoundWorkflow, Mapping[str, Any], Chosen], int],
 ) -> int:
-    """Parse a workflow's own parameters beside the common options, then act."""
+    """Parse a workflow's own parameters beside the common options, then act; return the exit code.
+
+    Args:
+        verb: the command.
+        found: the workflow.
+        tokens: the rest of the command line.
+        options: the common options' defaults.
+        act: what to do with the workflow, its parameters and the common options.
+    """
     signature = inspect.signature(found.build)
     hints = get_type_hints(found.build, include_extras=True)
-    hints.pop("return", None)
     own = [_with_defaults_inside(parameter, hints[name]) for name, parameter in signature.parameters.items()]
-    if taken := sorted(set(signature.parameters) & set(options)):
+    names = [field.name for field in fields(options)]
+    if taken := sorted(set(signature.parameters) & {*names, OPTIONS}):
         raise ConfigError(
             f"workflow {found.name!r} has a parameter {taken[0]!r}, which is an option of every workflow; rename it"
         )
-    common = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint)
-        for name, (hint, default) in options.items()
-    ]
+    common = inspect.Parameter(OPTIONS, inspect.Parameter.KEYWORD_ONLY, default=options, annotation=type(options))
 
     def command(**values: Any) -> int:
-        chosen = {name: values.get(name, default) for name, (_, default) in options.items()}
-        given = {
-            name: _as_declared(value, signature.parameters[name])
-            for name, value in values.items()
-            if name not in options
-        }
-        return act(found, given, chosen, tokens)
+        chosen = values.pop(OPTIONS, options)
+        given = {name: _as_declared(value, signature.parameters[name]) for name, value in values.items()}
+        return act(found, given, chosen)
 
-    command.__signature__ = inspect.Signature([*own, *common])  # type: ignore[attr-defined]
-    command.__annotations__ = {parameter.name: parameter.annotation for parameter in (*own, *common)}
+    command.__signature__ = inspect.Signature([*own, common])  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in (*own, common)}
     command.__doc__ = found.build.__doc__
     sub = App(
         name=f"stillhouse {verb} {found.name}",
         result_action="return_value",
         version_flags=[],
-        config=_params_file(tokens, [*signature.parameters, *options]),
+        config=_params_file(tokens, [*signature.parameters, *names]),
         default_parameter=Parameter(consume_multiple=True),  # `--documents a.txt b.txt`, as a shell's glob gives it
     )
     sub.default(command)
@@ -73,11 +76,11 @@ def _with_defaults_inside(parameter: inspect.Parameter, hint: Any) -> inspect.Pa
     default = parameter.default
     if not isinstance(default, BaseModel) or hint is not type(default):
         return parameter.replace(annotation=hint)
-    fields: dict[str, Any] = {
+    changed: dict[str, Any] = {
         name: (field.rebuild_annotation(), Field(getattr(default, name), description=field.description))
         for name, field in hint.model_fields.items()
     }
-    model = create_model(hint.__name__, __base__=hint, **fields)
+    model = create_model(hint.__name__, __base__=hint, **changed)
     return parameter.replace(annotation=model, default=model(**dict(default)))
 
 
@@ -86,41 +89,35 @@ def _as_declared(value: Any, parameter: inspect.Parameter) -> Any:
     return type(parameter.default)(**dict(value)) if isinstance(parameter.default, BaseModel) else value
 
 
-def _params_file(tokens: Sequence[str], known: Sequence[str]) -> list[Yaml]:
-    """Return the source of parameters that `--params FILE` names."""
-    for index, token in enumerate(tokens):
-        name, _, value = token.partition("=")
-        if name == "--params":
-            path = Path(value or (tokens[index + 1] if index + 1 < len(tokens) else ""))
-            if not path.is_file():
-                raise ConfigError(
-                    f"--params names {str(path)!r}, which is not a file; expected a YAML file of the workflow's "
-                    "parameters"
-                )
-            _check_yaml(path, known)
-            return [Yaml(path, must_exist=True, use_commands_as_keys=False)]
-    return []
+def _params_file(tokens: Sequence[str], known: Sequence[str]) -> list[Dict]:
+    """Return the source of parameters that `--params FILE` names.
 
-
-def _check_yaml(path: Path, known: Sequence[str]) -> None:
-    """Refuse a file that holds anything but values of known parameters."""
+    Raises:
+        ConfigError: it is no YAML file of values of known parameters.
+    """
+    index = next((index for index, token in enumerate(tokens) if token.partition("=")[0] == "--params"), None)
+    if index is None:
+        return []
+    path = Path(tokens[index].partition("=")[2] or "".join(tokens[index + 1 : index + 2]))
+    if not path.is_file():
+        raise ConfigError(
+            f"--params names {str(path)!r}, which is not a file; expected a YAML file of the workflow's parameters"
+        )
+    what = f"the parameters' file {str(path)!r}"
     try:
         values = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"the parameters' file {str(path)!r} is not YAML: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"{what} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
-        raise ConfigError(
-            f"the parameters' file {str(path)!r} holds {values!r}, expected `name: value` for each parameter"
-        )
+        raise ConfigError(f"{what} holds {values!r}, expected `name: value` for each parameter")
     for name in map(str, values):
         if name.replace("-", "_") not in known:
-            raise ConfigError(
-                f"the parameters' file {str(path)!r} has {name!r}, which is no parameter{nearest(name, list(known))}"
-            )
+            raise ConfigError(f"{what} has {name!r}, which is no parameter{nearest(name, list(known))}")
+    return [Dict(values, source=str(path), use_commands_as_keys=False)]
 
 
 def changed_parameters(found: FoundWorkflow, parameters: Mapping[str, Any]) -> dict[str, str]:
-    """Return the parameters that differ from their defaults, as words short enough for the ledger."""
+    """Return the parameters that differ from their defaults, as strings short enough for MLflow's params."""
     defaults = {name: parameter.default for name, parameter in inspect.signature(found.build).parameters.items()}
     return {name: str(value)[:250] for name, value in parameters.items() if value != defaults[name]}
 

@@ -1,16 +1,8 @@
-"""`stillhouse init`: a commented workflow file to start from, that runs."""
-
-from pathlib import Path
-
-from stages.errors import ConfigError
-
-FILE = "my_workflow.py"
-
-TEXT = '''"""A workflow of your own. Run it:  stillhouse run {file}
+"""A workflow of your own. Run it:  stillhouse run my_workflow.py
 
 A workflow is a function that returns a graph of steps. Its keyword parameters are the command's options:
-`stillhouse run {file} --help` lists them with their types, bounds and defaults. Nothing runs while the graph is built;
-a variant is another argument, a matrix is a `for` loop.
+`stillhouse run my_workflow.py --help` lists them with their types, bounds and defaults. Nothing runs while the graph is
+built; a variant is another argument, a matrix is a `for` loop.
 """
 
 from typing import Annotated
@@ -71,10 +63,10 @@ def my_workflow(
     # The teacher's distribution is computed once and kept; every student learns from the same signals.
     signals = flow.step("signals", Teach(method=TopK(k=16)), teacher=teacher, data=corpus)
 
-    models = {{"teacher": teacher}}
+    models = {"teacher": teacher}
     for depth in layers:
-        models[f"layers{{depth}}"] = flow.step(
-            f"train.layers{{depth}}",
+        models[f"layers{depth}"] = flow.step(
+            f"train.layers{depth}",
             Train(
                 model=Llama(layers=depth, width=64, heads=4),
                 objectives=(CrossEntropy(weight=0.1), SoftTarget(weight=0.9, temperature=2.0)),
@@ -89,21 +81,3 @@ def my_workflow(
         )
     flow.step("scores", Evaluate(seed=seed), data=corpus, reference=teacher, models=models)
     return flow
-'''
-
-
-def write(folder: Path) -> Path:
-    """Write the starter file into a folder and return its path.
-
-    Raises:
-        ConfigError: the file is there already, or the folder cannot be written.
-    """
-    path = folder / FILE
-    if path.exists():
-        raise ConfigError(f"{str(path)!r} is there already and is not overwritten; give another folder")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(TEXT.format(file=FILE))
-    except OSError as error:
-        raise ConfigError(f"{str(folder)!r} cannot be written: {error}") from error
-    return path

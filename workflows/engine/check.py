@@ -110,7 +110,7 @@ def _kind(workflow: Workflow, source: Source) -> Kind:
 
 
 def _label(source: Source) -> str:
-    return f"step {source.step!r}" if isinstance(source, Handle) else f"given {source.name!r}"
+    return f"step {source.step!r}" if isinstance(source, Handle) else f"external data {source.name!r}"
 
 
 def _kinds(spec: Input) -> str:

@@ -2,6 +2,10 @@
 
 Crash-only: there is no state but the store. Kill it anywhere and call `run` again with the same workflow: committed
 steps are HITs, and long steps go on from what they left in `resume`.
+
+Promises: a store that fails is asked again; what stays broken fails the one attempt, never the run. What follows a
+commit is done as far as the store lets it. A step that another run took over is stopped within `LEASE_SECONDS`. A
+watcher that raises does no harm.
 """
 
 import logging
@@ -13,20 +17,21 @@ from dataclasses import dataclass, field
 from threading import Event as Flag
 
 from stages.contract import Artifact
-from stages.errors import ExternalDataError
-from stages.storage import Folder
+from stages.errors import ExternalDataError, StillhouseError
+from stages.storage import STORE_ERRORS, Folder
 from workflows.engine import events
 from workflows.engine.events import RunEvent
 from workflows.engine.executor import Attempt, AttemptResult, Executor, ProgressUpdates
 from workflows.engine.external import ResolvedStep, ResolvedSteps
 from workflows.engine.failures import Failure, FailureKind
 from workflows.engine.graph import Handle, Source, Wiring
-from workflows.engine.heartbeat import Heartbeat, Holder
+from workflows.engine.heartbeat import Holder
 from workflows.engine.manifest import InputCommit, Manifest, Provenance
-from workflows.engine.plan import Plan, StepPlan
+from workflows.engine.plan import Plan, StepPlan, input_commits
 from workflows.engine.provenance import code_evidence
 from workflows.engine.recorder import Recorder
 from workflows.engine.results import STATUS_OF, RunResult, StepResult, StepStatus, Watcher
+from workflows.engine.retrying import attempt_once, brief, persist
 from workflows.engine.schedule import (
     Began,
     Capacity,
@@ -37,6 +42,7 @@ from workflows.engine.schedule import (
     Held,
     Interrupted,
     Launch,
+    Overtaken,
     Phase,
     Schedule,
     Stop,
@@ -56,20 +62,23 @@ REPORT_SECONDS = 0.5
 """How often stages' reports are fetched."""
 IDLE_SECONDS = 0.05
 """How long a turn waits while steps wait for another run or a backoff, and nothing runs."""
+LEASE_SECONDS = 5.0
+"""How often a run looks whether another one took a running step over: one listing for each such step."""
 
 
 @dataclass(slots=True)
 class Driver:
-    """One run of a plan."""
+    """One run of a plan, in a process whose heartbeat beats (`heartbeat.Heartbeat`)."""
 
     plan: Plan
     store: ArtifactStore
-    tasks: Executor
+    executor: Executor
     run: str
     record: Callable[[RunEvent], None]
     watcher: Watcher
     interrupt: Flag = field(default_factory=Flag)
     clock: Callable[[], float] = time.monotonic
+    pause: Callable[[float], None] = time.sleep
     _recorder: Recorder = field(init=False)
     _schedule: Schedule = field(init=False)
     _claims: dict[str, Claim] = field(init=False, default_factory=dict)
@@ -78,7 +87,7 @@ class Driver:
     _shared: set[str] = field(init=False, default_factory=set)
     _hits: frozenset[str] = field(init=False)
     _next_reports: float = field(init=False, default=0.0)
-    _events: deque[Event] = field(init=False, default_factory=deque)
+    _next_lease_check: float = field(init=False, default=0.0)
 
     def __post_init__(self) -> None:
         """Take the plan's hits as committed."""
@@ -87,143 +96,139 @@ class Driver:
             name: step.commit for name, step in self.plan.steps.items() if step.status == "HIT" and step.commit
         }
         self._hits = frozenset(self._commits)
-        shape = self.tasks.cluster_resources()
-        steps = {name: planned.step for name, planned in self.plan.steps.items()}
+        cluster = self.executor.cluster_resources()
         self._schedule = new_schedule(
-            steps,
+            {name: planned.step for name, planned in self.plan.steps.items()},
             committed=self._hits,
-            capacity=Capacity(shape.cpus, shape.gpus),
+            capacity=Capacity(cluster.cpus, cluster.gpus),
             blocked={planned.step.name: planned.reason for planned in self.plan.having("BLOCKED")},
         )
 
     def go(self) -> RunResult:
         """Run everything that is not committed; return how each step ended."""
-        heartbeat = Heartbeat(self.store.root / "runs", self.run)
-        try:
-            fingerprints = {name: planned.fingerprint for name, planned in self.plan.steps.items()}
-            (self.store.root / "runs" / self.run).put_json("steps.json", fingerprints)
-            for name in self._hits:
-                self._recorder.hit(name, self._commits[name])
-            for planned in self.plan.having("MISS"):
-                with suppress(Exception):  # told when the step is launched, if it is still so then
-                    self._resolved.of(planned)
-            self._take(Tick(self.clock()))
-            while not self._schedule.over:
-                if self.interrupt.is_set() and not self._schedule.interrupted:
-                    self._take(Interrupted(self.clock()))
-                self._turn()
-        finally:
-            heartbeat.stop()
+        fingerprints = {name: planned.fingerprint for name, planned in self.plan.steps.items()}
+        persist("note the run's steps", lambda: self._folder().put_json("steps.json", fingerprints), self.pause)
+        for name in self._hits:
+            self._recorder.hit(name, self._commits[name])
+        for planned in self.plan.having("MISS"):
+            with suppress(Exception):  # reported when the step is launched, if it is still so then
+                self._resolved.of(planned)
+        self._take(Tick(self.clock()))
+        while not self._schedule.over:
+            if self.interrupt.is_set() and not self._schedule.interrupted:
+                self._take(Interrupted(self.clock()))
+            self._turn()
         return self._result()
 
     def _turn(self) -> None:
         running = any(s.phase in (Phase.RUNNING, Phase.STOPPING) for s in self._schedule.steps.values())
-        for name, result in self.tasks.poll(POLL_SECONDS if running else IDLE_SECONDS):
-            self._ended(name, result)
+        for name, result in self.executor.poll(POLL_SECONDS if running else IDLE_SECONDS):
+            self._take(*self._pass_on(self.executor.reports()))  # the last of its curves, before its record is closed
+            self._take(*self._ended(name, result))
         if running and self.clock() >= self._next_reports:
             self._next_reports = self.clock() + REPORT_SECONDS
-            self._pass_on(self.tasks.reports())
+            self._take(*self._pass_on(self.executor.reports()))
+        if running and self.clock() >= self._next_lease_check:
+            self._next_lease_check = self.clock() + LEASE_SECONDS
+            self._take(*self._overtaken())
         self._take(Tick(self.clock()))
 
-    def _take(self, event: Event) -> None:
-        """Advance the schedule by one event and act on what it decides; events that this brings are taken after it."""
-        self._events.append(event)
-        if len(self._events) > 1:
-            return  # an outer call is at it
-        while self._events:
-            self._schedule, decisions = advance(self._schedule, self._events[0])
+    def _take(self, *events: Event) -> None:
+        """Advance the schedule by events and act on what it decides, then by the events that this brings."""
+        queue = deque(events)
+        while queue:
+            self._schedule, decisions = advance(self._schedule, queue.popleft())
             for decision in decisions:
-                self._act(decision)
-            self._events.popleft()
+                queue.extend(self._act(decision))
 
-    def _act(self, decision: Decision) -> None:
+    def _act(self, decision: Decision) -> list[Event]:
         match decision:
             case Launch():
-                self._launch(decision)
+                return self._launch(decision)
             case Stop(step, reason):
                 logger.info("deciding to stop %s, since %s", step, reason)
-                self.watcher.step(step, Phase.STOPPING, reason)
-                self.tasks.cancel(step)
+                self._show(self.watcher.step, step, Phase.STOPPING, reason)
+                self.executor.cancel(step)
             case Transition(step, phase, reason):
                 logger.info("%s: %s", step, reason)
-                self.watcher.step(step, phase, reason)
+                self._show(self.watcher.step, step, phase, reason)
                 if phase.over:
                     self._release(step)
+        return []
 
     # Starting an attempt --------------------------------------------------------------------------------------------
 
-    def _launch(self, launch: Launch) -> None:
-        planned = self.plan.steps[launch.step]
-        assert planned.fingerprint is not None
-        if self._share(launch):
-            return
-        claim = self.store.claim(planned.fingerprint, self.run)
-        if isinstance(claim, Holder):
-            self.watcher.step(
-                launch.step, Phase.HELD, f"run {claim.run} on {claim.host} is at it; waiting to share its result"
-            )
-            self._take(Held(launch.step, self.clock(), claim.run))
-            return
-        self._claims[launch.step] = claim
-        if self._share(launch):  # committed between our look and our claim
-            self._release(launch.step)
-            return
-        self._recorder.opened(launch.step, launch.attempt, "miss")
+    def _launch(self, launch: Launch) -> list[Event]:
+        name = launch.step
         try:
-            resolved = self._resolved.of(planned)
-            inputs = {name: self._resolve(wiring, resolved) for name, wiring in planned.step.inputs.items()}
+            if shared := self._share(launch):
+                return shared
+            fingerprint = self.plan.steps[name].fingerprint
+            assert fingerprint is not None
+            claim = persist(f"claim {name}", lambda: self.store.claim(fingerprint, self.run), self.pause)
+            if isinstance(claim, Holder):
+                text = f"run {claim.run} on {claim.host} is at it; waiting to share its result"
+                self._show(self.watcher.step, name, Phase.HELD, text)
+                return [Held(name, self.clock(), claim.run)]
+            self._claims[name] = claim
+            if shared := self._share(launch):  # committed between our look and our claim
+                self._release(name)
+                return shared
+        except (StillhouseError, *STORE_ERRORS) as error:
+            self._recorder.opened(name, launch.attempt, "miss")
+            return self._failed(name, launch.attempt, _of_store(error))
+        self._recorder.opened(name, launch.attempt, "miss")
+        try:
+            attempt = self._attempt(launch, claim)
         except Exception as error:  # noqa: BLE001  data from outside, its own code included: one step's trouble
-            self._settle_failed(launch.step, launch.attempt, _of_outside(error))
-            return
-        if moved := resolved.changed():
-            self._settle_failed(launch.step, launch.attempt, Failure(FailureKind.PERMANENT, moved))
-            return
-        request = Attempt(
+            return self._failed(name, launch.attempt, _of_external(error))
+        if isinstance(attempt, Failure):
+            return self._failed(name, launch.attempt, attempt)
+        self._show(self.watcher.step, name, Phase.RUNNING, f"attempt {launch.attempt}" if launch.attempt > 1 else "")
+        self.executor.submit(attempt)
+        return []
+
+    def _attempt(self, launch: Launch, claim: Claim) -> Attempt | Failure:
+        planned = self.plan.steps[launch.step]
+        resolved = self._resolved.of(planned)
+        inputs = {name: self._resolve(wiring, resolved) for name, wiring in planned.step.inputs.items()}
+        if changed := resolved.changed():
+            return Failure(FailureKind.PERMANENT, changed)
+        return Attempt(
             step=launch.step,
             attempt=launch.attempt,
             stage=resolved.stage,
-            fingerprint=planned.fingerprint,
+            fingerprint=claim.fingerprint,
             inputs=inputs,
-            root=self.store.folder(planned.fingerprint),
+            root=self.store.folder(claim.fingerprint),
             out=self.store.out(claim),
-            resume=self.store.resume(claim, self._input_commits(planned)),
-            logs=self._logs(),
+            resume=self.store.resume(claim, self._inputs(planned)),
+            logs=self._folder() / "logs",
             resources=launch.resources,
         )
-        self.watcher.step(launch.step, Phase.RUNNING, f"attempt {launch.attempt}" if launch.attempt > 1 else "")
-        self.tasks.submit(request)
 
-    def _share(self, launch: Launch) -> bool:
+    def _share(self, launch: Launch) -> list[Event]:
         """Take the commit that another run has made since this run was planned, if there is one."""
-        planned = self.plan.steps[launch.step]
-        assert planned.fingerprint is not None
-        newest = self.store.newest(planned.fingerprint)
+        name, planned = launch.step, self.plan.steps[launch.step]
+        fingerprint = planned.fingerprint
+        assert fingerprint is not None
+        newest = persist(f"look for {name}", lambda: self.store.newest(fingerprint), self.pause)
         if (
             newest is None
             or newest.generation <= planned.seen_generation
-            or newest.manifest.inputs != self._input_commits(planned)
+            or newest.manifest.outdated_input(self._inputs(planned))
         ):
-            return False
-        self._commits[launch.step] = newest
-        self._shared.add(launch.step)
-        self._recorder.opened(launch.step, launch.attempt, "hit")
-        self._recorder.closed(
-            launch.step,
-            launch.attempt,
-            "FINISHED",
-            newest.artifact.metrics,
-            {"made_by_run": newest.manifest.run},
-        )
-        self.watcher.step(launch.step, Phase.COMMITTED, f"shared with run {newest.manifest.run}")
-        self._take(Committed(launch.step, self.clock()))
-        return True
+            return []
+        self._commits[name] = newest
+        self._shared.add(name)
+        made_by = newest.manifest.run
+        self._recorder.opened(name, launch.attempt, "hit")
+        self._recorder.closed(name, launch.attempt, "FINISHED", newest.artifact.metrics, {"made_by_run": made_by})
+        self._show(self.watcher.step, name, Phase.COMMITTED, f"shared with run {made_by}")
+        return [Committed(name, self.clock())]
 
-    def _input_commits(self, planned: StepPlan) -> dict[str, InputCommit]:
-        found = {}
-        for name, source in planned.step.sources():
-            generation = self._commits[source.step].generation if isinstance(source, Handle) else 0
-            found[name] = InputCommit(fingerprint=planned.inputs[name], generation=generation)
-        return found
+    def _inputs(self, planned: StepPlan) -> dict[str, InputCommit]:
+        return input_commits(planned.step, planned.inputs, self._commits)
 
     def _resolve(self, wiring: Wiring, resolved: ResolvedStep) -> Artifact | Mapping[str, Artifact]:
         def artifact(source: Source) -> Artifact:
@@ -231,48 +236,37 @@ class Driver:
 
         return {key: artifact(s) for key, s in wiring.items()} if isinstance(wiring, Mapping) else artifact(wiring)
 
-    def _logs(self) -> Folder:
-        return self.store.root / "runs" / self.run / "logs"
-
     # Ending one -----------------------------------------------------------------------------------------------------
 
-    def _ended(self, name: str, result: AttemptResult | Failure) -> None:
+    def _ended(self, name: str, result: AttemptResult | Failure) -> list[Event]:
         state = self._schedule.steps[name]
-        self._pass_on(self.tasks.reports())  # the last of its curves, before its record is closed
         ended = self._commit(name, result) if isinstance(result, AttemptResult) else result
-        if isinstance(ended, Commit):
-            self._commits[name] = ended
-            self.store.point(self.plan.workflow.name, name, ended)
-            metrics = {
-                **ended.artifact.metrics,
-                "seconds": ended.seconds,
-                "peak_memory_bytes": float(ended.manifest.peak_memory_bytes),
-            }
-            self._recorder.closed(
-                name, state.attempt, "FINISHED", metrics, {"artifact": self.store.out(self._claims[name]).uri}
-            )
-            self.watcher.step(name, Phase.COMMITTED, f"{ended.seconds:.1f} s")
-            self._take(Committed(name, self.clock()))
-            return
-        status: events.RunStatus = "KILLED" if state.phase is Phase.STOPPING else "FAILED"
-        self._settle_failed(name, state.attempt, ended, status)
+        if isinstance(ended, Failure):
+            return self._failed(name, state.attempt, ended, "KILLED" if state.phase is Phase.STOPPING else "FAILED")
+        claim, manifest = self._claims[name], ended.manifest
+        self._commits[name] = ended
+        attempt_once(f"forget what {name} kept in order to go on", lambda: self.store.forget_resume(claim))
+        self._release(name)
+        attempt_once(f"name {name}'s commit", lambda: self.store.point(self.plan.workflow.name, name, ended))
+        took = {"seconds": manifest.seconds, "peak_memory_bytes": float(manifest.peak_memory_bytes)}
+        tags = {"artifact": self.store.out(claim).uri}
+        self._recorder.closed(name, state.attempt, "FINISHED", {**ended.artifact.metrics, **took}, tags)
+        self._show(self.watcher.step, name, Phase.COMMITTED, f"{ended.seconds:.1f} s")
+        return [Committed(name, self.clock())]
 
-    def _settle_failed(self, name: str, attempt: int, failure: Failure, status: events.RunStatus = "FAILED") -> None:
+    def _failed(self, name: str, attempt: int, failure: Failure, status: events.RunStatus = "FAILED") -> list[Event]:
         self._recorder.closed(name, attempt, status, {}, {"error": failure.message[:500]})
-        self._take(Failed(name, self.clock(), failure))
+        return [Failed(name, self.clock(), failure)]
 
     def _release(self, name: str) -> None:
         """Let other runs have a step's claim without waiting for this run's end."""
-        if name in self._claims:
-            try:
-                self.store.release(self._claims[name])
-            except Exception as error:  # noqa: BLE001  the claim dies with this process anyway
-                logger.warning("cannot release the claim on %s: %s", name, error)
+        if claim := self._claims.get(name):
+            attempt_once(f"release the claim on {name}", lambda: self.store.release(claim))
 
-    def _commit(self, name: str, done: AttemptResult) -> Commit | Failure:
+    def _commit(self, name: str, result: AttemptResult) -> Commit | Failure:
         planned, claim = self.plan.steps[name], self._claims[name]
-        if moved := self._resolved.of(planned).changed():
-            return Failure(FailureKind.PERMANENT, moved)
+        if changed := self._resolved.of(planned).changed():
+            return Failure(FailureKind.PERMANENT, changed)
         assert planned.identity is not None
         stage = planned.step.stage
         manifest = Manifest(
@@ -284,52 +278,71 @@ class Driver:
             step=name,
             workflow=self.plan.workflow.name,
             run=self.run,
-            files=done.files,
-            metrics=dict(done.metrics),
-            fallbacks=done.fallbacks,
+            files=result.files,
+            metrics=dict(result.metrics),
+            fallbacks=result.fallbacks,
             identity=dict(planned.identity.record),
-            inputs=self._input_commits(planned),
+            inputs=self._inputs(planned),
             resources=self._schedule.steps[name].resources,
-            provenance=Provenance(**done.environment, **code_evidence(type(stage))),
-            seconds=done.seconds,
-            peak_memory_bytes=done.peak_memory_bytes,
+            provenance=Provenance(**result.environment, **code_evidence(type(stage))),
+            seconds=result.seconds,
+            peak_memory_bytes=result.peak_memory_bytes,
             created=time.time(),
         )
         try:
-            commit = self.store.commit(claim, manifest)
+            return persist(f"commit {name}", lambda: self.store.commit(claim, manifest), self.pause)
         except Fenced as error:
             return Failure(FailureKind.FENCED, str(error))
-        self.store.forget_resume(claim)
-        self._release(name)
-        return commit
+        except STORE_ERRORS as error:
+            return _of_store(error)
 
-    def _pass_on(self, reports: ProgressUpdates) -> None:
+    # Looking about --------------------------------------------------------------------------------------------------
+
+    def _overtaken(self) -> list[Event]:
+        """Find the running steps that another run took over, as it may while this process is paused."""
+        running = [name for name, state in self._schedule.steps.items() if state.phase is Phase.RUNNING]
+        with suppress(*STORE_ERRORS):  # looked at again soon; the commit looks in any case
+            return [Overtaken(name, self.clock()) for name in running if self.store.overtaken(self._claims[name])]
+        return []
+
+    def _pass_on(self, reports: ProgressUpdates) -> list[Event]:
+        began: list[Event] = []
         for name, attempt in sorted(reports.started | reports.curves.keys()):
-            state = self._schedule.steps.get(name)  # tasks may have served another run, whose steps have started too
+            state = self._schedule.steps.get(name)  # an executor may have served another run, whose steps started too
             if state and state.phase is Phase.RUNNING and state.attempt == attempt and state.began_at is None:
-                self._take(Began(name, self.clock()))
+                began.append(Began(name, self.clock()))
         for (name, _), (done, total, unit) in reports.progress.items():
-            self.watcher.progress(name, done, total, unit)
+            self._show(self.watcher.progress, name, done, total, unit)
         for (name, attempt), points in reports.curves.items():
             self._recorder.curves(name, attempt, points)
         for name, _, text in reports.notes:
-            self.watcher.note(name, text)
+            self._show(self.watcher.note, name, text)
+        return began
+
+    def _show(self, show: Callable[..., None], *values: object) -> None:
+        with suppress(Exception):  # a terminal that went away (`| head`) must not end a run
+            show(*values)
+
+    def _folder(self) -> Folder:
+        return self.store.root / "runs" / self.run
 
     def _result(self) -> RunResult:
         results = {}
         for name, state in self._schedule.steps.items():
-            outcome: StepStatus = (
-                "hit" if name in self._hits else "shared" if name in self._shared else STATUS_OF[state.phase]
-            )
-            log = (
-                self._logs().uri_of(f"{name}.{state.attempt}.log")
-                if state.attempt and name not in self._shared
-                else None
-            )
+            own = STATUS_OF[state.phase]
+            outcome: StepStatus = "hit" if name in self._hits else "shared" if name in self._shared else own
+            ran = state.attempt and name not in self._shared
+            log = self._folder().uri_of(f"logs/{name}.{state.attempt}.log") if ran else None
             results[name] = StepResult(name, outcome, state.reason, self._commits.get(name), log, state.attempt)
         return RunResult(self.run, results, self._schedule.succeeded, self._schedule.interrupted)
 
 
-def _of_outside(error: Exception) -> Failure:
+def _of_external(error: Exception) -> Failure:
     """Return the failure that an error with data from outside is: what is out of reach may come back."""
     return Failure(FailureKind.TRANSIENT, str(error)) if isinstance(error, ExternalDataError) else classify(error)
+
+
+def _of_store(error: Exception) -> Failure:
+    """Return the failure that the store's is: what it refuses for good is an error of ours, all else may pass."""
+    kind = FailureKind.PERMANENT if isinstance(error, StillhouseError) else FailureKind.TRANSIENT
+    return Failure(kind, f"the store failed: {brief(error)}" if kind is FailureKind.TRANSIENT else str(error))

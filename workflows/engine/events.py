@@ -1,77 +1,98 @@
-"""What the driver tells the ledger: plain frozen values, journaled as JSON before anybody reads them.
+"""What happened in one run: typed, frozen events, kept in the store in create-only batches before anybody else reads them.
 
-Times are milliseconds since the epoch, as MLflow counts them. A step is named within its run.
+    <store>/runs/<run>/events/000001.json   a batch of events, secrets already redacted
+
+Promises: a batch is whole or absent, and stays as it is; batches are numbered without gaps, and an event stands in one,
+also where the answer to a write was lost. Times are milliseconds since the epoch.
+Does not: know MLflow, or who reads the events. Batches may hold NaN and infinities as Python's `json` writes them.
 """
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+from stages.storage import AlreadyExists, Folder
+from workflows.engine.redaction import redacted_tree
+
+__all__ = ["EventLog", "RunEvent"]
+
+logger = logging.getLogger(__name__)
 
 RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
+READS_AT_ONCE = 16
+"""Batches that are read at once: an object store takes some 30 ms for each."""
 
 
-@dataclass(frozen=True, slots=True)
-class RunOpened:
-    """One execution of a workflow began."""
+class _Event(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, ser_json_inf_nan="constants")
 
+
+class RunStarted(_Event):
+    """An execution of a workflow began."""
+
+    type: Literal["run_started"] = "run_started"
     run: str
     workflow: str
     experiment: str
     at_ms: int
     params: Mapping[str, str]
     """Few and short: the workflow's parameters that differ from their defaults."""
-    tags: Mapping[str, str]
-    """git commit, user, command, store."""
+    command: str
+    """The command line that reproduces the run."""
+    commit: str
+    user: str
+    store: str
 
 
-@dataclass(frozen=True, slots=True)
-class StepOpened:
-    """A step's attempt began, or a cached step was found."""
+class AttemptStarted(_Event):
+    """A step's attempt began, or a cached step was found (attempt 0)."""
 
-    run: str
+    type: Literal["attempt_started"] = "attempt_started"
     step: str
     attempt: int
     at_ms: int
     stage: str
     fingerprint: str
     cache: Literal["hit", "miss"]
-    tags: Mapping[str, str] = field(default_factory=dict)
+    params: Mapping[str, str]
+    """The fields of the stage's config that fit a table's cell."""
+    config: str
+    """The whole config as JSON."""
 
 
-@dataclass(frozen=True, slots=True)
-class CurvePoints:
-    """Points of a step's curves."""
+class CurvePoints(_Event):
+    """A step's curves grew."""
 
-    run: str
+    type: Literal["curve_points"] = "curve_points"
     step: str
     attempt: int
     points: tuple[tuple[str, float, int, int], ...]
     """(metric name, value, step, at_ms)."""
 
 
-@dataclass(frozen=True, slots=True)
-class StepClosed:
+class AttemptEnded(_Event):
     """A step's attempt ended."""
 
-    run: str
+    type: Literal["attempt_ended"] = "attempt_ended"
     step: str
     attempt: int
     at_ms: int
     status: RunStatus
     metrics: Mapping[str, float]
-    params: Mapping[str, str]
     tags: Mapping[str, str]
-    config: str
-    """The stage's whole config as JSON; becomes an MLflow artifact."""
+    """Where the result lies or who made it, or the error."""
 
 
-@dataclass(frozen=True, slots=True)
-class CandidateFound:
+class CandidateFound(_Event):
     """A model that could ship, with the same `final/*` metrics as every other."""
 
-    run: str
+    type: Literal["candidate_found"] = "candidate_found"
     scores: str
-    """Fingerprint of the scores that it was judged by: with the name, the candidate's identity in the ledger."""
+    """Fingerprint of the scores that it was judged by: with the name, the candidate's identity over all runs."""
     name: str
     at_ms: int
     artifact: str
@@ -81,11 +102,10 @@ class CandidateFound:
     tags: Mapping[str, str]
 
 
-@dataclass(frozen=True, slots=True)
-class VerdictReached:
+class VerdictReached(_Event):
     """The gate decided; the registry follows."""
 
-    run: str
+    type: Literal["verdict_reached"] = "verdict_reached"
     scores: str
     registered_name: str
     champion: str | None
@@ -94,38 +114,76 @@ class VerdictReached:
     reasons: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class RunClosed:
-    """One execution of a workflow ended."""
+class RunEnded(_Event):
+    """An execution of a workflow ended."""
 
-    run: str
+    type: Literal["run_ended"] = "run_ended"
     at_ms: int
     status: RunStatus
     note: str
     """Markdown: what came out and how to reproduce it."""
     files: tuple[str, ...] = ()
-    """URIs of small files (leaderboard, figure) that become MLflow artifacts of the run."""
+    """URIs of small files (leaderboard, figure) that are shown with the run."""
 
 
-RunEvent = RunOpened | StepOpened | CurvePoints | StepClosed | CandidateFound | VerdictReached | RunClosed
+RunEvent = RunStarted | AttemptStarted | CurvePoints | AttemptEnded | CandidateFound | VerdictReached | RunEnded
+_BATCH: TypeAdapter[list[RunEvent]] = TypeAdapter(list[Annotated[RunEvent, Field(discriminator="type")]])
 
 
-def to_json(record: RunEvent) -> dict[str, Any]:
-    """Return a record as JSON, with its type's name."""
-    return {"record": type(record).__name__, **asdict(record)}
+class EventLog:
+    """The events of one run, in the folder `<store>/runs/<run>/events`."""
 
+    def __init__(self, folder: Folder) -> None:
+        """Open the log; nothing is written yet."""
+        self._folder = folder
+        self._last = 0
 
-def from_json(value: Mapping[str, Any]) -> RunEvent:
-    """Return the record that `to_json` wrote."""
-    types: dict[str, type[RunEvent]] = {
-        t.__name__: t
-        for t in (RunOpened, StepOpened, CurvePoints, StepClosed, CandidateFound, VerdictReached, RunClosed)
-    }
-    fields = dict(value)
-    kind = types[fields.pop("record")]
-    if "points" in fields:
-        fields["points"] = tuple(tuple(point) for point in fields["points"])
-    for name in ("reasons", "files"):
-        if name in fields:
-            fields[name] = tuple(fields[name])
-    return kind(**fields)
+    def append(self, events: Sequence[RunEvent]) -> int:
+        """Write one batch and return its number.
+
+        Raises:
+            STORE_ERRORS: the store cannot be written; the batch may be written again.
+        """
+        batch = redacted_tree(_BATCH.dump_python(list(events), mode="json"))
+        while batch:
+            name = f"{self._last + 1:06d}.json"
+            try:
+                self._folder.put(name, json.dumps(batch).encode(), create=True)
+                batch = []
+            except AlreadyExists:
+                stored = self._folder.find_json(name) or []
+                if stored == batch[: len(stored)]:  # by a put of ours whose answer was lost
+                    batch = batch[len(stored) :]
+            self._last += 1
+        return self._last
+
+    def read_from(self, number: int) -> list[list[RunEvent]]:
+        """Return the batches from a number on, in order; one that a power cut tore is empty."""
+        batches: list[list[RunEvent]] = []
+        at_once = 1
+        with ThreadPoolExecutor(READS_AT_ONCE) as pool:
+            while True:
+                first = number + len(batches)
+                for batch in pool.map(self._read, range(first, first + at_once)):
+                    if batch is None:
+                        return batches
+                    batches.append(batch)
+                at_once = min(2 * at_once, READS_AT_ONCE)  # a reader that follows finds one batch or none
+
+    def has_events(self) -> bool:
+        """Return whether there is a batch."""
+        return self._folder.has("000001.json")
+
+    def read_all(self) -> list[RunEvent]:
+        """Return all events, in order."""
+        return [event for batch in self.read_from(1) for event in batch]
+
+    def _read(self, number: int) -> list[RunEvent] | None:
+        name = f"{number:06d}.json"
+        try:
+            return _BATCH.validate_json(self._folder.get(name))
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            logger.warning("%s cannot be read and is left out: %s", self._folder.uri_of(name), error)
+            return []

@@ -44,7 +44,7 @@ class AttemptResult:
 
 @dataclass(frozen=True, slots=True)
 class ProgressUpdates:
-    """What stages told since the last drain."""
+    """What stages reported since the last drain."""
 
     started: set[tuple[str, int]] = field(default_factory=set)
     """(step, attempt) whose work has its resources."""
@@ -62,17 +62,17 @@ class Executor(Protocol):
     def cluster_resources(self) -> ClusterResources:
         """Return what there is to run on."""
 
-    def submit(self, request: Attempt) -> None:
+    def submit(self, attempt: Attempt) -> None:
         """Start an attempt."""
 
     def poll(self, timeout_seconds: float) -> list[tuple[str, AttemptResult | Failure]]:
         """Wait for attempts to end, at most so long, and return those that did, by step."""
 
     def reports(self) -> ProgressUpdates:
-        """Return what stages told since the last call."""
+        """Return what stages reported since the last call."""
 
     def cancel(self, step: str) -> None:
         """End a running attempt; `poll` will return it."""
 
     def close(self) -> None:
-        """Let go of the cluster; what still runs there for us ends."""
+        """Leave the cluster; what still runs there for us ends."""

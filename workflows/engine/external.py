@@ -1,8 +1,8 @@
 """A step's data from outside as it was planned: resolved when the run starts, compared before an attempt
 and its commit.
 
-Promises: what is committed under a fingerprint was made from the data that the fingerprint names; data that moved since
-is an error of the step, never a wrong result that is found again for ever. A hub id stays at the commit that was
+Promises: what is committed under a fingerprint was made from the data that the fingerprint names; data that changed
+since is an error of the step, never a wrong result that is found again for ever. A hub id stays at the commit that was
 planned, whatever its branch does meanwhile.
 """
 
@@ -26,17 +26,17 @@ class ResolvedStep:
 
     planned: StepPlan
     stage: Stage
-    givens: Mapping[ExternalHandle, ExternalHandle]
+    externals: Mapping[ExternalHandle, ExternalHandle]
     """A checkpoint from outside, as the step names it and resolved."""
 
-    def artifact(self, given: ExternalHandle) -> Artifact:
+    def artifact(self, external: ExternalHandle) -> Artifact:
         """Return a checkpoint from outside as an artifact.
 
         Raises:
             ExternalDataError: it is out of reach.
         """
-        name = next(name for name, source in self.planned.step.sources() if source == given)
-        return self.givens[given].checkpoint.artifact(self.planned.inputs[name])
+        name = next(name for name, source in self.planned.step.sources() if source == external)
+        return self.externals[external].checkpoint.artifact(self.planned.inputs[name])
 
     def changed(self) -> str | None:
         """Say what is no longer as planned, or None; of what is out of reach nothing is known, so nothing is said."""
@@ -55,14 +55,14 @@ class ResolvedStep:
         for name, source in self.planned.step.sources():
             if not isinstance(source, ExternalHandle):
                 continue
-            given = self.givens[source]
-            if given.checkpoint.revision is not None and not hub:
+            external = self.externals[source]
+            if external.checkpoint.revision is not None and not hub:
                 continue
-            if external_identity(given).fingerprint != self.planned.inputs[name]:
-                return _told(f"the checkpoint {given.checkpoint.source!r}")
+            if external_identity(external).fingerprint != self.planned.inputs[name]:
+                return _changed(f"the checkpoint {external.checkpoint.source!r}")
         step = replace(self.planned.step, stage=self.stage)
         if step_identity(step, self.planned.inputs).fingerprint != self.planned.fingerprint:
-            return _told("its data from outside")
+            return _changed("its data from outside")
         return None
 
 
@@ -72,7 +72,7 @@ class ResolvedSteps:
     def __init__(self) -> None:
         """Begin with none."""
         self._steps: dict[str, ResolvedStep] = {}
-        self._pin_given = cache(lambda given: replace(given, checkpoint=given.checkpoint.resolved()))
+        self._resolve = cache(lambda external: replace(external, checkpoint=external.checkpoint.resolved()))
 
     def of(self, planned: StepPlan) -> ResolvedStep:
         """Return a planned step with its data from outside resolved, the first time that it can be.
@@ -83,17 +83,14 @@ class ResolvedSteps:
         """
         name = planned.step.name
         if name not in self._steps:
-            givens = {
-                given: self._pin_given(given)
-                for _, given in planned.step.sources()
-                if isinstance(given, ExternalHandle)
-            }
-            resolved = ResolvedStep(planned, planned.step.stage.resolved(), givens)
-            if moved := resolved.difference(hub=True):
-                raise StageFailed(moved)
+            sources = (source for _, source in planned.step.sources() if isinstance(source, ExternalHandle))
+            externals = {source: self._resolve(source) for source in sources}
+            resolved = ResolvedStep(planned, planned.step.stage.resolved(), externals)
+            if changed := resolved.difference(hub=True):
+                raise StageFailed(changed)
             self._steps[name] = resolved
         return self._steps[name]
 
 
-def _told(what: str) -> str:
+def _changed(what: str) -> str:
     return f"{what} has changed since this run was planned; run the same command again to plan with what is there now"

@@ -18,14 +18,14 @@ class Retry(Config):
     """How often and how long a step is tried: never part of identity."""
 
     attempts: int = Field(3, ge=1)
-    """Tries in all, the first one included. Only failures that trying again may mend are tried again; those with a
+    """Tries in all, the first one included. Only failures that trying again may cure are tried again; those with a
     smaller micro-batch do not count."""
     backoff_seconds: float = Field(5.0, ge=0)
     """Wait before the second try; doubled before each further one."""
     timeout_seconds: float | None = Field(None, gt=0)
     """Wall-clock limit of one attempt, from when its work has its resources; None for no limit."""
     pending_timeout_seconds: float = Field(600.0, gt=0)
-    """How long an attempt may wait for its resources: until its stage tells `reporter.started()`."""
+    """How long an attempt may wait for its resources: until its stage reports `reporter.started()`."""
 
 
 @dataclass(frozen=True, slots=True)

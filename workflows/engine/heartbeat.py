@@ -4,11 +4,10 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import psutil
 
@@ -29,41 +28,63 @@ def boot_id() -> str:
     return f"{name} {processes.readlink()}" if processes.is_symlink() else name
 
 
+def start_time(pid: int) -> float:
+    """Return what tells a process from a later one of its id: its start by a clock that nobody sets.
+
+    On Linux in ticks since boot. `psutil`'s start time is that plus the boot time, which moves with the clock.
+
+    Raises:
+        psutil.NoSuchProcess: there is no such process.
+    """
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return psutil.Process(pid).create_time()
+    return float(stat.rpartition(b")")[2].split()[19])  # field 22; the name before it may hold spaces
+
+
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """Who holds a claim."""
+    """The process that holds a lease, and the run that it acts for."""
 
     run: str
     host: str
     boot: str
     pid: int
     started: float
-    """The process's start time, since process ids are used again."""
+    """`start_time` of the process, since process ids are used again."""
 
     @classmethod
     def of_this_process(cls, run: str) -> "Holder":
         """Return this process as the holder for a run."""
-        pid = os.getpid()
-        return cls(run, socket.gethostname(), boot_id(), pid, psutil.Process(pid).create_time())
+        return holder_of(run, os.getpid())
 
     @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> "Holder":
-        """Return the holder that `to_json` wrote."""
-        return cls(**value)
+    def from_json(cls, value: Any) -> "Holder | None":
+        """Return the holder that `to_json` wrote; None where the value is torn or of another version."""
+        try:
+            return cls(**value)
+        except TypeError:
+            return None
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON."""
         return asdict(self)
 
     def process_lives(self) -> bool | None:
-        """Tell whether its process lives; None where that cannot be seen from here."""
+        """Return whether its process lives; None where that cannot be seen from here."""
         if (self.host, self.boot) != (socket.gethostname(), boot_id()):
             return None
         try:
-            process = psutil.Process(self.pid)
-            return abs(process.create_time() - self.started) < 1.0 and process.status() != psutil.STATUS_ZOMBIE
+            same = start_time(self.pid) == self.started
+            return same and psutil.Process(self.pid).status() != psutil.STATUS_ZOMBIE
         except psutil.NoSuchProcess:
             return False
+
+
+def holder_of(run: str, pid: int) -> Holder:
+    """Return a process of this host as the holder for a run."""
+    return Holder(run, socket.gethostname(), boot_id(), pid, start_time(pid))
 
 
 class Liveness:
@@ -72,33 +93,40 @@ class Liveness:
     def __init__(self, runs: Folder) -> None:
         """Watch the runs below a folder."""
         self._runs = runs
-        self._seen: dict[str, tuple[float, float]] = {}
-        """run → (its heartbeat's modification time, when this process first saw that)."""
+        self._seen: dict[tuple[str, float], tuple[float, float]] = {}
+        """(run, since) → (its last sign of life by the store's clock, when this process first saw that)."""
 
     def run_alive(self, run: str) -> bool:
-        """Tell whether a run's driver lives."""
-        try:
-            return self.alive(Holder.from_json((self._runs / run).get_json("heartbeat.json")))
-        except FileNotFoundError:
-            return False
+        """Return whether a run's driver lives."""
+        holder = Holder.from_json((self._runs / run).find_json("heartbeat.json"))
+        return holder is not None and self.alive(holder)
 
-    def alive(self, holder: Holder) -> bool:
-        """Tell whether a holder may still write."""
+    def alive(self, holder: Holder, *, since: float = 0.0) -> bool:
+        """Return whether a holder may still write.
+
+        Args:
+            holder: who.
+            since: when it took its lease, by the store's clock: a sign of life as good as a heartbeat.
+        """
         lives = holder.process_lives()
         if lives is not None:
             return lives
-        beats = [entry for entry in (self._runs / holder.run).entries() if entry.name == "heartbeat.json"]
-        if not beats or time.time() - beats[0].modified > LONG_DEAD_SECONDS:
+        beats = [entry.modified for entry in (self._runs / holder.run).entries() if entry.name == "heartbeat.json"]
+        last = max([since, *beats])
+        if time.time() - last > LONG_DEAD_SECONDS:
             return False
-        modified, first_seen = self._seen.get(holder.run, (0.0, 0.0))
-        if modified != beats[0].modified:
-            self._seen[holder.run] = (beats[0].modified, time.monotonic())
+        seen, first_seen = self._seen.get((holder.run, since), (0.0, 0.0))
+        if seen != last:
+            self._seen[holder.run, since] = (last, time.monotonic())
             return True
         return time.monotonic() - first_seen < STALE_SECONDS
 
 
 class Heartbeat:
-    """Writes a run's heartbeat from a thread until it is stopped."""
+    """A run's sign of life, written from a thread: a context manager around all that the run does, its plan included.
+
+    It begins before the run reads anything, so that `gc` sees the run before it deletes what that would read.
+    """
 
     def __init__(self, runs: Folder, run: str) -> None:
         """Begin to beat."""
@@ -107,6 +135,12 @@ class Heartbeat:
         self._beat()
         self._thread = threading.Thread(target=self._loop, name="heartbeat", daemon=True)
         self._thread.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
 
     def _beat(self) -> None:
         self._folder.put_json("heartbeat.json", Holder.of_this_process(self._run).to_json())

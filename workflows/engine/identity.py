@@ -1,7 +1,9 @@
 """Step → fingerprint: the only place that knows what enters identity.
 
 fingerprint = sha256 of canonical JSON of: schema version, the stage's class and `REVISION`, its config, and the
-fingerprints of its inputs. Not in it: the step's name, resources, retries, paths, the store, code, time, hardware.
+fingerprints of its inputs. A class enters by module and qualified name (a user's own file is the module
+`stillhouse_user_<file>`), so that a user's `Train` is not ours. Not in it: the step's name, resources, retries, paths,
+the store, code, time, hardware.
 Equal across processes, hosts, hash seeds, store roots and dict order. What has no stable form is refused.
 """
 
@@ -11,17 +13,18 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
+from functools import cache
 from typing import Any, NewType
 
 from pydantic import BaseModel
 
 from stages.contract import ExternalData
 from stages.errors import ConfigError, ExternalDataError
-from workflows.engine.graph import ExternalHandle, Handle, Source, Step, Workflow
+from workflows.engine.graph import ExternalHandle, Handle, Step, Workflow
 
 Fingerprint = NewType("Fingerprint", str)
 
-SCHEMA = 1
+SCHEMA = 2
 """Raised when the canonical form below changes: every fingerprint changes with it."""
 
 
@@ -31,6 +34,12 @@ class Identity:
 
     fingerprint: Fingerprint
     record: Mapping[str, Any]
+
+    @property
+    def inputs(self) -> Mapping[str, str]:
+        """Input → fingerprint."""
+        inputs: Mapping[str, str] = self.record["inputs"]
+        return inputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +67,10 @@ def canonical(value: Any, where: str = "config") -> Any:
     if isinstance(value, Enum):
         return canonical(value.value, where)
     if isinstance(value, ExternalData):
-        return {"outside": type(value).__name__, **value.identity()}
+        return {"external": type_name(type(value)), **value.identity()}
     if isinstance(value, BaseModel):
         fields = {name: canonical(getattr(value, name), f"{where}.{name}") for name in type(value).model_fields}
-        return {"type": type(value).__name__, **fields}
+        return {"type": type_name(type(value)), **fields}
     if isinstance(value, list | tuple):
         return [canonical(item, f"{where}[{index}]") for index, item in enumerate(value)]
     if isinstance(value, Mapping):
@@ -74,18 +83,23 @@ def canonical(value: Any, where: str = "config") -> Any:
     )
 
 
+def type_name(kind: type) -> str:
+    """Return a class's module and qualified name."""
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
 def _hash(record: Mapping[str, Any]) -> Identity:
     text = json.dumps(record, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return Identity(Fingerprint(hashlib.sha256(text.encode()).hexdigest()), record)
 
 
-def external_identity(given: ExternalHandle) -> Identity:
+def external_identity(external: ExternalHandle) -> Identity:
     """Return the identity of a checkpoint from outside.
 
     Raises:
         ExternalDataError: it is missing or out of reach.
     """
-    return _hash({"schema": SCHEMA, "given": given.kind, "checkpoint": canonical(given.checkpoint, given.name)})
+    return _hash({"schema": SCHEMA, "kind": external.kind, "checkpoint": canonical(external.checkpoint, external.name)})
 
 
 def step_identity(step: Step, inputs: Mapping[str, Any]) -> Identity:
@@ -100,20 +114,22 @@ def step_identity(step: Step, inputs: Mapping[str, Any]) -> Identity:
 def identities(workflow: Workflow) -> dict[str, Identity | Unknown]:
     """Return every step's identity, or why it cannot be known."""
     found: dict[str, Identity | Unknown] = {}
-    givens: dict[ExternalHandle, Identity | Unknown] = {}
 
-    def of(source: Source) -> Identity | Unknown:
-        if isinstance(source, Handle):
-            return found[source.step]
-        if source not in givens:
-            try:
-                givens[source] = external_identity(source)
-            except ExternalDataError as error:
-                givens[source] = Unknown(str(error), own=True)
-        return givens[source]
+    @cache
+    def external(source: ExternalHandle) -> Identity | Unknown:
+        try:
+            return external_identity(source)
+        except ExternalDataError as error:
+            return Unknown(str(error), own=True)
 
     for step in workflow.in_order():
-        found[step.name] = _identify(step, {name: of(source) for name, source in step.sources()})
+        found[step.name] = _identify(
+            step,
+            {
+                name: found[source.step] if isinstance(source, Handle) else external(source)
+                for name, source in step.sources()
+            },
+        )
     return found
 
 

@@ -9,18 +9,18 @@ from contextlib import contextmanager, suppress
 
 import psutil
 
-from workflows.engine.tracking.tracker import TELLER
+from workflows.engine.tracking.tracker import PUBLISHER
 
 INTERRUPTED_EXIT_CODE = 130
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def _write_artifact() -> None:
-    """End this process and a Ray started here, which would leave its agents behind; the ledger's tells what it has."""
+    """End this process and a Ray started here, which would leave its agents behind; the publisher sends what there is."""
     try:
         for child in psutil.Process().children(recursive=True):
             with suppress(psutil.Error):
-                if TELLER not in child.cmdline():
+                if PUBLISHER not in child.cmdline():
                     child.kill()
     finally:
         os._exit(INTERRUPTED_EXIT_CODE)

@@ -1,106 +1,111 @@
-"""Lease of office: who may do a thing that only one process at a time may do, by create-only objects in a folder.
+"""The one lock of the program: the right to do what one process at a time may do, as create-only objects in a folder.
 
-    taken-<term>.json   who holds this term
-    free-<term>.json    that one has let go
+    <folder>/claims/<term>.json     create-only: who holds this term; the highest term may write
+            /released/<term>.json   its holder is done with it, though it may live on
 
-Promises: a term has one holder; the next one is given when the holder lets go or is dead (`heartbeat`), never before.
-Does not: fence a holder off that was paused for longer than its run's heartbeat may be still.
+The right to write a fingerprint's next commit is one, to publish a run's events another.
+
+Promises: a term has one holder; the next term is given when the holder releases it or is dead (`heartbeat`), at once
+where that can be seen from here, never before. A claim that a power cut tore counts as a dead holder's.
+Does not: stop a holder that was paused for longer than its run's heartbeat may be still. Whoever writes under a lease
+therefore checks `latest` before, and puts what must be unique under a create-only name.
 """
 
-import os
-import socket
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
-import psutil
+from stages.storage import AlreadyExists, Entry, Folder
+from workflows.engine.heartbeat import Holder, Liveness, holder_of
 
-from stages.storage import AlreadyExists, Folder
-from workflows.engine.heartbeat import Holder, Liveness, boot_id
+__all__ = ["Lease", "holder_of", "number_of"]
 
-__all__ = ["Lease", "holder_of", "numbered"]
-
-TAKEN_SECONDS = 120.0
-"""A holder on another host, whose process cannot be seen from here, is taken to live for this long at least."""
 POLL_SECONDS = 0.1
 PATIENCE_SECONDS = 60.0
 
 
-def holder_of(run: str, pid: int) -> Holder:
-    """Return a process of this host as one that acts for a run."""
-    return Holder(run, socket.gethostname(), boot_id(), pid, psutil.Process(pid).create_time())
-
-
 class Lease:
-    """The terms of one office."""
+    """The terms of one right."""
 
-    def __init__(self, folder: Folder) -> None:
-        """Look at the office whose objects lie in a folder; nothing is written yet."""
-        self._folder = folder
+    def __init__(self, folder: Folder, liveness: Liveness) -> None:
+        """Look at the lease whose objects lie in a folder; nothing is written yet."""
+        self._folder, self._liveness = folder, liveness
 
-    def take(self, holder: Holder, liveness: Liveness) -> int | None:
-        """Begin a term; return its number, or None where another one holds the office."""
-        names = self._names()
-        term = max(numbered(names, "taken-"), default=0)
-        if term and _free(term) not in names and self._lives(term, liveness):
-            return None
-        try:
-            self._folder.put_json(_taken(term + 1), holder.to_json(), create=True)
-        except AlreadyExists:
-            return None
-        return term + 1
+    def acquire(self, holder: Holder, *, renew: bool = False) -> int | Holder:
+        """Begin a term and return its number, or return who holds the lease.
 
-    def let_go(self, term: int) -> None:
-        """End a term, so that the next holder need not wait for this process to die."""
-        try:
-            self._folder.put_json(_free(term), {}, create=True)
-        except AlreadyExists:
-            return
+        Args:
+            holder: who shall hold it: a process, and the run that it acts for.
+            renew: a term that the same run holds is no hindrance: the new one overtakes it.
+        """
+        while True:
+            term, held_by = self._look()
+            if held_by is not None and not (renew and held_by.run == holder.run):
+                return held_by
+            try:
+                self._folder.put_json(_claim(term + 1), holder.to_json(), durable=True)
+            except AlreadyExists:
+                continue  # another process was faster: look at it
+            return term + 1
+
+    def release(self, term: int) -> None:
+        """End a term, so that the next holder need not wait for this process to die; again is as good as once."""
+        with suppress(AlreadyExists):
+            self._folder.put_json(_released(term), {}, create=True)
+
+    def holder(self) -> Holder | None:
+        """Return who holds the lease, or None where nobody alive does."""
+        return self._look()[1]
+
+    def latest(self) -> int:
+        """Return the highest term, 0 before the first."""
+        return max((number_of(entry) for entry in self._claims()), default=0)
 
     @contextmanager
-    def held(self, run: str, liveness: Liveness) -> Iterator[None]:
-        """Hold the office, once it is free; earlier terms are forgotten.
+    def held(self, holder: Holder) -> Iterator[int]:
+        """Wait for the lease, hold it and release it; the objects of earlier terms are deleted.
 
         Raises:
-            TimeoutError: another process held it for all the time that one may wait.
+            TimeoutError: another process held it for `PATIENCE_SECONDS`.
         """
-        holder, deadline = holder_of(run, os.getpid()), time.monotonic() + PATIENCE_SECONDS
-        while (term := self.take(holder, liveness)) is None:
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while isinstance(term := self.acquire(holder), Holder) or term != self.latest():  # two terms may have passed
             if time.monotonic() > deadline:
                 raise TimeoutError(f"another process held {self._folder.uri} for more than {PATIENCE_SECONDS:g} s")
             time.sleep(POLL_SECONDS)
         try:
-            past = [
-                name for name in self._names() if min(numbered([name], "taken-") + numbered([name], "free-")) < term
-            ]
-            self._folder.delete(past)
-            yield
+            for folder in (self._folder / "claims", self._folder / "released"):
+                folder.delete([entry.name for entry in folder.entries() if number_of(entry) < term])
+            yield term
         finally:
-            self.let_go(term)
+            self.release(term)
 
-    def _lives(self, term: int, liveness: Liveness) -> bool:
-        try:
-            holder = Holder.from_json(self._folder.get_json(_taken(term)))
-        except FileNotFoundError:  # forgotten meanwhile: there is a later term
-            return True
-        if holder.process_lives() is None:
-            taken = [entry.modified for entry in self._folder.entries() if entry.name == _taken(term)]
-            return time.time() - max(taken, default=0.0) < TAKEN_SECONDS or liveness.alive(holder)
-        return liveness.alive(holder)
+    def _look(self) -> tuple[int, Holder | None]:
+        """Return the highest term and who holds it, or None where it was released or its holder is dead."""
+        claims = self._claims()
+        if not claims:
+            return 0, None
+        term, since = number_of(claims[-1]), claims[-1].modified
+        if self._folder.has(_released(term)):
+            return term, None
+        found = self._folder.find_json(_claim(term))
+        if found is None and not self._folder.has(_claim(term)):
+            return self._look()  # deleted meanwhile: there is a later term
+        holder = Holder.from_json(found)
+        return term, holder if holder is not None and self._liveness.alive(holder, since=since) else None
 
-    def _names(self) -> frozenset[str]:
-        return frozenset(entry.name for entry in self._folder.entries())
-
-
-def numbered(names: Iterable[str], prefix: str) -> list[int]:
-    """Return the numbers of the objects `<prefix><number>.json`, in order."""
-    stems = [name.removeprefix(prefix).removesuffix(".json") for name in names if name.startswith(prefix)]
-    return sorted(int(stem) for stem in stems if stem.isdigit())
+    def _claims(self) -> list[Entry]:
+        return (self._folder / "claims").entries()
 
 
-def _taken(term: int) -> str:
-    return f"taken-{term:06d}.json"
+def number_of(entry: Entry) -> int:
+    """Return the number of an object `<number>.json`."""
+    return int(entry.name.removesuffix(".json"))
 
 
-def _free(term: int) -> str:
-    return f"free-{term:06d}.json"
+def _claim(term: int) -> str:
+    return f"claims/{term:06d}.json"
+
+
+def _released(term: int) -> str:
+    return f"released/{term:06d}.json"

@@ -76,6 +76,11 @@ class Manifest(_Part):
     created: float
     """Unix time."""
 
+    def outdated_input(self, inputs: Mapping[str, InputCommit]) -> str | None:
+        """Return an input of which this was made from another commit than the given one; None where it is current."""
+        names = sorted({*self.inputs, *inputs})
+        return next((name for name in names if self.inputs.get(name) != inputs.get(name)), None)
+
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON, the schema number included."""
         return {"schema": SCHEMA, **self.model_dump(mode="json")}

@@ -5,15 +5,19 @@ commits. MISS: it must run; the reason names the field, file, input or commit th
 result. BLOCKED: it could not run even once its inputs exist.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from threading import Event as Flag
 from typing import Any, Literal
 
 from stages.contract import Resources
+from stages.errors import StillhouseError
 from workflows.engine.check import check, find_step
-from workflows.engine.graph import Step, Workflow
+from workflows.engine.graph import Handle, Source, Step, Workflow
 from workflows.engine.identity import Fingerprint, Identity, Unknown, differences, identities
+from workflows.engine.manifest import InputCommit
 from workflows.engine.provenance import code_digest
 from workflows.engine.store import ArtifactStore, Commit
 
@@ -21,6 +25,9 @@ PlanStatus = Literal["HIT", "MISS", "BLOCKED"]
 
 STORE_READERS = 8
 """Steps looked up at once: a look-up is two to four requests, which on S3 take some 20 ms each."""
+
+_Watch = Callable[[str, str, int], None]
+"""Step, file, bytes just read → nothing; raises to stop."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +64,7 @@ class StepPlan:
     def inputs(self) -> Mapping[str, str]:
         """Input → fingerprint, of a step whose own fingerprint is known."""
         assert self.identity is not None
-        inputs: Mapping[str, str] = self.identity.record["inputs"]
-        return inputs
+        return self.identity.inputs
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON."""
@@ -101,6 +107,10 @@ class _Found:
     """What `by-name/<workflow>/<step>` names, where that has another fingerprint."""
 
 
+class PlanInterrupted(StillhouseError):
+    """A person pressed Ctrl-C while a run was planned: nothing was started."""
+
+
 def make_plan(
     workflow: Workflow,
     store: ArtifactStore,
@@ -109,6 +119,8 @@ def make_plan(
     strict_code: bool = False,
     cluster: ClusterResources | None = None,
     deep: bool = False,
+    progress: Callable[[str], None] | None = None,
+    interrupt: Flag | None = None,
 ) -> Plan:
     """Plan a workflow, or what one step of it needs.
 
@@ -118,23 +130,41 @@ def make_plan(
         only: plan this step and what it needs.
         strict_code: a HIT whose stage's code has changed since is a MISS.
         cluster: what there is to run on; None skips that check.
-        deep: hash the files that steps to be run will read, rather than only compare sizes.
+        deep: hash the files that steps to be run will read, rather than only compare sizes; once, while they stay.
+        progress: is called with a line for people, again and again, while files are hashed.
+        interrupt: once set, no more files are hashed.
 
     Raises:
         ConfigError: the graph cannot run, or there is no step `only`.
+        PlanInterrupted: `interrupt` was set while files were hashed.
     """
     check(workflow)
     wanted = workflow.upstream(find_step(workflow, only).name) if only else set(workflow.steps)
     known = {name: identity for name, identity in identities(workflow).items() if name in wanted}
-    with ThreadPoolExecutor(STORE_READERS) as pool:
-        found = dict(zip(known, pool.map(lambda item: _look_up(workflow, store, *item), known.items()), strict=True))
-    plan: dict[str, StepPlan] = {}
-    for step in workflow.in_order():
-        if step.name in wanted:
-            plan[step.name] = _plan_step(step, known[step.name], found[step.name], plan, cluster, strict_code)
-    if deep and _withdraw_rotten_inputs(store, plan):
-        return make_plan(workflow, store, only=only, strict_code=strict_code, cluster=cluster, deep=True)
-    return Plan(workflow, plan)
+    while True:
+        with ThreadPoolExecutor(STORE_READERS) as pool:
+            found = pool.map(lambda item: _look_up(workflow, store, *item), known.items())
+            looked_up = dict(zip(known, found, strict=True))
+        plan: dict[str, StepPlan] = {}
+        for step in workflow.in_order():
+            if (name := step.name) in wanted:
+                plan[name] = _plan_step(step, known[name], looked_up[name], plan, cluster, strict_code)
+        if not (deep and _withdraw_rotten_inputs(store, plan, _watch(progress, interrupt))):
+            return Plan(workflow, plan)
+
+
+def _watch(progress: Callable[[str], None] | None, interrupt: Flag | None) -> _Watch:
+    total = 0
+
+    def watch(step: str, path: str, num_bytes: int) -> None:
+        nonlocal total
+        total += num_bytes
+        if interrupt is not None and interrupt.is_set():
+            raise PlanInterrupted(f"interrupted while {path} of {step} was verified; nothing was started")
+        if progress is not None:
+            progress(f"verifying {step}: {path.split('/', 2)[2]} ({total / 1e6:,.0f} MB read)")
+
+    return watch
 
 
 def _look_up(workflow: Workflow, store: ArtifactStore, name: str, identity: Identity | Unknown) -> _Found:
@@ -143,8 +173,8 @@ def _look_up(workflow: Workflow, store: ArtifactStore, name: str, identity: Iden
     problems = store.problems(commit, deep=False) if commit else []
     withdrawal = store.withdrawal(fingerprint) if fingerprint and not commit else None
     pointer, previous = (None if commit else store.pointed(workflow.name, name)), None
-    if pointer and pointer["fingerprint"] != fingerprint:
-        previous = store.newest(Fingerprint(pointer["fingerprint"]))
+    if pointer and pointer.fingerprint != fingerprint:
+        previous = store.newest(pointer.fingerprint)
     return _Found(commit, problems, withdrawal, previous)
 
 
@@ -186,14 +216,11 @@ def _why_miss(
     if found.problems:
         return f"its commit does not verify: {found.problems[0]}"
     for need in sorted(step.needs()):
-        source = before[need].commit
-        if source is None:
+        if before[need].commit is None:
             return f"{need} is run again"
-        if all(
-            part.fingerprint != source.fingerprint or part.generation != source.generation
-            for part in commit.manifest.inputs.values()
-        ):
-            return f"{need} has a newer commit than the one this was made from"
+    commits = {name: plan.commit for name, plan in before.items() if plan.commit}
+    if outdated := commit.manifest.outdated_input(input_commits(step, identity.inputs, commits)):
+        return f"{_source_name(dict(step.sources())[outdated])} has a newer commit than the one this was made from"
     if strict_code and commit.manifest.provenance.code_digest != code_digest(type(step.stage)):
         return f"the code of {type(step.stage).__name__} changed (--strict-code)"
     return None
@@ -211,12 +238,28 @@ def _changed(step: Step, old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     inputs = [
         name for name in sorted({*old["inputs"], *new["inputs"]}) if old["inputs"].get(name) != new["inputs"].get(name)
     ]
-    labels = {
-        name: getattr(source, "step", None) or f"given {getattr(source, 'name', '')}" for name, source in step.sources()
-    }
+    sources = dict(step.sources())
     return "changed: input " + ", ".join(
-        f"{name} ({labels[name]})" if name in labels else f"{name} (removed)" for name in inputs[:3]
+        f"{name} ({_source_name(sources[name]) if name in sources else 'removed'})" for name in inputs[:3]
     )
+
+
+def _source_name(source: Source) -> str:
+    return source.step if isinstance(source, Handle) else f"external {source.name}"
+
+
+def input_commits(step: Step, inputs: Mapping[str, str], commits: Mapping[str, Commit]) -> dict[str, InputCommit]:
+    """Return the commits that a step would read.
+
+    Args:
+        step: the step.
+        inputs: input → fingerprint.
+        commits: the commit of each step that it needs.
+    """
+    generations = {
+        name: commits[source.step].generation if isinstance(source, Handle) else 0 for name, source in step.sources()
+    }
+    return {name: InputCommit(fingerprint=inputs[name], generation=number) for name, number in generations.items()}
 
 
 def _lacking(need: Resources, cluster: ClusterResources) -> str | None:
@@ -232,13 +275,15 @@ def _lacking(need: Resources, cluster: ClusterResources) -> str | None:
     return None
 
 
-def _withdraw_rotten_inputs(store: ArtifactStore, plan: Mapping[str, StepPlan]) -> bool:
-    """Withdraw commits that steps to be run would read and whose files do not verify; tell whether there were any."""
+def _withdraw_rotten_inputs(
+    store: ArtifactStore, plan: Mapping[str, StepPlan], watch: Callable[[str, str, int], None]
+) -> bool:
+    """Withdraw commits that steps to be run would read and whose files do not verify; return whether there were any."""
     read = {need for step in plan.values() if step.status == "MISS" for need in step.step.needs()}
     rotten = False
-    for name in read:
+    for name in sorted(read):
         commit = plan[name].commit
-        if commit is not None and (problems := store.problems(commit, deep=True)):
+        if commit is not None and (problems := store.problems(commit, deep=True, watch=partial(watch, name))):
             store.withdraw(commit, problems[0])
             rotten = True
     return rotten

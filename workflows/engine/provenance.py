@@ -1,5 +1,6 @@
 """Evidence about where a result came from: commit, code digests, package versions, host. Recorded, never identity."""
 
+import ast
 import hashlib
 import inspect
 import platform
@@ -25,17 +26,53 @@ PACKAGES = (
 """Packages whose version may explain a difference between two results."""
 
 
+ROOT = Path(__file__).parents[2]
+"""The folder that holds `stages` and `workflows`."""
+
+
 @cache
 def code_digest(stage: type) -> str:
-    """Return a digest of the code that a stage's results come from: its folder and `stages/ops`, or a user's file."""
-    source = Path(inspect.getfile(stage))
-    files = [source]
-    if source.name == "stage.py":
-        files = sorted([*source.parent.rglob("*.py"), *(source.parents[1] / "ops").glob("*.py")])
+    """Return a digest of the code that a stage's results come from: its file and all that this imports of ours."""
+    files = code_files(Path(inspect.getfile(stage)))
+    named = {file.relative_to(ROOT).as_posix() if file.is_relative_to(ROOT) else file.name: file for file in files}
     digest = hashlib.sha256()
-    for file in files:
-        digest.update(f"{file.parent.name}/{file.name}\0".encode() + file.read_bytes())
+    for name, file in sorted(named.items()):
+        digest.update(f"{name}\0".encode() + file.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def code_files(source: Path, root: Path = ROOT) -> set[Path]:
+    """Return a file and the files below a root that it imports, and that those import.
+
+    Imports inside functions count. Packages count too, since `import a.b` runs `a/__init__.py`.
+    """
+    found: set[Path] = set()
+    todo = [source]
+    while todo:
+        file = todo.pop()
+        if file not in found:
+            found.add(file)
+            todo.extend(_imported_files(file, root))
+    return found
+
+
+@cache
+def _imported_files(file: Path, root: Path) -> frozenset[Path]:
+    modules: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_bytes())):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            package = ""
+            if node.level and file.is_relative_to(root):
+                package = ".".join(file.relative_to(root).parts[: -node.level])
+            base = ".".join(part for part in (package, node.module) if part)
+            modules |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
+    paths = {root.joinpath(*module.split(".")) for module in modules}
+    files = {p.with_suffix(".py") for p in paths}
+    for path in paths:
+        files |= {folder / "__init__.py" for folder in (path, *path.parents) if folder.is_relative_to(root)}
+    return frozenset(file for file in files if file != root / "__init__.py" and file.is_file())
 
 
 @cache

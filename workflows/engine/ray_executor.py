@@ -1,10 +1,10 @@
-"""Steps as Ray tasks: start a cluster or join one, submit, poll, cancel. The only engine file that imports ray.
+"""Steps as Ray tasks: start a cluster or join one, submit, poll, cancel. With
+`ray_workarounds.py` the only engine file that imports ray.
 
 A step's task holds no CPU and no GPU: the library inside it (Ray Data, Train, Tune) takes the real ones. Retries are
 the engine's, so Ray's are off. What a stage reports goes to one actor without CPUs that the driver drains.
 """
 
-import contextlib
 import importlib
 import logging
 import math
@@ -16,14 +16,18 @@ import time
 from types import ModuleType
 from typing import Any
 
-import psutil
-
 from stages.errors import ConfigError
 from stages.runtime.processes import preserve_signal_handlers
 from stages.storage import Folder, is_remote
 from workflows.engine.executor import Attempt, AttemptResult, ProgressUpdates
 from workflows.engine.failures import Failure, FailureKind
 from workflows.engine.plan import ClusterResources
+from workflows.engine.ray_workarounds import (
+    killing_workers_left_behind,
+    remove_orphaned_groups,
+    short_temp_dir,
+    silence_ray_stdout,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -91,13 +95,15 @@ class RayExecutor:
             "runtime_env": {"py_modules": [_package("stages"), _package("workflows")]},
         }
         if address is None:
-            shape = local_resources()
+            cluster = local_resources()
             where = {
                 "address": "local",
-                "num_cpus": int(shape.cpus),
+                "num_cpus": int(cluster.cpus),
                 "include_dashboard": False,
                 "_node_ip_address": "127.0.0.1",
             }
+            if short := short_temp_dir(os.environ):
+                where["_temp_dir"] = short
         level = logging.INFO if verbose else logging.ERROR
         with preserve_signal_handlers():
             ray.init(
@@ -108,7 +114,7 @@ class RayExecutor:
                 **where,
             )
         if not verbose:
-            _silence_ray_stdout()
+            silence_ray_stdout()
         if by_value is not None:
             ray.cloudpickle.register_pickle_by_value(by_value)
         remote = importlib.import_module("workflows.engine.worker")
@@ -160,21 +166,21 @@ class RayExecutor:
                 "system or s3:// or gs://"
             )
 
-    def submit(self, request: Attempt) -> None:
+    def submit(self, attempt: Attempt) -> None:
         """Start an attempt."""
-        if request.stage.FRESH_PROCESS:
+        if attempt.stage.FRESH_PROCESS:
             actor = self._fresh.remote()
-            ref = actor.run.remote(request, self._box)
+            ref = actor.run.remote(attempt, self._box)
             self._actors[ref] = actor
         else:
-            ref = self._run.remote(request, self._box)
-        self._running[ref] = request.step
+            ref = self._run.remote(attempt, self._box)
+        self._running[ref] = attempt.step
 
     def poll(self, timeout_seconds: float) -> list[tuple[str, AttemptResult | Failure]]:
         """Wait for attempts to end, at most so long, and return those that did, by step."""
         if time.monotonic() < self._orphans_until:
             try:
-                self._remove_orphans()
+                remove_orphaned_groups()
             except self._ray.exceptions.RayError as error:
                 logger.warning("cannot look for placement groups that a lost step left: %s", error)
         if not self._running:
@@ -222,30 +228,8 @@ class RayExecutor:
             )
         return result
 
-    def _remove_orphans(self) -> None:
-        """Remove this run's placement groups whose creator died: Ray keeps what they reserve until the job ends.
-
-        Ray Train's controller and Tune create them inside a step's process. The public table does not tell the creator.
-        """
-        from ray._private.state import state
-        from ray.core.generated.gcs_pb2 import PlacementGroupTableData as Group
-        from ray.util.placement_group import PlacementGroup
-
-        for raw in state._connect_and_get_accessor().get_placement_group_table():
-            group = Group.FromString(raw)
-            if (
-                group.creator_actor_dead  # also of those that no actor made
-                and group.creator_actor_id != self._ray.ActorID.nil().binary()
-                and not group.is_detached
-                and group.state != Group.REMOVED
-                and group.ray_namespace == self._ray.get_runtime_context().namespace
-            ):
-                handle = PlacementGroup(self._ray.PlacementGroupID(group.placement_group_id))
-                self._ray.util.remove_placement_group(handle)
-                logger.info("deciding to remove placement group %s, since what made it died", handle.id.hex())
-
     def reports(self) -> ProgressUpdates:
-        """Return what stages told since the last call; nothing where the actor does not answer in time."""
+        """Return what stages reported since the last call; nothing where the actor does not answer in time."""
         try:
             found: ProgressUpdates = self._ray.get(self._box.drain.remote(), timeout=2.0)
         except self._ray.exceptions.RayError as error:
@@ -265,16 +249,9 @@ class RayExecutor:
             self._cancelled[ref] = math.inf if actor else time.monotonic()
 
     def close(self) -> None:
-        """Let go of the cluster; what still runs there for us ends."""
-        workers = []
-        with contextlib.suppress(psutil.Error):
-            children = psutil.Process().children() if self._address is None else []
-            raylets = [child for child in children if child.name() == "raylet"]
-            workers = [worker for raylet in raylets for worker in raylet.children(recursive=True)]
-        self._ray.shutdown()
-        for worker in workers:  # now and then one hangs at its exit (Ray 2.60), for ever
-            with contextlib.suppress(psutil.Error):
-                worker.kill()
+        """Leave the cluster; what still runs there for us ends."""
+        with killing_workers_left_behind(local=self._address is None):
+            self._ray.shutdown()
 
 
 def _set_environment(*, local: bool) -> None:
@@ -296,13 +273,6 @@ def _set_environment(*, local: bool) -> None:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 
-def _silence_ray_stdout() -> None:
-    """Send what raylets tell this driver to its log: with `log_to_driver=False` Ray 2.60 still prints these lines."""
-    from ray._private import worker
-
-    worker.print_to_stdstream = lambda data, ignore_prefix: logger.info("%s", "\n".join(map(str, data["lines"])))
-
-
 def _package(name: str) -> str:
     file = sys.modules[name].__file__ if name in sys.modules else importlib.import_module(name).__file__
     assert file is not None
@@ -310,5 +280,5 @@ def _package(name: str) -> str:
 
 
 def _sees(store: Folder, name: str) -> bool:
-    """Run on a node: tell whether it finds a file."""
+    """Run on a node: return whether it finds a file."""
     return store.has(name)

@@ -1,4 +1,4 @@
-"""Turns what happens to a run's steps into the records that the ledger is told."""
+"""Turns what happens to a run's steps into events."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from stages.contract import Stage
-from workflows.engine import events
-from workflows.engine.events import RunEvent
+from workflows.engine.events import AttemptEnded, AttemptStarted, CurvePoints, RunEvent, RunStatus
 from workflows.engine.plan import Plan
 from workflows.engine.store import Commit
 
@@ -17,35 +16,45 @@ PARAM_CHARACTERS = 60
 
 @dataclass(frozen=True, slots=True)
 class Recorder:
-    """Tells the ledger about one run's steps."""
+    """Records the attempts of one run's steps."""
 
-    run: str
     plan: Plan
-    tell: Callable[[RunEvent], None]
+    record: Callable[[RunEvent], None]
 
-    def hit(self, name: str, commit: Commit) -> None:
+    def hit(self, name: str, commit: Commit, attempt: int = 0) -> None:
         """A step's result was found."""
-        self.opened(name, 0, "hit")
-        self.closed(name, 0, "FINISHED", commit.artifact.metrics, {"made_by_run": commit.manifest.run})
+        self.opened(name, attempt, "hit")
+        self.closed(name, attempt, "FINISHED", commit.artifact.metrics, {"made_by_run": commit.manifest.run})
 
     def opened(self, name: str, attempt: int, cache: Literal["hit", "miss"]) -> None:
         """An attempt began."""
         planned = self.plan.steps[name]
         assert planned.fingerprint is not None
-        stage = type(planned.step.stage).__name__
-        self.tell(events.StepOpened(self.run, name, attempt, now_ms(), stage, planned.fingerprint, cache, {}))
+        stage = planned.step.stage
+        self.record(
+            AttemptStarted(
+                step=name,
+                attempt=attempt,
+                at_ms=now_ms(),
+                stage=type(stage).__name__,
+                fingerprint=planned.fingerprint,
+                cache=cache,
+                params=short_params(stage),
+                config=stage.model_dump_json(indent=1),
+            )
+        )
 
     def closed(
-        self, name: str, attempt: int, status: events.RunStatus, metrics: Mapping[str, float], tags: Mapping[str, str]
+        self, name: str, attempt: int, status: RunStatus, metrics: Mapping[str, float], tags: Mapping[str, str]
     ) -> None:
         """An attempt ended."""
-        stage = self.plan.steps[name].step.stage
-        config, params = stage.model_dump_json(indent=1), short_params(stage)
-        self.tell(events.StepClosed(self.run, name, attempt, now_ms(), status, metrics, params, tags, config))
+        self.record(
+            AttemptEnded(step=name, attempt=attempt, at_ms=now_ms(), status=status, metrics=metrics, tags=tags)
+        )
 
     def curves(self, name: str, attempt: int, points: list[tuple[str, float, int, int]]) -> None:
         """An attempt's curves grew."""
-        self.tell(events.CurvePoints(self.run, name, attempt, tuple(points)))
+        self.record(CurvePoints(step=name, attempt=attempt, points=tuple(points)))
 
 
 def short_params(stage: Stage) -> dict[str, str]:
@@ -56,5 +65,5 @@ def short_params(stage: Stage) -> dict[str, str]:
 
 
 def now_ms() -> int:
-    """Return the time as MLflow counts it."""
+    """Return the time as events count it."""
     return int(time.time() * 1000)

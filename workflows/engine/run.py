@@ -17,6 +17,7 @@ from workflows.engine.driver import Driver
 from workflows.engine.executor import Attempt, AttemptResult, Executor, ProgressUpdates
 from workflows.engine.failures import Failure
 from workflows.engine.graph import Workflow
+from workflows.engine.heartbeat import Heartbeat
 from workflows.engine.identity import Fingerprint
 from workflows.engine.plan import ClusterResources, Plan, make_plan
 from workflows.engine.provenance import git_commit
@@ -71,9 +72,9 @@ class NoExecutor:
         """Return what there would be to run on."""
         return self.cluster
 
-    def submit(self, request: Attempt) -> None:
+    def submit(self, attempt: Attempt) -> None:
         """Refuse: the plan had nothing to run."""
-        raise AssertionError(f"{request.step} was launched in a run that had nothing to run")
+        raise AssertionError(f"{attempt.step} was launched in a run that had nothing to run")
 
     def poll(self, timeout_seconds: float) -> list[tuple[str, AttemptResult | Failure]]:
         """Return nothing at once."""
@@ -150,7 +151,7 @@ def execute(
         ledger = RunTracker(tracking_uri=tracking, artifact_root=root, runs=store.root / "runs", run=run)
         try:
             ledger.record(_opened(run, workflow, params, command, store))
-            with watch(plan) as watcher:
+            with watch(plan) as watcher, Heartbeat(store.root / "runs", run):
                 result = Driver(plan, store, tasks, run, ledger.record, watcher, interrupt).go()
             reports = _tell_results(store, result, ledger)
             ledger.record(_closed(run, result, reports, command))

@@ -91,9 +91,6 @@ class Schedule:
         return all(state.phase is Phase.COMMITTED for state in self.steps.values() if state.required)
 
 
-# Events -------------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, slots=True)
 class Tick:
     """Time has passed."""
@@ -136,16 +133,21 @@ class Failed:
 
 
 @dataclass(frozen=True, slots=True)
+class Overtaken:
+    """Another run took a running step over: its attempt works for nothing."""
+
+    step: str
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
 class Interrupted:
     """A person pressed Ctrl-C, or the job was asked to stop."""
 
     at: float
 
 
-Event = Tick | Began | Committed | Held | Failed | Interrupted
-
-
-# Decisions ----------------------------------------------------------------------------------------------------------
+Event = Tick | Began | Committed | Held | Failed | Overtaken | Interrupted
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +169,7 @@ class Stop:
 
 @dataclass(frozen=True, slots=True)
 class Transition:
-    """A step is over without a commit, or waits for another attempt: tell people why."""
+    """A step is over without a commit, or waits for another attempt: people want to know why."""
 
     step: str
     phase: Phase
@@ -219,6 +221,8 @@ def advance(schedule: Schedule, event: Event) -> tuple[Schedule, list[Decision]]
             )
         case Failed(step, at, failure):
             _fail(draft, step, at, failure)
+        case Overtaken(step):
+            draft.stop(step, Failure(FailureKind.FENCED, "another run took it over while it ran"))
         case Interrupted():
             _interrupt(draft)
         case Tick(at):
@@ -244,6 +248,11 @@ class _Draft:
     def settle(self, name: str, phase: Phase, reason: str, **changes: Any) -> None:
         self.update(name, phase=phase, reason=reason, **changes)
         self.decisions.append(Transition(name, phase, reason))
+
+    def stop(self, name: str, failure: Failure) -> None:
+        if self.steps[name].phase is Phase.RUNNING:
+            self.update(name, phase=Phase.STOPPING, stopping=failure)
+            self.decisions.append(Stop(name, failure.message))
 
     def in_phase(self, *phases: Phase) -> Iterator[StepState]:
         return (state for state in list(self.steps.values()) if state.phase in phases)
@@ -301,8 +310,7 @@ def _stop_overdue(draft: _Draft, at: float) -> None:
             )
         else:
             continue
-        draft.update(state.name, phase=Phase.STOPPING, stopping=failure)
-        draft.decisions.append(Stop(state.name, failure.message))
+        draft.stop(state.name, failure)
 
 
 def _skip_unreachable(draft: _Draft) -> None:

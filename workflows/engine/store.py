@@ -1,38 +1,48 @@
 """Claims, attempts, commits and withdrawals over `stages.storage`: the only state that the engine has.
 
-    <store>/artifacts/<fingerprint>/claims/<epoch>.json        create-only; the highest epoch may write
-                                   /released/<epoch>.json      its holder is done with it, though it may live on
+    <store>/artifacts/<fingerprint>/claims/, released/          the lease (`lease.py`); the highest epoch may write
                                    /resume/<generation>/<inputs>/  snapshots and receipts, for going on
                                    /out/<epoch>/…              what this epoch's attempt wrote
                                    /commits/<generation>.json  create-only: the manifest
                                    /withdrawn/<generation>.json
            /by-name/<workflow>/<step>.json                     for people and for `plan`'s reasons
-           /runs/<run>/heartbeat.json, ledger/, logs/
+           /runs/<run>/heartbeat.json, logs/, …
            /pins/<fingerprint>.json
 
 Whatever must be unique is a create-only object, so that local disk and S3 give the same promises: of two writers of
-one fingerprint one commits, and a writer that was overtaken cannot.
+one fingerprint one commits, and a writer that was overtaken cannot. Claims and commits on a local disk survive a power
+cut; whatever else one tore counts as absent, which is logged.
 """
 
 import hashlib
 import json
+import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from pydantic import ValidationError
 
 from stages.contract import Artifact, read_receipts
 from stages.errors import ConfigError, StillhouseError, nearest
+from stages.external.digests import WatchDigest, digests_below
 from stages.storage import AlreadyExists, File, Folder
 from workflows.engine.heartbeat import Holder, Liveness
 from workflows.engine.identity import Fingerprint
+from workflows.engine.lease import Lease, number_of
 from workflows.engine.manifest import InputCommit, Manifest, ManifestFile
+
+logger = logging.getLogger(__name__)
 
 
 class Fenced(StillhouseError):
     """Another run took this step over; what this attempt wrote is not committed."""
+
+
+class TornCommit(StillhouseError):
+    """A power cut left half a manifest: it counts as absent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +99,7 @@ class ArtifactStore:
         except Exception as error:
             text = str(error).split("\n", 1)[0]
             raise ConfigError(
-                f"the store {self.uri} cannot be written: {text}; name another with --store, or mend its rights"
+                f"the store {self.uri} cannot be written: {text}; name another with --store, or fix its rights"
             ) from error
 
     # Reading --------------------------------------------------------------------------------------------------------
@@ -98,22 +108,37 @@ class ArtifactStore:
         """Return the generations that are committed and not withdrawn, oldest first."""
         folder = self.folder(fingerprint)
         withdrawn = {entry.name for entry in (folder / "withdrawn").entries()}
-        return [
-            int(entry.name.removesuffix(".json"))
-            for entry in (folder / "commits").entries()
-            if entry.name not in withdrawn
-        ]
+        return [number_of(entry) for entry in (folder / "commits").entries() if entry.name not in withdrawn]
 
-    def newest(self, fingerprint: Fingerprint) -> Commit | None:
-        """Return the newest commit that is not withdrawn."""
-        generations = self.generations(fingerprint)
-        return self.read(fingerprint, generations[-1]) if generations else None
+    def commits(self, fingerprint: str) -> Iterator[Commit]:
+        """Yield the commits that are whole and not withdrawn, newest first."""
+        for generation in reversed(self.generations(fingerprint)):
+            try:
+                yield self.read(Fingerprint(fingerprint), generation)
+            except TornCommit as error:
+                logger.warning("%s", error)
+
+    def newest(self, fingerprint: str) -> Commit | None:
+        """Return the newest commit that is whole and not withdrawn."""
+        return next(self.commits(fingerprint), None)
 
     def read(self, fingerprint: Fingerprint, generation: int) -> Commit:
-        """Read one commit."""
-        folder = self.folder(fingerprint)
-        name = f"commits/{generation:06d}.json"
-        manifest = Manifest.parse(folder.get(name), where=folder.uri_of(name))
+        """Read one commit.
+
+        Raises:
+            TornCommit: a power cut left half of it.
+            ConfigError: another version of stillhouse wrote it.
+        """
+        folder, name = self.folder(fingerprint), _commit_name(generation)
+        data = folder.get(name)
+        try:
+            manifest = Manifest.parse(data, where=folder.uri_of(name))
+        except ConfigError:
+            raise
+        except ValueError as error:
+            raise TornCommit(
+                f"the manifest {folder.uri_of(name)} is torn ({len(data)} bytes, not JSON): it counts as absent"
+            ) from error
         files = tuple(File(f.name, folder.uri_of(f.path), f.size_bytes, f.sha256) for f in manifest.files)
         artifact = Artifact(manifest.kind, fingerprint, files, manifest.metrics)
         return Commit(fingerprint, generation, manifest, artifact)
@@ -135,7 +160,7 @@ class ArtifactStore:
                     f"the store {self.uri} has no artifact by the name {text!r}; `stillhouse artifacts list` shows "
                     "what it has"
                 )
-            return Fingerprint(pointer["fingerprint"])
+            return Fingerprint(pointer.fingerprint)
         known = self.fingerprints()
         found = [fingerprint for fingerprint in known if fingerprint.startswith(text)]
         if len(found) != 1:
@@ -148,39 +173,29 @@ class ArtifactStore:
 
     # Claiming -------------------------------------------------------------------------------------------------------
 
-    def claim(self, fingerprint: Fingerprint, run: str) -> Claim | Holder:
-        """Take the right to write, or return the live run that holds it."""
-        folder = self.folder(fingerprint)
-        while True:
-            epochs = [int(entry.name.removesuffix(".json")) for entry in (folder / "claims").entries()]
-            highest = epochs[-1] if epochs else 0
-            if highest:
-                holder = self._holder(fingerprint, highest)
-                if holder is not None and holder.run != run:
-                    return holder
-            epoch, generation = highest + 1, self._next_generation(fingerprint)
-            try:
-                folder.put_json(f"claims/{epoch:06d}.json", Holder.of_this_process(run).to_json(), create=True)
-            except AlreadyExists:
-                continue  # another run was faster: look at it
-            return Claim(fingerprint, epoch, generation)
+    def lease(self, fingerprint: str) -> Lease:
+        """Return the right to write a fingerprint's next commit."""
+        return Lease(self.folder(fingerprint), self.liveness)
 
-    def _holder(self, fingerprint: str, epoch: int) -> Holder | None:
-        """Return who holds an epoch's claim, or None where it was released or its holder is dead."""
-        folder = self.folder(fingerprint)
-        if folder.has(f"released/{epoch:06d}.json"):
-            return None
-        holder = Holder.from_json(folder.get_json(f"claims/{epoch:06d}.json"))
-        return holder if self.liveness.alive(holder) else None
+    def claim(self, fingerprint: Fingerprint, run: str) -> Claim | Holder:
+        """Take the right to write, or return the live run that holds it; a run's own earlier claim is overtaken."""
+        epoch = self.lease(fingerprint).acquire(Holder.of_this_process(run), renew=True)
+        return epoch if isinstance(epoch, Holder) else Claim(fingerprint, epoch, self._next_generation(fingerprint))
+
+    def overtaken(self, claim: Claim) -> bool:
+        """Return whether a later claim exists, so that this one's attempt works for nothing."""
+        return self.lease(claim.fingerprint).latest() > claim.epoch
+
+    def held(self, fingerprint: str) -> bool:
+        """Return whether a live run holds the claim."""
+        return self.lease(fingerprint).holder() is not None
 
     def release(self, claim: Claim) -> None:
-        """Let go of a claim, so that another run need not wait for this one's end; again is as good as once."""
-        with suppress(AlreadyExists):
-            self.folder(claim.fingerprint).put_json(f"released/{claim.epoch:06d}.json", {}, create=True)
+        """Give a claim up, so that another run need not wait for this one's end; again is as good as once."""
+        self.lease(claim.fingerprint).release(claim.epoch)
 
     def _next_generation(self, fingerprint: str) -> int:
-        commits = (self.folder(fingerprint) / "commits").entries()
-        return 1 + max((int(entry.name.removesuffix(".json")) for entry in commits), default=0)
+        return 1 + max(map(number_of, (self.folder(fingerprint) / "commits").entries()), default=0)
 
     def out(self, claim: Claim) -> Folder:
         """Return the folder that only this claim's attempt writes."""
@@ -195,28 +210,26 @@ class ArtifactStore:
         return self.folder(claim.fingerprint) / "resume" / f"{claim.generation:06d}"
 
     def commit(self, claim: Claim, manifest: Manifest) -> Commit:
-        """Publish an attempt's files.
+        """Publish an attempt's files; a commit of this claim that stands already, its answer lost, is returned.
 
         Raises:
             Fenced: a higher claim exists, or this generation is taken.
         """
-        folder = self.folder(claim.fingerprint)
-        highest = int((folder / "claims").entries()[-1].name.removesuffix(".json"))
-        if highest != claim.epoch:
-            raise Fenced(
-                f"epoch {claim.epoch} of {claim.fingerprint[:12]} was overtaken by epoch {highest}; its output is "
-                "not committed"
-            )
-        try:
-            folder.put_json(f"commits/{claim.generation:06d}.json", manifest.to_json(), create=True)
-        except AlreadyExists as error:
-            raise Fenced(f"generation {claim.generation} of {claim.fingerprint[:12]} is committed already") from error
-        return self.read(claim.fingerprint, claim.generation)
-
-    def held(self, fingerprint: str) -> bool:
-        """Tell whether a live run holds the claim."""
-        entries = (self.folder(fingerprint) / "claims").entries()
-        return bool(entries) and self._holder(fingerprint, int(entries[-1].name.removesuffix(".json"))) is not None
+        folder, short = self.folder(claim.fingerprint), claim.fingerprint[:12]
+        if (highest := self.lease(claim.fingerprint).latest()) > claim.epoch:
+            problem = f"epoch {claim.epoch} of {short} was overtaken by epoch {highest}; its output is not committed"
+        else:
+            try:
+                folder.put_json(_commit_name(claim.generation), manifest.to_json(), durable=True)
+            except AlreadyExists:
+                problem = f"generation {claim.generation} of {short} is committed already"
+            else:
+                return self.read(claim.fingerprint, claim.generation)
+        with suppress(FileNotFoundError, TornCommit):
+            standing = self.read(claim.fingerprint, claim.generation)
+            if (standing.manifest.run, standing.manifest.epoch) == (manifest.run, claim.epoch):
+                return standing
+        raise Fenced(problem)
 
     def forget_resume(self, claim: Claim) -> None:
         """Delete what attempts kept in order to go on: the commit names every file that counts."""
@@ -225,34 +238,43 @@ class ArtifactStore:
 
     def withdraw(self, commit: Commit, reason: str) -> None:
         """Make a commit count no longer; nothing is deleted."""
-        try:
+        with suppress(AlreadyExists):
             (self.folder(commit.fingerprint) / "withdrawn").put_json(
                 f"{commit.generation:06d}.json", {"reason": reason}, create=True
             )
-        except AlreadyExists:
-            return
 
     def withdrawal(self, fingerprint: str) -> str | None:
         """Return why the newest withdrawn generation was withdrawn, or None where none was."""
         folder = self.folder(fingerprint) / "withdrawn"
         entries = folder.entries()
-        return str(folder.get_json(entries[-1].name)["reason"]) if entries else None
+        found = folder.find_json(entries[-1].name) if entries else {}
+        return found.get("reason") if found is not None else "for a reason that a power cut took"
 
     # Verifying ------------------------------------------------------------------------------------------------------
 
-    def problems(self, commit: Commit, *, deep: bool) -> list[str]:
-        """Return what is wrong with a commit's files: missing or of another size; with `deep`, of another digest."""
+    def problems(self, commit: Commit, *, deep: bool, watch: WatchDigest | None = None) -> list[str]:
+        """Return what is wrong with a commit's files: missing, or of another size; with `deep`, of another digest.
+
+        A digest is taken anew each time, but with `watch`, which is handed each file's name and the bytes that are
+        read: then what was hashed before, and has not changed since, is remembered.
+        """
         folder = self.folder(commit.fingerprint)
         there = {f"out/{entry.name}": entry.size_bytes for entry in (folder / "out").entries()}
-        found = []
+        found, whole = [], {}
         for file in commit.manifest.files:
-            path = file.path
-            if path not in there:
+            if file.path not in there:
                 found.append(f"{file.name} is missing")
-            elif there[path] != file.size_bytes:
-                found.append(f"{file.name} has {there[path]} bytes, expected {file.size_bytes}")
-            elif deep and folder.digest(path).sha256 != file.sha256:
-                found.append(f"{file.name} has another sha256 than its manifest names")
+            elif there[file.path] != file.size_bytes:
+                found.append(f"{file.name} has {there[file.path]} bytes, expected {file.size_bytes}")
+            else:
+                whole[file.path] = file
+        if deep and whole:
+            known = digests_below(folder, whole, watch) if watch else {p: folder.digest(p).sha256 for p in whole}
+            found += [
+                f"{file.name} has another sha256 than its manifest names"
+                for path, file in whole.items()
+                if known.get(path) != file.sha256
+            ]
         return found
 
     # Names, pins ----------------------------------------------------------------------------------------------------
@@ -271,13 +293,12 @@ class ArtifactStore:
         fresh.symlink_to(target)
         fresh.replace(link)
 
-    def pointed(self, workflow: str, step: str) -> dict[str, Any] | None:
-        """Return what `by-name/<workflow>/<step>` names, or None."""
+    def pointed(self, workflow: str, step: str) -> InputCommit | None:
+        """Return the commit that `by-name/<workflow>/<step>` names, or None; a torn name is none."""
         try:
-            value: dict[str, Any] = (self.root / "by-name" / workflow).get_json(f"{step}.json")
-        except FileNotFoundError:
+            return InputCommit.model_validate((self.root / "by-name" / workflow).find_json(f"{step}.json"))
+        except ValidationError:
             return None
-        return value
 
     def pin(self, fingerprint: Fingerprint, note: str) -> None:
         """Keep an artifact, whatever else reaches it."""
@@ -289,32 +310,30 @@ class ArtifactStore:
 
 
 def seal(out: Folder, resume: Folder, root: Folder) -> tuple[ManifestFile, ...]:
-    """Return a manifest's file list: shards by their receipts, everything else in `out` hashed as the store holds it.
+    """Return a manifest's file list: shards by their receipts, all else in `out` by its digest as written or hashed.
 
     Raises:
         StillhouseError: a shard that a receipt names is not there or not whole.
     """
-    receipts = {file.uri: file for file in read_receipts(resume)}
-    here = {out.uri_of(entry.name): entry for entry in out.entries()}
-    files = [out.digest(entry.name) for uri, entry in here.items() if uri not in receipts]
-    for uri, file in receipts.items():
-        parent, _, name = uri.rpartition("/")
-        entry = here.get(uri) or next((e for e in Folder(parent).entries() if e.name == name), None)
-        if entry is None or entry.size_bytes != file.size_bytes:
+    sizes = {root.uri_of(f"out/{entry.name}"): entry.size_bytes for entry in (root / "out").entries()}
+    files = {file.uri: file for file in read_receipts(resume)}
+    for uri, file in files.items():
+        if sizes.get(uri) != file.size_bytes:
             raise StillhouseError(
                 f"the shard {uri} is missing or cut short, though its receipt is there; delete {resume.uri} and "
                 "run again"
             )
-        files.append(file)
+    names = {uri: uri.removeprefix(out.uri + "/") for uri in sizes if uri.startswith(out.uri + "/")}
+    files |= {uri: out.identify(name) for uri, name in names.items() if uri not in files}
     return tuple(
         ManifestFile(name=f.name, path=f.uri.removeprefix(root.uri + "/"), size_bytes=f.size_bytes, sha256=f.sha256)
-        for f in sorted(files, key=lambda f: f.name)
+        for f in sorted(files.values(), key=lambda f: f.name)
     )
 
 
 def cost_seconds(store: ArtifactStore, fingerprint: Fingerprint) -> float:
     """Return the wall-clock seconds of all the steps that an artifact was made by, each counted once."""
-    commits = (store.newest(Fingerprint(found)) for found in reachable(store, [fingerprint]))
+    commits = (store.newest(found) for found in reachable(store, [fingerprint]))
     return sum(commit.seconds for commit in commits if commit is not None)
 
 
@@ -323,10 +342,14 @@ def reachable(store: ArtifactStore, roots: Iterable[str]) -> set[str]:
     found: set[str] = set()
     todo = list(roots)
     while todo:
-        current = Fingerprint(todo.pop())
+        current = todo.pop()
         if current in found:
             continue
         found.add(current)
-        for generation in store.generations(current):
-            todo.extend(part.fingerprint for part in store.read(current, generation).manifest.inputs.values())
+        for commit in store.commits(current):
+            todo.extend(part.fingerprint for part in commit.manifest.inputs.values())
     return found
+
+
+def _commit_name(generation: int) -> str:
+    return f"commits/{generation:06d}.json"

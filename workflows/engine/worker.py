@@ -4,6 +4,7 @@ Imported by workers; imports no ray itself: the report actor's handle is passed 
 """
 
 import contextlib
+import io
 import logging
 import math
 import os
@@ -22,6 +23,7 @@ from stages.runtime.translation import translate
 from workflows.engine.executor import Attempt, AttemptResult, ProgressUpdates
 from workflows.engine.failures import Failure, FailureKind
 from workflows.engine.provenance import environment
+from workflows.engine.redaction import redacted, secrets_of
 from workflows.engine.store import seal
 
 PROGRESS_SECONDS = 0.2
@@ -36,7 +38,7 @@ KINDS = (
 
 
 class ProgressCollector:
-    """The actor that keeps what stages tell until the driver fetches it."""
+    """The actor that keeps what stages report until the driver fetches it."""
 
     def __init__(self) -> None:
         """Start empty."""
@@ -59,13 +61,13 @@ class ProgressCollector:
         self._reports.notes.append((*key, text))
 
     def drain(self) -> ProgressUpdates:
-        """Return everything and start anew; what has started is told each time, since an answer may be lost."""
+        """Return everything and start anew; what has started is returned each time, since an answer may be lost."""
         reports, self._reports = self._reports, ProgressUpdates(started=set(self._reports.started))
         return reports
 
 
 class ActorReporter:
-    """A `stages.contract.Report` that sends to the actor without waiting for it."""
+    """A `stages.contract.Reporter` that sends to the actor without waiting for it."""
 
     def __init__(self, box: Any, step: str, attempt: int) -> None:
         """Report for one attempt."""
@@ -73,11 +75,11 @@ class ActorReporter:
         self._last = 0.0
 
     def started(self) -> None:
-        """Tell that the work has its resources."""
+        """Report that the work has its resources."""
         self._send("started")
 
     def progress(self, done: float, total: float, unit: str) -> None:
-        """Tell how much of the work is done."""
+        """Report how much of the work is done."""
         now = time.monotonic()
         if now - self._last >= PROGRESS_SECONDS or done >= total:
             self._last = now
@@ -89,28 +91,28 @@ class ActorReporter:
         self._send("curve", [(name, float(value), step, at_ms) for name, value in metrics.items()])
 
     def note(self, text: str) -> None:
-        """Tell a person one line."""
+        """Report one line for people."""
         self._send("note", text)
 
     def _send(self, method: str, *values: Any) -> None:
-        with contextlib.suppress(Exception):  # a report that is lost must not fail the work it tells of
+        with contextlib.suppress(Exception):  # a report that is lost must not fail the work that it is about
             getattr(self._box, method).remote(self._key, *values)
 
 
-def run_attempt(request: Attempt, box: Any) -> AttemptResult | Failure:
+def run_attempt(attempt: Attempt, box: Any) -> AttemptResult | Failure:
     """Run one attempt at a step and say how it ended; nothing is committed here."""
-    reporter = ActorReporter(box, request.step, request.attempt)
-    with _log(request) as log:
+    reporter = ActorReporter(box, attempt.step, attempt.attempt)
+    with _log(attempt) as log:
         started = time.monotonic()
         logger = logging.getLogger(__name__)
-        logger.info("%s attempt %d on %s: %r", request.step, request.attempt, socket.gethostname(), request.stage)
-        context = Context(request.fingerprint, request.inputs, request.out, request.resume, request.resources, reporter)
-        if not request.stage.PLACES_WORKERS:
+        logger.info("%s attempt %d on %s: %r", attempt.step, attempt.attempt, socket.gethostname(), attempt.stage)
+        context = Context(attempt.fingerprint, attempt.inputs, attempt.out, attempt.resume, attempt.resources, reporter)
+        if not attempt.stage.PLACES_WORKERS:
             reporter.started()
         try:
-            outcome = request.stage.run(context)
+            outcome = attempt.stage.run(context)
             metrics = _checked(outcome.metrics)
-            files = seal(request.out, request.resume, request.root)
+            files = seal(attempt.out, attempt.resume, attempt.root)
         except Exception as error:  # noqa: BLE001  the border of the step's process: every error becomes a decision of the engine
             log.write(traceback.format_exc())
             return classify(error)
@@ -118,7 +120,7 @@ def run_attempt(request: Attempt, box: Any) -> AttemptResult | Failure:
         size = sum(file.size_bytes for file in files)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         logger.info(
-            "%s done in %.1f s: %d files, %d bytes, peak memory %d bytes", request.step, seconds, len(files), size, peak
+            "%s done in %.1f s: %d files, %d bytes, peak memory %d bytes", attempt.step, seconds, len(files), size, peak
         )
     return AttemptResult(files, metrics, outcome.fallbacks, seconds, peak, environment())
 
@@ -149,9 +151,9 @@ class FreshWorker:
     cores, Ray 2.60), and such a task was now and then given to a worker that was just leaving, and lost.
     """
 
-    def run(self, request: Attempt, box: Any) -> AttemptResult | Failure:
+    def run(self, attempt: Attempt, box: Any) -> AttemptResult | Failure:
         """Run one attempt."""
-        return run_attempt(request, box)
+        return run_attempt(attempt, box)
 
 
 def classify(error: BaseException) -> Failure:
@@ -161,15 +163,26 @@ def classify(error: BaseException) -> Failure:
     return Failure(next(kind for of, kind in KINDS if isinstance(ours, of)), str(ours), micro_batch=rows)
 
 
+class _RedactedLog(io.TextIOWrapper):
+    """A text file in which no secret is kept: a tracking URI's password comes by in log records and tracebacks."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path.open("ab"), encoding="utf-8", line_buffering=True)
+        self._secrets = secrets_of(os.environ)
+
+    def write(self, text: str) -> int:
+        return super().write(redacted(text, self._secrets))
+
+
 @contextlib.contextmanager
-def _log(request: Attempt) -> Iterator[TextIO]:
-    """Send the process's Python output and log records to the attempt's log file in the store."""
-    name = f"{request.step}.{request.attempt}.log"
-    local = request.logs.local_path()
+def _log(attempt: Attempt) -> Iterator[TextIO]:
+    """Send the process's Python output and log records to the attempt's log file in the store, secrets redacted."""
+    name = f"{attempt.step}.{attempt.attempt}.log"
+    local = attempt.logs.local_path()
     path = (local or Path(tempfile.mkdtemp(prefix="stillhouse-log-"))) / name
     path.parent.mkdir(parents=True, exist_ok=True)
     root = logging.getLogger()
-    with path.open("a", buffering=1) as log:
+    with _RedactedLog(path) as log:
         handler = logging.StreamHandler(log)
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         level = root.level
@@ -184,5 +197,5 @@ def _log(request: Attempt) -> Iterator[TextIO]:
             if local is None:
                 log.flush()
                 with contextlib.suppress(Exception):  # a log that cannot be stored must not hide how the attempt ended
-                    request.logs.upload(path, name)
+                    attempt.logs.upload(path, name)
                 os.unlink(path)

@@ -12,6 +12,7 @@ from transformers import LlamaForCausalLM
 
 from stages.errors import StageFailed
 from stages.evaluate.stage import Evaluate
+from stages.formats.scores import Scores
 from stages.storage import Folder
 from tests.fakes import artifact_of, fake_context
 from tests.references import log_softmax
@@ -45,7 +46,7 @@ def evaluated(world, local_ray):
 
 def read_result(out: Folder):
     documents = pq.read_table(io.BytesIO(out.get("documents.parquet"))).to_pandas()
-    return out.get_json("scores.json"), documents
+    return Scores.parse(out.get("scores.json"), where="scores.json"), documents
 
 
 def dense_log_probs(folder: Path, input_ids: np.ndarray) -> np.ndarray:
@@ -75,12 +76,12 @@ def test_scores_agree_with_a_dense_float64_computation(world, evaluated, name):
     kl = (np.exp(log_p) * (log_p - log_q)).sum(-1)
     agree = log_p.argmax(-1) == log_q.argmax(-1)
 
-    entry = scores["models"][name]
-    assert scores["tokens"] == mask.sum()
-    assert entry["cross_entropy"] == pytest.approx(nll[mask].mean(), rel=1e-5)
-    assert entry["perplexity"] == pytest.approx(np.exp(nll[mask].mean()), rel=1e-4)
-    assert entry["kl_to_reference"] == pytest.approx(kl[mask].mean(), rel=1e-4, abs=1e-12)
-    assert entry["agreement"] == pytest.approx(agree[mask].mean())
+    entry = scores.models[name]
+    assert scores.tokens == mask.sum()
+    assert entry.cross_entropy == pytest.approx(nll[mask].mean(), rel=1e-5)
+    assert entry.perplexity == pytest.approx(np.exp(nll[mask].mean()), rel=1e-4)
+    assert entry.kl_to_reference == pytest.approx(kl[mask].mean(), rel=1e-4, abs=1e-12)
+    assert entry.agreement == pytest.approx(agree[mask].mean())
 
     owner = document_ids[:, 1:][mask]
     table = documents[documents.model == name].set_index("document_id")
@@ -95,48 +96,48 @@ def test_scores_agree_with_a_dense_float64_computation(world, evaluated, name):
 
 def test_reference_against_itself_is_exactly_equal(evaluated):
     scores, documents, *_ = evaluated
-    entry = scores["models"]["teacher"]
-    assert scores["reference"] == "teacher"
-    assert (entry["kl_to_reference"], entry["agreement"], entry["compression_x"]) == (0.0, 1.0, 1.0)
+    entry = scores.models["teacher"]
+    assert scores.reference == "teacher"
+    assert (entry.kl_to_reference, entry.agreement, entry.compression_x) == (0.0, 1.0, 1.0)
     assert (documents[documents.model == "teacher"].kl == 0).all()
 
 
 def test_finalist_of_a_search_is_a_candidate_scored_against_its_base(world, evaluated):
     scores, documents, *_ = evaluated
-    entry, base = scores["models"]["distilled.w8a16"], scores["models"]["distilled"]
-    assert (entry["kind"], entry["base"], entry["scheme"]) == ("quantized", "distilled", "w8a16")
-    assert entry["folder"] == "finalists/w8a16"
-    assert entry["uri_prefix"] == str(world["root"] / "search" / "finalists" / "w8a16")
-    assert entry["axes"]["bits"] == "8"
-    assert 0 < entry["kl_to_base"] < 0.05 < entry["kl_to_reference"]
-    assert entry["agreement_with_base"] > 0.8
-    assert entry["parameters"] == base["parameters"]
-    assert entry["bits_per_weight"] < base["bits_per_weight"]
+    entry, base = scores.models["distilled.w8a16"], scores.models["distilled"]
+    assert (entry.kind, entry.base, entry.method) == ("quantized", "distilled", "w8a16")
+    assert entry.folder == "finalists/w8a16"
+    assert entry.uri_prefix == str(world["root"] / "search" / "finalists" / "w8a16")
+    assert entry.axes["bits"] == "8"
+    assert 0 < entry.kl_to_base < 0.05 < entry.kl_to_reference
+    assert entry.agreement_with_base > 0.8
+    assert entry.parameters == base.parameters
+    assert entry.bits_per_weight < base.bits_per_weight
     own = documents[documents.model == "distilled.w8a16"]
-    assert own.kl_to_base.sum() / own.tokens.sum() == pytest.approx(entry["kl_to_base"])
-    assert own.agree_with_base.sum() / own.tokens.sum() == pytest.approx(entry["agreement_with_base"])
+    assert own.kl_to_base.sum() / own.tokens.sum() == pytest.approx(entry.kl_to_base)
+    assert own.agree_with_base.sum() / own.tokens.sum() == pytest.approx(entry.agreement_with_base)
 
 
 def test_sizes_are_the_bytes_of_the_weights_on_disk(world, evaluated):
     scores, *_ = evaluated
-    entry = scores["models"]["plain"]
+    entry = scores.models["plain"]
     size = (world["root"] / "plain" / "model" / "model.safetensors").stat().st_size
     model = LlamaForCausalLM.from_pretrained(world["root"] / "plain" / "model")
-    assert entry["size_bytes"] == size
-    assert entry["parameters"] == sum(p.numel() for p in model.parameters())
-    assert entry["bits_per_weight"] == pytest.approx(8 * size / entry["parameters"])
-    assert entry["compression_x"] == pytest.approx(scores["reference_bytes"] / size)
+    assert entry.size_bytes == size
+    assert entry.parameters == sum(p.numel() for p in model.parameters())
+    assert entry.bits_per_weight == pytest.approx(8 * size / entry.parameters)
+    assert entry.compression_x == pytest.approx(scores.reference_bytes / size)
 
 
 def test_models_not_quantized_have_no_figures_about_a_base(evaluated):
     scores, documents, *_ = evaluated
-    assert scores["models"]["plain"]["kl_to_base"] is None
+    assert scores.models["plain"].kl_to_base is None
     assert documents[documents.model == "plain"].kl_to_base.isna().all()
 
 
 def test_outcome_and_report_tell_each_model(evaluated):
     scores, _, outcome, report = evaluated
-    assert outcome.metrics["perplexity/plain"] == scores["models"]["plain"]["perplexity"]
+    assert outcome.metrics["perplexity/plain"] == scores.models["plain"].perplexity
     assert report.progressed[-1] == (4, 4, "models")
 
 
@@ -145,8 +146,8 @@ def test_reference_that_is_not_among_the_models_still_has_its_documents(world, t
     context = fake_context(tmp_path, inputs)
     Evaluate(max_rows=3, seed=1).run(context)
     scores, documents = read_result(context.out)
-    assert scores["reference"] is None
-    assert (list(scores["models"]), scores["rows"]) == (["plain"], 3)
+    assert scores.reference is None
+    assert (list(scores.models), scores.rows) == (["plain"], 3)
     assert set(documents.model) == {"@reference", "plain"}
 
 
@@ -157,8 +158,8 @@ def test_search_whose_base_is_the_reference_shares_its_distribution(world, tmp_p
     inputs = {"data": world["data"], "reference": world["teacher"], "models": {"big": world["teacher"], "q": search}}
     context = fake_context(tmp_path / "run", inputs)
     Evaluate().run(context)
-    entry = read_result(context.out)[0]["models"]["big.same"]
-    assert (entry["kl_to_reference"], entry["kl_to_base"], entry["agreement_with_base"]) == (0.0, 0.0, 1.0)
+    entry = read_result(context.out)[0].models["big.same"]
+    assert (entry.kl_to_reference, entry.kl_to_base, entry.agreement_with_base) == (0.0, 0.0, 1.0)
 
 
 def test_search_without_its_base_is_named_by_its_key(world, tmp_path, local_ray):
@@ -166,17 +167,17 @@ def test_search_without_its_base_is_named_by_its_key(world, tmp_path, local_ray)
     context = fake_context(tmp_path, inputs)
     Evaluate(max_rows=2).run(context)
     scores, _ = read_result(context.out)
-    assert scores["models"]["found.w8a16"]["base"] is None
-    assert scores["models"]["found.w8a16"]["kl_to_base"] is None
+    assert scores.models["found.w8a16"].base is None
+    assert scores.models["found.w8a16"].kl_to_base is None
 
 
 def test_model_in_bfloat16_is_scored_within_its_rounding(world, evaluated, tmp_path, local_ray):
     inputs = {"data": world["data"], "reference": world["teacher"], "models": {"plain": world["plain"]}}
     context = fake_context(tmp_path, inputs)
     Evaluate(dtype="bfloat16").run(context)
-    found, exact = read_result(context.out)[0]["models"]["plain"], evaluated[0]["models"]["plain"]
-    assert found["cross_entropy"] == pytest.approx(exact["cross_entropy"], rel=0.01)
-    assert found["kl_to_reference"] == pytest.approx(exact["kl_to_reference"], rel=0.02)
+    found, exact = read_result(context.out)[0].models["plain"], evaluated[0].models["plain"]
+    assert found.cross_entropy == pytest.approx(exact.cross_entropy, rel=0.01)
+    assert found.kl_to_reference == pytest.approx(exact.kl_to_reference, rel=0.02)
 
 
 def test_model_with_nan_weights_fails_by_name(world, tmp_path, local_ray):

@@ -1,17 +1,15 @@
 """Tiny artifacts on disk: a dataset of packed rows, models with a padded head, a search with finalists."""
 
-import hashlib
-import json
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from stages.contract import Artifact
+from stages.formats.search import Finalist, Search
+from stages.formats.tokens import TokenRows, shard_name, to_parquet
 from stages.models.tokenization import load_tokenizer, tokenizer_digest
 from stages.storage import Folder
 from tests.fakes import artifact_of
@@ -45,16 +43,8 @@ def make_dataset(folder: Path, *, rows: tuple[int, ...] = (5, 4), seed: int = 0)
     start = 0
     for part, count in enumerate(rows):
         cut = slice(start, start + count)
-        digests = [hashlib.sha256(row.astype("<i4").tobytes()).digest()[:16] for row in input_ids[cut]]
-        table = pa.table(
-            {
-                "digest": pa.array(digests, pa.binary(16)),
-                "input_ids": pa.FixedSizeListArray.from_arrays(input_ids[cut].ravel(), LENGTH),
-                "document_ids": pa.FixedSizeListArray.from_arrays(document_ids[cut].ravel(), LENGTH),
-                "loss_mask": pa.FixedSizeListArray.from_arrays(loss_mask[cut].ravel(), LENGTH),
-            }
-        )
-        pq.write_table(table, folder / "tokens" / f"validation-{part:05d}.parquet")
+        shard = to_parquet(TokenRows(input_ids[cut], document_ids[cut], loss_mask[cut]))
+        (folder / shard_name("validation", part)).write_bytes(shard)
         start += count
     digest = tokenizer_digest(load_tokenizer(folder / "tokenizer"))
     info = dataset_info(tokenizer_digest=digest, vocabulary_size=VOCABULARY, sequence_length=LENGTH)
@@ -82,14 +72,21 @@ def save_model(folder: Path, *, seed: int, layers: int = 2, width: int = 32, voc
 
 def make_model(folder: Path, *, seed: int, **shape: int) -> Artifact:
     save_model(folder / "model", seed=seed, **shape)
-    (folder / "training.json").write_text(json.dumps({"steps": 0, "seed": seed}))
     return artifact_of("model", folder)
 
 
 def make_search(folder: Path, base: Artifact, schemes: tuple[str, ...]) -> Artifact:
     """A search of `base` whose finalists lie in `finalists/<scheme>`, saved there before."""
-    finalists = [{"scheme": scheme, "folder": f"finalists/{scheme}"} for scheme in schemes]
-    (folder / "search.json").write_text(json.dumps({"base": base.fingerprint, "trials": [], "finalists": finalists}))
+    figures = {"kl": 0.0, "reloaded_kl": 0.0, "agreement": 1.0, "size_bytes": 1}
+    bits = {"bits_per_weight": 8.0, "linear_bits_per_weight": 8.0}
+    Search(
+        base=base.fingerprint,
+        base_bytes=1,
+        max_kl=0.1,
+        trials=(),
+        finalists=tuple(Finalist(scheme=each, folder=f"finalists/{each}", **figures, **bits) for each in schemes),
+        chosen=None,
+    ).write(Folder.at(folder))
     return artifact_of("search", folder)
 
 

@@ -21,7 +21,7 @@ def test_digests_of_a_settled_file_are_read_once(tmp_path: Path, monkeypatch: py
     path = write(tmp_path, a__txt="one") / "a.txt"
     settle(path)
     first = digest_files({"a": path})
-    monkeypatch.setattr(digests, "_sha256", lambda path: pytest.fail("read again"))
+    monkeypatch.setattr(digests, "sha256_of", lambda path, watch: pytest.fail("read again"))
     assert digest_files({"a": path}) == first
 
 

@@ -8,7 +8,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from stages.measure import device
-from stages.measure.generation import Load, Timings, generate, measure_memory, summarize, time_in_turns
+from stages.measure.generation import Load, Timings, generate, measure_memory, summarize, time_interleaved
 
 
 @pytest.fixture(scope="module")
@@ -44,17 +44,17 @@ def test_generation_prefills_once_then_decodes_one_token_at_a_time_with_the_cach
     assert min(timings.prefill_seconds, *timings.step_seconds) > 0
 
 
-def test_models_take_turns_and_warmups_are_not_recorded(model):
+def test_models_are_interleaved_and_warmups_are_not_recorded(model):
     calls: list = []
-    turns: list = []
+    rounds: list = []
     models = {name: recording(model, calls, name) for name in "ABC"}
-    found = time_in_turns(
-        models, Load(1, 3, 2), warmup=1, repeats=2, seed=0, progress=lambda done, total: turns.append((done, total))
+    found = time_interleaved(
+        models, Load(1, 3, 2), warmup=1, repeats=2, seed=0, progress=lambda done, total: rounds.append((done, total))
     )
     prefills = [name for name, shape, _ in calls if shape == (1, 3)]
     assert prefills == ["A", "B", "C"] * 3
     assert {name: len(runs) for name, runs in found.items()} == {"A": 2, "B": 2, "C": 2}
-    assert turns == [(1, 3), (2, 3), (3, 3)]
+    assert rounds == [(1, 3), (2, 3), (3, 3)]
 
 
 def test_summary_takes_percentiles_over_runs_and_over_all_steps():

@@ -7,6 +7,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from stages.contract import Artifact
 from stages.errors import StageFailed
+from stages.formats.speed import Speed
 from stages.measure.device import describe_cpu
 from stages.measure.stage import NO_KERNEL, Measure
 from tests.fakes import artifact_of, fake_context
@@ -31,12 +32,16 @@ def models(tmp_path_factory) -> dict[str, Artifact]:
     return {"wide": wide, "narrow": narrow, "search": make_search(root / "search", narrow, ("w8",))}
 
 
+def read_speed(context) -> Speed:
+    return Speed.parse(context.out.get("speed.json"), where="speed.json")
+
+
 def test_speed_of_models_is_measured_and_that_of_quantized_ones_is_not(models, tmp_path, local_ray):
     context = fake_context(tmp_path, {"models": models})
     outcome = Measure(**SMALL).run(context)
-    speed = context.out.get_json("speed.json")
+    speed = read_speed(context)
 
-    assert {key: value for key, value in speed.items() if key != "models"} == {
+    assert speed.model_dump(exclude={"models"}) == {
         "dtype": "float32",
         "device": describe_cpu(),
         "threads": 1,
@@ -45,24 +50,24 @@ def test_speed_of_models_is_measured_and_that_of_quantized_ones_is_not(models, t
         "new_tokens": 4,
         "repeats": 3,
     }
-    assert list(speed["models"]) == ["narrow", "narrow.w8", "wide"]
+    assert list(speed.models) == ["narrow", "narrow.w8", "wide"]
     for name in ("wide", "narrow"):
-        entry = speed["models"][name]
-        assert 0 < entry["prefill_p50_ms"] <= entry["prefill_p95_ms"]
-        assert 0 < entry["latency_p50_ms"] <= entry["latency_p95_ms"]
-        whole_ms = entry["prefill_p95_ms"] + 3 * entry["latency_p95_ms"]
-        assert entry["tokens_per_second"] >= 4 / whole_ms * 1000 * 0.5
-        assert entry["reason"] is None
-        assert outcome.metrics[f"latency_p50_ms/{name}"] == entry["latency_p50_ms"]
-    quantized = speed["models"]["narrow.w8"]
-    assert quantized.pop("reason") == NO_KERNEL
-    assert set(quantized.values()) == {None}
+        entry = speed.models[name]
+        assert 0 < entry.prefill_p50_ms <= entry.prefill_p95_ms
+        assert 0 < entry.latency_p50_ms <= entry.latency_p95_ms
+        whole_ms = entry.prefill_p95_ms + 3 * entry.latency_p95_ms
+        assert entry.tokens_per_second >= 4 / whole_ms * 1000 * 0.5
+        assert entry.reason is None
+        assert outcome.metrics[f"latency_p50_ms/{name}"] == entry.latency_p50_ms
+    quantized = speed.models["narrow.w8"]
+    assert quantized.reason == NO_KERNEL
+    assert quantized.figures == {}
 
 
 def test_memory_counts_the_weights_and_what_a_run_allocates(models, tmp_path, local_ray):
     context = fake_context(tmp_path, {"models": {"wide": models["wide"]}})
     Measure(**{**SMALL, "repeats": 2}).run(context)
-    peak = context.out.get_json("speed.json")["models"]["wide"]["peak_memory_bytes"]
+    peak = read_speed(context).models["wide"].peak_memory_bytes
     weights = sum(file.size_bytes for file in models["wide"].below("model/*.safetensors"))
     assert weights < peak < 3 * weights
 
@@ -100,5 +105,5 @@ def test_model_given_from_outside_that_is_quantized_is_not_measured(tmp_path, lo
     path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": {"quant_method": "gptq"}}))
     context = fake_context(tmp_path / "run", {"models": {"given": artifact_of("model", tmp_path / "given")}})
     outcome = Measure(**SMALL).run(context)
-    assert context.out.get_json("speed.json")["models"]["given"]["reason"] == NO_KERNEL
+    assert read_speed(context).models["given"].reason == NO_KERNEL
     assert outcome.metrics == {}

@@ -1,16 +1,38 @@
 """The table's order and cells, and the Pareto line of the figure."""
 
+from stages.formats.report import Check, Report, ReportedCandidate, Verdict
 from stages.promote.figure import find_pareto
 from stages.promote.leaderboard import leaderboard
 
 
-def candidate(name: str, size_mb: float, kl: float, **metrics: float) -> dict:
-    return {"name": name, "metrics": {"final/size_bytes": size_mb * 1e6, "final/kl_to_teacher": kl, **metrics}}
+def candidate(name: str, size_mb: float, kl: float, **metrics: float) -> ReportedCandidate:
+    return ReportedCandidate(
+        name=name,
+        fingerprint=name,
+        folder="model",
+        uri=name,
+        kind="model",
+        base=None,
+        params={},
+        metrics={"final/size_bytes": size_mb * 1e6, "final/kl_to_teacher": kl, **metrics},
+        intervals={},
+        notes={},
+    )
 
 
-def report(*candidates: dict, champion: str | None, kept: dict[str, list[bool]]) -> dict:
-    checks = {name: [{"passed": passed} for passed in values] for name, values in kept.items()}
-    return {"verdict": {"champion": champion, "checks": checks}, "candidates": list(candidates)}
+def report(*candidates: ReportedCandidate, champion: str | None, kept: dict[str, list[bool]]) -> Report:
+    checks = {
+        name: tuple(
+            Check(limit="max_size_bytes", bound=1, value=1, interval=None, passed=passed, text="") for passed in values
+        )
+        for name, values in kept.items()
+    }
+    verdict = Verdict(
+        outcome="accepted", champion=champion, registered_name="house", reasons=(), claims=(), checks=checks
+    )
+    return Report(
+        verdict=verdict, reference="teacher", split="validation", tokens=1, documents=1, candidates=candidates
+    )
 
 
 def test_leaderboard_begins_with_the_champion_and_ends_with_the_teacher():

@@ -6,6 +6,8 @@ import pytest
 from pydantic import ValidationError
 
 from stages.errors import StageFailed
+from stages.formats.metrics import METRICS
+from stages.formats.report import Report
 from stages.promote.stage import Gate, Promote
 from tests.fakes import fake_context
 from tests.stages.promote.made_up import TEACHER, Made, write_scores, write_speed
@@ -28,32 +30,36 @@ def promote(folder, models=None, *, speed=True, reference="teacher", seed=0, **c
         inputs["speed"] = write_speed(folder / "speed", models)
     context = fake_context(folder / "run", inputs)
     outcome = Promote(**{"registered_name": "house", "bootstrap_resamples": 2000, **config}).run(context)
-    return context.out.get_json("report.json"), outcome, context
+    return read_report(context), outcome, context
+
+
+def read_report(context) -> Report:
+    return Report.parse(context.out.get("report.json"), where="report.json")
 
 
 def test_champion_is_the_smallest_candidate_that_keeps_every_limit(tmp_path):
     report, outcome, context = promote(tmp_path)
-    verdict = report["verdict"]
-    assert (verdict["outcome"], verdict["champion"]) == ("accepted", "distilled.w4a16")
+    verdict = report.verdict
+    assert (verdict.outcome, verdict.champion) == ("accepted", "distilled.w4a16")
     assert outcome.metrics["accepted"] == 1
-    assert verdict["reasons"][0].startswith(
+    assert verdict.reasons[0].startswith(
         "promoted distilled.w4a16: 11.9x smaller than the teacher (1.1 MB vs 13.1 MB) at 0.13"
     )
-    assert context.reporter.notes == [verdict["reasons"][0]]
-    (out,) = (reason for reason in verdict["reasons"] if reason.startswith("distilled.w2a16 is out"))
+    assert context.reporter.notes == [verdict.reasons[0]]
+    (out,) = (reason for reason in verdict.reasons if reason.startswith("distilled.w2a16 is out"))
     assert "KL to its base" in out
     assert "above the limit of 0.1" in out
 
 
 def test_teacher_is_no_candidate_for_promotion(tmp_path):
     report, *_ = promote(tmp_path, gate=Gate(min_compression_x=1.0))
-    assert "teacher" not in report["verdict"]["checks"]
-    assert report["reference"] == "teacher"
+    assert "teacher" not in report.verdict.checks
+    assert report.reference == "teacher"
 
 
-def test_limits_against_the_base_hold_for_quantized_candidates_only(tmp_path):
+def test_limits_against_the_base_hold_for_derived_candidates_only(tmp_path):
     report, *_ = promote(tmp_path)
-    checked = {name: {c["limit"] for c in checks} for name, checks in report["verdict"]["checks"].items()}
+    checked = {name: {c.limit for c in checks} for name, checks in report.verdict.checks.items()}
     assert checked["plain"] == {"max_perplexity_ratio_to_teacher", "min_compression_x"}
     assert checked["distilled.w8a16"] == checked["plain"] | {
         "max_kl_to_base",
@@ -66,77 +72,82 @@ def test_limit_is_checked_at_the_unfavorable_end_of_the_interval(tmp_path):
     """The mean keeps the limit, the interval does not: that is not shown, hence not accepted."""
     models = {**MODELS, "distilled.w4a16": Made(0.11, 0.13, 1_100_000, "distilled", kl_to_base=0.0485)}
     report, *_ = promote(tmp_path, models, gate=Gate(max_kl_to_base=0.05))
-    (check,) = (c for c in report["verdict"]["checks"]["distilled.w4a16"] if c["limit"] == "max_kl_to_base")
-    assert check["interval"][0] < check["value"] < check["bound"] < check["interval"][1]
-    assert not check["passed"]
-    assert "its upper end is" in check["text"]
-    assert report["verdict"]["champion"] == "distilled.w8a16"
+    (check,) = (c for c in report.verdict.checks["distilled.w4a16"] if c.limit == "max_kl_to_base")
+    assert check.interval[0] < check.value < check.bound < check.interval[1]
+    assert not check.passed
+    assert "its upper end is" in check.text
+    assert report.verdict.champion == "distilled.w8a16"
 
 
 def test_nothing_is_promoted_where_no_candidate_keeps_every_limit(tmp_path):
     report, outcome, _ = promote(tmp_path, gate=Gate(max_perplexity_ratio_to_teacher=1.01))
-    verdict = report["verdict"]
-    assert (verdict["outcome"], verdict["champion"]) == ("rejected", None)
+    verdict = report.verdict
+    assert (verdict.outcome, verdict.champion) == ("rejected", None)
     assert outcome.metrics["accepted"] == 0
-    assert verdict["reasons"][0] == "nothing promoted: none of 5 candidates keeps every limit"
+    assert verdict.reasons[0] == "nothing promoted: none of 5 candidates keeps every limit"
     for name in MODELS.keys() - {"teacher"}:
-        (reason,) = (r for r in verdict["reasons"] if r.startswith(f"{name} is out: "))
+        (reason,) = (r for r in verdict.reasons if r.startswith(f"{name} is out: "))
         assert "above the limit of 1.01" in reason
 
 
 def test_of_equal_sizes_the_candidate_closer_to_the_teacher_is_promoted(tmp_path):
     models = {"teacher": TEACHER, "a": Made(0.1, kl=0.2), "b": Made(0.1, kl=0.1)}
     report, *_ = promote(tmp_path, models)
-    assert report["verdict"]["champion"] == "b"
+    assert report.verdict.champion == "b"
 
 
 def test_students_without_quantization_are_judged_against_the_teacher_alone(tmp_path):
     models = {"teacher": TEACHER, "student": Made(excess=0.1)}
     report, *_ = promote(tmp_path, models, speed=False)
-    assert report["verdict"]["champion"] == "student"
-    assert "final/kl_to_student" not in report["candidates"][1]["metrics"]
-    assert "final/latency_p50_ms" not in report["candidates"][1]["metrics"]
+    assert report.verdict.champion == "student"
+    assert "final/kl_to_student" not in report.candidates[1].metrics
+    assert "final/latency_p50_ms" not in report.candidates[1].metrics
 
 
 def test_teacher_alone_leaves_nothing_to_promote(tmp_path):
     report, *_ = promote(tmp_path, {"teacher": TEACHER})
-    assert report["verdict"]["reasons"] == ["nothing to promote: no model but the teacher was scored"]
+    assert report.verdict.reasons == ("nothing to promote: no model but the teacher was scored",)
 
 
-def test_quantized_candidate_without_its_base_does_not_keep_limits_against_it(tmp_path):
+def test_limits_against_the_base_hold_for_a_candidate_derived_in_any_way(tmp_path):
+    pruned = Made(0.6, kl=0.6, size_bytes=900_000, base="distilled", kind="pruned", kl_to_base=0.4)
+    report, *_ = promote(tmp_path, {**MODELS, "distilled.half": pruned})
+    checks = {check.limit: check for check in report.verdict.checks["distilled.half"]}
+    assert not checks["max_kl_to_base"].passed
+    assert not checks["max_perplexity_increase_fraction"].passed
+    assert report.verdict.champion == "distilled.w4a16"
+
+
+def test_candidate_without_its_base_does_not_keep_limits_against_it(tmp_path):
     models = {"teacher": TEACHER, "found.w4": Made(0.1, base="gone")}
-    scores = write_scores(tmp_path / "scores", models)
-    path = tmp_path / "scores" / "scores.json"
-    path.write_text(path.read_text().replace('"base": "gone"', '"base": null'))
-    context = fake_context(tmp_path / "run", {"scores": scores})
-    Promote(registered_name="house", bootstrap_resamples=200).run(context)
-    verdict = context.out.get_json("report.json")["verdict"]
-    assert verdict["champion"] is None
-    assert "the model that was quantized is not among the models" in verdict["reasons"][1]
+    report, *_ = promote(tmp_path, models)
+    assert report.verdict.champion is None
+    assert "the model that it was derived from (-------" in report.verdict.reasons[1]
+    assert "is not among the models that were scored" in report.verdict.reasons[1]
 
 
 def test_speed_that_is_not_measured_does_not_keep_a_limit_of_speed(tmp_path):
     report, *_ = promote(tmp_path, gate=Gate(max_latency_p50_ms=3.0))
-    assert report["verdict"]["champion"] == "distilled"
-    assert any("median latency is not measured (no kernel here)" in reason for reason in report["verdict"]["reasons"])
+    assert report.verdict.champion == "distilled"
+    assert any("median latency is not measured (no kernel here)" in reason for reason in report.verdict.reasons)
 
 
 def test_claim_beyond_noise_holds(tmp_path):
     report, outcome, _ = promote(tmp_path, baseline="plain", contender="distilled")
-    (claim,) = report["verdict"]["claims"]
-    assert claim["claim"] == "distilled beats plain on held-out text"
-    assert claim["holds"]
-    assert 0 < claim["interval"][0] < claim["difference_nats_per_token"] < claim["interval"][1]
-    assert claim["difference_nats_per_token"] == pytest.approx(0.1, abs=0.02)
-    assert claim["text"].startswith("distilled beats plain on held-out text: perplexity ")
+    (claim,) = report.verdict.claims
+    assert claim.claim == "distilled beats plain on held-out text"
+    assert claim.holds
+    assert 0 < claim.interval[0] < claim.difference_nats_per_token < claim.interval[1]
+    assert claim.difference_nats_per_token == pytest.approx(0.1, abs=0.02)
+    assert claim.text.startswith("distilled beats plain on held-out text: perplexity ")
     assert outcome.metrics["claim_holds"] == 1
 
 
 def test_claim_of_the_worse_model_does_not_hold(tmp_path):
     report, *_ = promote(tmp_path, baseline="distilled", contender="plain")
-    (claim,) = report["verdict"]["claims"]
-    assert not claim["holds"]
-    assert claim["text"].startswith("plain is worse than distilled")
+    (claim,) = report.verdict.claims
+    assert not claim.holds
+    assert claim.text.startswith("plain is worse than distilled")
 
 
 def test_claim_between_equally_good_models_does_not_hold(tmp_path):
@@ -145,36 +156,46 @@ def test_claim_between_equally_good_models_does_not_hold(tmp_path):
         promote(tmp_path / str(seed), models, seed=seed, speed=False, baseline="a", contender="b")[0]
         for seed in range(8)
     ]
-    claims = [report["verdict"]["claims"][0] for report in held]
-    assert sum(claim["holds"] for claim in claims) <= 1  # 2.5 % each
-    assert any("does not beat, beyond noise, a" in claim["text"] for claim in claims)
+    claims = [report.verdict.claims[0] for report in held]
+    assert sum(claim.holds for claim in claims) <= 1  # 2.5 % each
+    assert any("does not beat, beyond noise, a" in claim.text for claim in claims)
 
 
 def test_reference_that_is_not_among_the_models_is_still_compared_with(tmp_path):
     models = {name: made for name, made in MODELS.items() if name != "teacher"}
     report, *_ = promote(tmp_path, models, reference=None)
-    assert report["verdict"]["champion"] == "distilled.w4a16"
-    assert {c["name"] for c in report["candidates"]} == set(models)
-    assert report["candidates"][0]["metrics"]["final/perplexity_delta_to_teacher"] > 0
+    assert report.verdict.champion == "distilled.w4a16"
+    assert {c.name for c in report.candidates} == set(models)
+    assert report.candidates[0].metrics["final/perplexity_delta_to_teacher"] > 0
 
 
 def test_candidates_have_the_metrics_that_are_known_and_the_reason_for_others(tmp_path):
     report, *_ = promote(tmp_path)
-    candidates = {candidate["name"]: candidate for candidate in report["candidates"]}
+    candidates = {candidate.name: candidate for candidate in report.candidates}
     teacher, plain, small = candidates["teacher"], candidates["plain"], candidates["distilled.w4a16"]
-    assert teacher["metrics"]["final/kl_to_teacher"] == 0
-    assert teacher["metrics"]["final/perplexity_delta_to_teacher"] == pytest.approx(0)
-    assert plain["metrics"]["final/latency_p50_ms"] == 2.0
-    assert plain["params"] == {"method": "none", "layers": "4"}
-    assert small["params"] == {"method": "w4a16", "layers": "4", "bits": "4"}
-    assert "final/latency_p50_ms" not in small["metrics"]
-    assert small["notes"]["final/latency_p50_ms"] == "no kernel here"
-    assert small["metrics"]["final/kl_to_student"] == pytest.approx(0.02, rel=0.1)
-    increase = small["metrics"]["final/perplexity"] - candidates["distilled"]["metrics"]["final/perplexity"]
-    assert small["metrics"]["final/perplexity_delta_to_student"] == pytest.approx(increase)
-    low, high = small["intervals"]["final/perplexity"]
-    assert low < small["metrics"]["final/perplexity"] < high
-    assert small["uri"] == "s3://bucket/distilled.w4a16"
+    assert teacher.metrics["final/kl_to_teacher"] == 0
+    assert teacher.metrics["final/perplexity_delta_to_teacher"] == pytest.approx(0)
+    assert plain.metrics["final/latency_p50_ms"] == 2.0
+    assert plain.params == {"method": "none", "layers": "4"}
+    assert small.params == {"method": "w4a16", "layers": "4", "bits": "4"}
+    assert "final/latency_p50_ms" not in small.metrics
+    assert small.notes["final/latency_p50_ms"] == "no kernel here"
+    assert small.metrics["final/kl_to_student"] == pytest.approx(0.02, rel=0.1)
+    increase = small.metrics["final/perplexity"] - candidates["distilled"].metrics["final/perplexity"]
+    assert small.metrics["final/perplexity_delta_to_student"] == pytest.approx(increase)
+    low, high = small.intervals["final/perplexity"]
+    assert low < small.metrics["final/perplexity"] < high
+    assert small.uri == "s3://bucket/distilled.w4a16"
+    assert {name for c in report.candidates for name in c.metrics} < {metric.name for metric in METRICS}
+
+
+def test_report_with_a_further_metric_is_another_report(tmp_path):
+    report, *_ = promote(tmp_path)
+    costed = report.with_metric("final/cost_seconds", {"plain": 12.5})
+    metrics = {candidate.name: candidate.metrics for candidate in costed.candidates}
+    assert metrics["plain"]["final/cost_seconds"] == 12.5
+    assert "final/cost_seconds" not in metrics["teacher"]
+    assert all("final/cost_seconds" not in candidate.metrics for candidate in report.candidates)
 
 
 def test_report_is_equal_for_equal_seeds(tmp_path):

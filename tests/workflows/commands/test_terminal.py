@@ -7,7 +7,8 @@ from rich.console import Console
 
 from tests.stages_for_tests import Join, Write
 from workflows.commands.output import console
-from workflows.commands.terminal import LiveWatcher, plan_table
+from workflows.commands.plan import plan_table
+from workflows.commands.terminal import LiveWatcher
 from workflows.engine.graph import Workflow
 from workflows.engine.plan import Plan, make_plan
 from workflows.engine.schedule import Phase

@@ -3,20 +3,25 @@
 from collections.abc import Mapping
 from pathlib import Path
 from threading import Event as Flag
+from typing import Any
 
 import pytest
 
 from stages.contract import Resources
+from stages.errors import ConfigError
 from stages.external.checkpoints import Checkpoint
 from tests.fakes import InlineTasks, SilentWatcher, drive
 from tests.stages_for_tests import Join, Odd, Pour, Stumble, Write
 from workflows.engine import events
 from workflows.engine.driver import Driver
+from workflows.engine.executor import Attempt, AttemptResult
 from workflows.engine.failures import Failure, FailureKind
 from workflows.engine.graph import Handle, Retry, Workflow
 from workflows.engine.heartbeat import Holder
 from workflows.engine.identity import Fingerprint
 from workflows.engine.plan import make_plan
+from workflows.engine.results import RunResult
+from workflows.engine.retrying import PAUSES_SECONDS
 from workflows.engine.store import ArtifactStore, Claim, cost_seconds
 
 BROKEN = Failure(FailureKind.PERMANENT, "the flask broke")
@@ -362,3 +367,124 @@ def test_cost_counts_each_step_before_a_result_once(store: ArtifactStore) -> Non
     result, _ = drive(graph(), store, InlineTasks())
     total = sum(step.commit.seconds for step in result.steps.values() if step.commit)
     assert cost_seconds(store, store.resolve("flow/second")) == pytest.approx(total)
+
+
+class Failing:
+    """A method of the store that fails some times, before or after it has done its work, and counts its calls."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, name: str, times: int, *, answer_lost: bool = False) -> None:
+        self.calls, works = 0, getattr(ArtifactStore, name)
+
+        def method(store: ArtifactStore, *values: Any, **options: Any) -> Any:
+            self.calls += 1
+            if self.calls > times:
+                return works(store, *values, **options)
+            if answer_lost:
+                works(store, *values, **options)
+            raise OSError("connection reset\nand a long dump")
+
+        monkeypatch.setattr(ArtifactStore, name, method)
+
+
+def drive_patiently(
+    flow: Workflow, store: ArtifactStore, executor: InlineTasks, watcher: Any = None
+) -> tuple[RunResult, list[float]]:
+    """Drive without waiting between a store's failures; return how long it would have waited."""
+    pauses: list[float] = []
+    plan = make_plan(flow, store)
+    driver = Driver(plan, store, executor, "run", lambda record: None, watcher or SilentWatcher(), pause=pauses.append)
+    return driver.go(), pauses
+
+
+@pytest.mark.parametrize("answer_lost", [False, True], ids=["not done", "answer lost"])
+@pytest.mark.parametrize("method", ["newest", "claim", "commit"])
+def test_drive_store_that_fails_some_times_is_asked_again(
+    store: ArtifactStore, monkeypatch: pytest.MonkeyPatch, method: str, answer_lost: bool
+) -> None:
+    plan_first = make_plan(graph(), store)
+    Failing(monkeypatch, method, 3, answer_lost=answer_lost)
+    pauses: list[float] = []
+    executor = InlineTasks()
+    driver = Driver(plan_first, store, executor, "run", lambda record: None, SilentWatcher(), pause=pauses.append)
+    result = driver.go()
+    assert result.succeeded
+    assert executor.submitted == ["data", "first", "second"], "no attempt is lost"
+    assert len(pauses) == 3
+
+
+@pytest.mark.parametrize("method", ["point", "forget_resume", "release"])
+def test_drive_store_that_fails_after_a_commit_is_logged_and_the_run_goes_on(
+    store: ArtifactStore, monkeypatch: pytest.MonkeyPatch, method: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    Failing(monkeypatch, method, 2)
+    result, _ = drive_patiently(graph(), store, InlineTasks())
+    assert result.succeeded
+    assert "the run goes on without" in caplog.text
+
+
+@pytest.mark.parametrize("method", ["newest", "claim", "commit"])
+def test_drive_store_that_stays_away_fails_the_one_attempt(
+    store: ArtifactStore, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    plan_first = make_plan(graph(), store)
+    Failing(monkeypatch, method, len(PAUSES_SECONDS) + 1)
+    executor = InlineTasks()
+    driver = Driver(plan_first, store, executor, "run", lambda record: None, SilentWatcher(), pause=lambda _: None)
+    result = driver.go()
+    assert result.succeeded
+    assert result.steps["data"].attempts == 2
+
+
+def test_drive_commit_of_an_older_version_met_on_the_way_fails_its_step_for_good(
+    store: ArtifactStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: ArtifactStore, fingerprint: str) -> None:
+        raise ConfigError("the manifest was written by another version of stillhouse")
+
+    plan = make_plan(graph(), store)
+    monkeypatch.setattr(ArtifactStore, "newest", refuse)
+    result = Driver(plan, store, InlineTasks(), "run", lambda record: None, SilentWatcher()).go()
+    assert "another version" in result.steps["data"].reason
+    assert result.steps["data"].attempts == 1
+
+
+def test_drive_watcher_that_raises_ends_nothing(store: ArtifactStore) -> None:
+    class Gone:
+        def __getattr__(self, name: str) -> Any:
+            raise BrokenPipeError("stdout went away")
+
+        def step(self, *values: Any) -> None:
+            raise BrokenPipeError("stdout went away")
+
+        progress = note = step
+
+    result, _ = drive_patiently(graph(), store, InlineTasks(), Gone())
+    assert result.succeeded
+
+
+def test_drive_step_that_another_run_took_over_is_stopped_and_shared(store: ArtifactStore) -> None:
+    """This process was paused; meanwhile another run claimed the step, and now commits it."""
+    now = [0.0]
+
+    class Paused(InlineTasks):
+        def submit(self, attempt: Attempt) -> None:
+            self.submitted.append(attempt.step)
+
+        def poll(self, timeout_seconds: float) -> list[tuple[str, AttemptResult | Failure]]:
+            now[0] += 10
+            if self.cancelled:
+                drive(flow, store, InlineTasks(), run="run")
+                return [("data", Failure(FailureKind.TRANSIENT, "cancelled"))]
+            store.claim(plan.steps["data"].fingerprint, "run")  # type: ignore[arg-type]
+            return []
+
+    flow = Workflow("flow")
+    flow.step("data", Write(text="malt"), retry=AT_ONCE)
+    plan = make_plan(flow, store)
+    executor, told = Paused(), []
+    result = Driver(plan, store, executor, "run", told.append, SilentWatcher(), clock=lambda: now[0]).go()
+    assert executor.cancelled == ["data"]
+    assert executor.submitted == ["data"]
+    assert result.steps["data"].outcome == "shared"
+    (killed,) = [r for r in told if isinstance(r, events.StepClosed) and r.status == "KILLED"]
+    assert killed.step == "data"

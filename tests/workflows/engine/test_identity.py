@@ -71,6 +71,27 @@ def test_identity_revision_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert fingerprint(graph(), "data") != before
 
 
+def test_identity_of_a_users_own_stage_of_the_same_name_is_another() -> None:
+    theirs = type(
+        "Write",
+        (Write,),
+        {"__module__": "stillhouse_user_mine", "__qualname__": "Write", "run": Write.run, "__annotations__": {}},
+    )
+    flow = Workflow("w")
+    flow.step("data", theirs())
+    assert fingerprint(flow, "data") != fingerprint(graph(), "data")
+    record = identities(graph())["data"]
+    assert isinstance(record, Identity)
+    assert record.record["stage"] == "tests.stages_for_tests.Write"
+
+
+def test_canonical_external_data_of_the_same_name_in_another_module_is_another(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    theirs = type("Checkpoint", (Checkpoint,), {"__module__": "stillhouse_user_mine", "__qualname__": "Checkpoint"})
+    assert canonical(Checkpoint(source=str(tmp_path))) != canonical(theirs(source=str(tmp_path)))
+
+
 def test_identity_equal_in_other_processes_and_hash_seeds() -> None:
     code = "from tests.workflows.engine.test_identity import fingerprint, graph; print(fingerprint(graph(), 'join'))"
     found = {fingerprint(graph(), "join")}

@@ -1,6 +1,8 @@
 """HIT, MISS or BLOCKED, and why: each reason a person would look for."""
 
+from functools import partial
 from pathlib import Path
+from threading import Event as Flag
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ from tests.fakes import InlineTasks, drive
 from tests.stages_for_tests import Join, Write
 from workflows.engine import provenance
 from workflows.engine.graph import Workflow
-from workflows.engine.plan import ClusterResources, Plan, make_plan
+from workflows.engine.plan import ClusterResources, Plan, PlanInterrupted, make_plan
 from workflows.engine.store import ArtifactStore, Commit
 
 
@@ -151,6 +153,110 @@ def test_plan_only_unknown_step_names_nearest(store: ArtifactStore) -> None:
         make_plan(graph(), store, only="frist")
 
 
-def test_code_digest_of_a_stage_covers_its_folder() -> None:
-    assert len(provenance.code_digest(Write)) == 16
+def test_plan_old_layout_met_is_a_clear_error(store: ArtifactStore) -> None:
+    fingerprint = make_plan(graph(), store).steps["data"].fingerprint
+    assert fingerprint is not None
+    old = {"schema": 1, "fingerprint": fingerprint, "files": []}
+    (store.folder(fingerprint) / "commits").put_json("000001.json", old)
+    with pytest.raises(ConfigError, match=r"another version of stillhouse .* use another store"):
+        make_plan(graph(), store)
+
+
+def test_plan_torn_commit_is_a_miss(store: ArtifactStore) -> None:
+    drive(graph(), store, InlineTasks())
+    fingerprint = store.resolve("flow/first")
+    store.folder(fingerprint).put("commits/000001.json", b"")
+    assert look(store, graph())["first"] == ("MISS", "never run")
+    drive(graph(), store, InlineTasks())
+    assert store.generations(fingerprint)[-1] == 2
+    assert look(store, graph())["first"] == ("HIT", "committed")
+
+
+def test_plan_deep_reports_what_it_hashes_does_it_once_and_can_be_stopped(
+    store: ArtifactStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STILLHOUSE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("stages.external.digests.SETTLED_SECONDS", -1.0)
+    drive(graph(), store, InlineTasks(), only="data")
+    lines: list[str] = []
+    flag = Flag()
+    flag.set()
+    with pytest.raises(PlanInterrupted, match="nothing was started"):
+        make_plan(graph(), store, deep=True, progress=lines.append, interrupt=flag)
+    assert lines == []
+    flag.clear()
+    for _ in range(2):
+        plan = make_plan(graph(), store, deep=True, progress=lines.append, interrupt=flag)
+    assert plan.steps["data"].status == "HIT"
+    assert lines == ["verifying data: text.txt (0 MB read)"]
+
+
+@pytest.fixture
+def package(tmp_path: Path) -> Path:
+    """Return the folder of a small package whose stage imports in every way."""
+    files = {
+        "stages/__init__.py": "",
+        "stages/verb/__init__.py": "",
+        "stages/verb/stage.py": "import stages.one.plain\nfrom stages.two import thing\n"
+        "def run():\n    from stages.verb.late import work\n    from .beside import near\n",
+        "stages/verb/late.py": "from stages.three import (\n    deep,  # why\n)\n",
+        "stages/verb/beside.py": "near = 1\n",
+        "stages/one/__init__.py": "",
+        "stages/one/plain.py": "import json\n",
+        "stages/two/__init__.py": "from stages.two.thing import it\n",
+        "stages/two/thing.py": "it = 1\n",
+        "stages/three/__init__.py": "",
+        "stages/three/deep.py": "import stages.verb.stage\n",
+        "stages/other/__init__.py": "",
+        "stages/other/unrelated.py": "from stages.verb import stage\n",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    return tmp_path
+
+
+def test_code_of_a_stage_is_all_that_it_imports_of_ours_and_nothing_else(package: Path) -> None:
+    found = provenance.code_files(package / "stages/verb/stage.py", package)
+    assert {file.relative_to(package / "stages").as_posix() for file in found} == {
+        "__init__.py",
+        "verb/__init__.py",
+        "verb/stage.py",
+        "verb/late.py",
+        "verb/beside.py",
+        "one/__init__.py",
+        "one/plain.py",
+        "two/__init__.py",
+        "two/thing.py",
+        "three/__init__.py",
+        "three/deep.py",
+    }
+
+
+@pytest.mark.parametrize(
+    ("changed", "differs"),
+    [("three/deep.py", True), ("verb/beside.py", True), ("other/unrelated.py", False)],
+)
+def test_code_digest_changes_with_a_shared_module_and_with_no_unrelated_one(
+    package: Path, monkeypatch: pytest.MonkeyPatch, changed: str, differs: bool
+) -> None:
+    def digest() -> str:
+        provenance.code_digest.cache_clear()
+        provenance._imported_files.cache_clear()
+        return provenance.code_digest(Write)
+
+    monkeypatch.setattr(provenance, "code_files", partial(provenance.code_files, root=package))
+    monkeypatch.setattr(provenance.inspect, "getfile", lambda stage: str(package / "stages/verb/stage.py"))
+    before = digest()
+    with (package / "stages" / changed).open("a") as file:
+        file.write("changed = 1\n")
+    assert (digest() != before) == differs
+    provenance.code_digest.cache_clear()
+
+
+def test_code_digest_of_our_stages_covers_what_they_share() -> None:
+    train = provenance.code_files(provenance.ROOT / "stages/train/stage.py")
+    for name in ("stages/contract.py", "stages/storage.py", "stages/models/checkpoints.py", "stages/train/loop.py"):
+        assert provenance.ROOT / name in train
+    assert provenance.ROOT / "stages/quantize/stage.py" not in train
     assert provenance.code_digest(Write) == provenance.code_digest(Join), "they share a file"

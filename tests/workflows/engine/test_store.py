@@ -1,5 +1,6 @@
 """Claims, commits and withdrawals: on local disk and on a real S3 endpoint, races between two writers included."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -9,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import obstore
 import pytest
 
 from stages.contract import Shards
@@ -18,7 +20,7 @@ from tests.fakes import fake_manifest
 from workflows.engine.heartbeat import Heartbeat, Holder, Liveness
 from workflows.engine.identity import Fingerprint
 from workflows.engine.manifest import InputCommit, Manifest
-from workflows.engine.store import ArtifactStore, Claim, Commit, Fenced, reachable, seal
+from workflows.engine.store import ArtifactStore, Claim, Commit, Fenced, TornCommit, reachable, seal
 
 F = Fingerprint("f" * 64)
 
@@ -102,7 +104,7 @@ def test_commit_same_generation_twice_is_refused_even_past_the_epoch_check(store
     store.commit(first, manifest(store, first))
     late = Claim(F, first.epoch, first.generation)
     with pytest.raises(Fenced, match="committed already"):
-        store.commit(late, manifest(store, late))
+        store.commit(late, manifest(store, late).model_copy(update={"run": "another"}))
 
 
 def test_claims_of_many_racing_threads_get_different_epochs(store: ArtifactStore) -> None:
@@ -122,14 +124,14 @@ def test_commits_of_racing_writers_leave_exactly_one(store: ArtifactStore) -> No
     content, outcomes = manifest(store, claim), []
     start = threading.Barrier(4)
 
-    def race() -> None:
+    def race(run: str) -> None:
         start.wait()
         try:
-            outcomes.append(store.commit(claim, content))
+            outcomes.append(store.commit(claim, content.model_copy(update={"run": run})))
         except Fenced as error:
             outcomes.append(error)
 
-    threads = [threading.Thread(target=race) for _ in range(4)]
+    threads = [threading.Thread(target=race, args=(f"run-{number}",)) for number in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -198,6 +200,159 @@ def test_seal_lost_shard_is_an_error(store: ArtifactStore) -> None:
     store.out(claim).delete(["s/0.txt"])
     with pytest.raises(StillhouseError, match="missing or cut short"):
         seal(store.out(claim), store.resume(claim), store.folder(F))
+
+
+def test_commit_whose_answer_was_lost_stands(store: ArtifactStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The put wrote and its answer was lost: a second look finds it, as does one after another run's claim."""
+    claim, put = claimed(store), Folder.put
+    content = manifest(store, claim)
+
+    def lossy(self: Folder, name: str, *values: Any, **options: Any) -> File:
+        put(self, name, *values, **options)
+        raise OSError("connection reset")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Folder, "put", lossy)
+        with pytest.raises(OSError, match="connection reset"):
+            store.commit(claim, content)
+    commit = store.commit(claim, content)
+    assert (commit.generation, commit.manifest) == (1, content)
+    claimed(store)
+    assert store.commit(claim, content) == commit
+    with pytest.raises(Fenced, match="overtaken"):
+        store.commit(claim, content.model_copy(update={"run": "another"}))
+
+
+def test_seal_under_another_spelling_of_the_store_commits_what_verifies(tmp_path: Path) -> None:
+    (tmp_path / "store").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "store")
+    one, other = ArtifactStore(str(tmp_path / "store")), ArtifactStore(str(tmp_path / "link"))
+    claim = claimed(one)
+    Shards(one.out(claim), one.resume(claim)).write("s/0.txt", b"zero", {})
+    claim = claimed(other)
+    Shards(other.out(claim), other.resume(claim)).write("s/1.txt", b"one", {})
+    commit = other.commit(claim, manifest(other, claim))
+    assert [file.path for file in commit.manifest.files] == ["out/000001/s/0.txt", "out/000002/s/1.txt"]
+    for store in (one, other):
+        found = store.newest(F)
+        assert found is not None
+        assert store.problems(found, deep=True) == []
+
+
+def test_seal_lists_the_folder_once_and_reads_nothing_back(
+    s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = ArtifactStore(f"{s3}/{tmp_path.name}")
+    claim = claimed(store)
+    shards = Shards(store.out(claim), store.resume(claim))
+    for index in range(5):
+        shards.write(f"s/{index}.txt", b"shard", {})
+    store.out(claim).put("dataset.json", b"{}")
+    (tmp_path / "weights").write_bytes(os.urandom(9_000_000))
+    uploaded = store.out(claim).upload(tmp_path / "weights", "model/weights")
+    listed: list[str] = []
+    entries = Folder.entries
+    monkeypatch.setattr(Folder, "entries", lambda self, prefix="": listed.append(self.uri) or entries(self, prefix))
+    monkeypatch.setattr(Folder, "stream", lambda self, name: pytest.fail(f"{name} is read back"))
+    files = seal(store.out(claim), store.resume(claim), store.folder(F))
+    assert len(files) == 7
+    assert {file.name: file.sha256 for file in files}["model/weights"] == uploaded.sha256
+    assert [uri.rsplit("/", 1)[1] for uri in listed] == ["out", "receipts"]
+
+
+def test_seal_object_that_notes_no_digest_is_hashed(s3: str, tmp_path: Path) -> None:
+    """Written past `Folder`, as by another program."""
+    store = ArtifactStore(f"{s3}/{tmp_path.name}")
+    claim = claimed(store)
+    inner, key = store.out(claim)._key("x.txt")
+    obstore.put(inner, key, b"spirit")
+    (file,) = seal(store.out(claim), store.resume(claim), store.folder(F))
+    assert file.sha256 == hashlib.sha256(b"spirit").hexdigest()
+
+
+def test_upload_of_a_file_that_changes_meanwhile_is_an_error(
+    s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "x").write_bytes(b"after")
+    monkeypatch.setattr("stages.storage.sha256_of", lambda path: hashlib.sha256(b"before").hexdigest())
+    with pytest.raises(OSError, match="changed while it was uploaded"):
+        Folder.at(s3).upload(tmp_path / "x", f"{tmp_path.name}/x")
+
+
+@pytest.mark.parametrize("torn", [b"", b'{"schema": 2, "fingerp', b"\0" * 60], ids=["empty", "half", "zeros"])
+@pytest.mark.parametrize("kind", ["commit", "claim", "pointer", "withdrawal", "receipt"])
+def test_object_that_a_power_cut_tore_counts_as_absent(
+    store: ArtifactStore, kind: str, torn: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    claim = claimed(store)
+    shards = Shards(store.out(claim), store.resume(claim))
+    shards.write("s/0.txt", b"zero", {"rows": 1})
+    commit = store.commit(claim, manifest(store, claim))
+    store.point("flow", "step", commit)
+    folder, pointers = store.folder(F), store.root / "by-name" / "flow"
+    match kind:
+        case "commit":
+            folder.put("commits/000001.json", torn)
+            assert store.newest(F) is None
+            assert reachable(store, [F]) == {F}
+            with pytest.raises(TornCommit, match="not JSON"):
+                store.read(F, 1)
+            again = claimed(store)
+            assert store.commit(again, manifest(store, again)).generation == 2
+        case "claim":
+            folder.put("claims/000001.json", torn)
+            assert isinstance(store.claim(F, "another"), Claim)
+        case "pointer":
+            pointers.put("step.json", torn)
+            assert store.pointed("flow", "step") is None
+        case "withdrawal":
+            folder.put("withdrawn/000001.json", torn)
+            assert store.newest(F) is None
+            assert store.withdrawal(F) == "for a reason that a power cut took"
+        case "receipt":
+            shards.resume.put("receipts/s~0.txt.json", torn)
+            assert shards.done() == {}
+            shards.write("s/0.txt", b"zero", {"rows": 1})
+            assert shards.done() == {"s/0.txt": {"rows": 1}}
+    assert "torn" in caplog.text
+
+
+def test_store_of_an_older_version_is_a_clear_error(store: ArtifactStore) -> None:
+    (store.folder(F) / "commits").put_json("000001.json", {"schema": 1, "fingerprint": F, "step": "data"})
+    (store.root / "by-name" / "flow").put_json("data.json", {"fingerprint": F, "generation": 1})
+    assert store.resolve("flow/data") == F
+    for look in (lambda: store.newest(F), lambda: store.read(F, 1), lambda: reachable(store, [F])):
+        with pytest.raises(
+            ConfigError, match=r"another version of stillhouse \(it has schema 1, expected 2\); use anoth"
+        ):
+            look()
+    (store.root / "by-name" / "flow").put_json("data.json", {"step": "of another layout"})
+    assert store.pointed("flow", "data") is None
+
+
+def test_problems_with_a_watch_hash_once_and_can_be_stopped(
+    store: ArtifactStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STILLHOUSE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("stages.external.digests.SETTLED_SECONDS", -1.0)
+    claim = claimed(store)
+    for name in ("a.txt", "b.txt"):
+        store.out(claim).put(name, b"spirit")
+    commit = store.commit(claim, manifest(store, claim))
+    seen: list[tuple[str, int]] = []
+
+    def watch(name: str, num_bytes: int) -> None:
+        seen.append((name.rsplit("/", 1)[1], num_bytes))
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        store.problems(commit, deep=True, watch=watch)
+    for _ in range(3):
+        assert store.problems(commit, deep=True, watch=watch) == []
+    assert seen == [("a.txt", 6), ("b.txt", 6), ("b.txt", 6)], "each once, and the one that was stopped again"
+    store.out(claim).put("a.txt", b"Spirit")
+    assert "another sha256" in store.problems(commit, deep=True)[0]
 
 
 def test_point_names_a_commit_and_links_it_for_people(tmp_path: Path) -> None:

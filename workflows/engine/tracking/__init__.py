@@ -1,1 +1,1 @@
-"""The ledger: journals what a run did, and tells MLflow of it exactly once."""
+"""Publishes runs to MLflow: events are folded to a view of the run, and the view is upserted."""

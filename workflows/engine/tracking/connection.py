@@ -1,4 +1,4 @@
-"""Connects to MLflow and makes a new sqlite ledger. The only file that imports mlflow (2 s), and it does so late."""
+"""Connects to MLflow and makes a new sqlite database. The only file that imports mlflow (2 s), and it does so late."""
 
 import logging
 import os
@@ -6,16 +6,23 @@ import shutil
 import sqlite3
 import tempfile
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from stages.storage import cache_root
-from workflows.engine.tracking.tracking_uri import check_tracking_uri, is_server, prepare_tracking, sqlite_path
+from workflows.engine.tracking.tracking_uri import (
+    TrackingUnavailable,
+    check_tracking_uri,
+    is_on_network,
+    is_server,
+    sqlite_path,
+)
 from workflows.engine.tracking.view import MetricPoint
 
-__all__ = ["Connection", "connect"]
+__all__ = ["Connection", "connect", "pages"]
 
 MAX_METRICS, MAX_OTHERS = 800, 100
 """Metrics, and params or tags, in one `log_batch`: the server takes 1000, 100 and 1000 in all."""
@@ -41,25 +48,25 @@ class Connection:
         self,
         run_id: str,
         *,
-        points: Iterable[MetricPoint] = (),
+        points: Iterable[MetricPoint],
         params: Mapping[str, str],
         tags: Mapping[str, str],
         model_id: str | None = None,
     ) -> None:
-        """Write points, params and tags of an MLflow run, and the points of its logged model too, in few requests."""
+        """Write points of an MLflow run, and of its logged model, then params, then tags, in few requests."""
         from mlflow.entities import Metric, Param, RunTag
 
         metrics = [Metric(name, value, at_ms, step, model_id=model_id) for name, value, step, at_ms in points]
         others: list[Any] = [Param(*item) for item in params.items()] + [RunTag(*item) for item in tags.items()]
         while metrics or others:
-            now, others = others[:MAX_OTHERS], others[MAX_OTHERS:]
+            now = others[:MAX_OTHERS] if len(metrics) <= MAX_METRICS else []
             self.client.log_batch(
                 run_id,
                 metrics=metrics[:MAX_METRICS],
                 params=[item for item in now if isinstance(item, Param)],
                 tags=[item for item in now if isinstance(item, RunTag)],
             )
-            metrics = metrics[MAX_METRICS:]
+            metrics, others = metrics[MAX_METRICS:], others[len(now) :]
 
     def link(self, run_id: str, model_id: str) -> None:
         """Make a logged model an output of an MLflow run."""
@@ -67,25 +74,35 @@ class Connection:
 
         self.client.log_outputs(run_id, [LoggedModelOutput(model_id, step=0)])
 
-    def point_globals(self) -> None:
+    def set_globals(self) -> None:
         """Set MLflow's global URIs: its client falls back on them in places, and would write to the current folder."""
         import mlflow
 
         before = os.environ.get("MLFLOW_TRACKING_URI")
         mlflow.set_tracking_uri(self.uri)
         mlflow.set_registry_uri(self.uri)
-        if before is None:  # it sets the variable too, which would follow us into workers and later runs
-            os.environ.pop("MLFLOW_TRACKING_URI", None)
-        else:
+        os.environ.pop("MLFLOW_TRACKING_URI")  # it sets the variable too, which would follow us into later runs
+        if before is not None:
             os.environ["MLFLOW_TRACKING_URI"] = before
 
 
+def pages(search: Callable[[str | None], Any]) -> Iterator[Any]:
+    """Yield what a search of MLflow's finds, page after page."""
+    token: str | None = None
+    while True:
+        page = search(token)
+        yield from page
+        token = page.token
+        if not token:
+            return
+
+
 def connect(tracking_uri: str, artifact_root: str) -> Connection:
-    """Connect to MLflow; imports it (2 s) and makes a new sqlite ledger.
+    """Connect to MLflow; imports it (2 s) and makes a new sqlite database.
 
     Raises:
-        ConfigError: the URI is none that the ledger can use.
-        TrackingUnavailable: nothing listens there.
+        ConfigError: the URI is none that can be used.
+        TrackingUnavailable: nothing listens there, or the database cannot be made.
     """
     check_tracking_uri(tracking_uri)
     with _connecting:
@@ -95,14 +112,16 @@ def connect(tracking_uri: str, artifact_root: str) -> Connection:
         os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
         import mlflow
 
-        if sqlite_path(tracking_uri) is not None:
-            _sync_less()
         for name in ("mlflow", "alembic"):
             logging.getLogger(name).setLevel(logging.ERROR)
         logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # it logs a trace of what it raises to us
-        prepare_tracking(tracking_uri, _empty_database)
+        path = sqlite_path(tracking_uri)
+        if path is not None:
+            _sync_less()
+            if not path.exists():
+                _make_database(path)
         connection = Connection(mlflow.MlflowClient(tracking_uri, tracking_uri), tracking_uri, artifact_root)
-        connection.point_globals()
+        connection.set_globals()
         return connection
 
 
@@ -110,7 +129,7 @@ def connect(tracking_uri: str, artifact_root: str) -> Connection:
 def _sync_less() -> None:
     """Have sqlite wait for the disk at checkpoints only, safe with a write-ahead log: spares 2.8 ms a commit, 6 a step.
 
-    A power cut may then lose MLflow's last entries (the store's small objects are not synced either), a crash may not.
+    A power cut may then lose MLflow's last entries, which the run's events still have; a crash may not.
     """
     from sqlalchemy import event
     from sqlalchemy.engine import Engine
@@ -123,15 +142,33 @@ def _sync_less() -> None:
                 database.execute("PRAGMA synchronous=NORMAL")
 
 
-def _empty_database() -> Path:
-    """Return a sqlite file with MLflow's tables, made once a version of MLflow: its migrations take 1.4 s."""
+def _make_database(path: Path) -> None:
+    """Make a sqlite file with MLflow's tables: whole or not at all, since MLflow refuses a torn one for ever.
+
+    The tables are made once a version of MLflow, since its migrations take 1.4 s. It has write-ahead logging, which the
+    file remembers: a step's three writes took 10.9 ms instead of 15.7 ms, and readers do not block the writer (measured
+    2026-11 on two cores with MLflow 3.17).
+
+    Raises:
+        TrackingUnavailable: the file cannot be made.
+    """
     import mlflow
 
-    path = cache_root() / "mlflow" / f"tables-{mlflow.__version__}.db"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            made = Path(folder, "made.db")
-            mlflow.MlflowClient(f"sqlite:///{made}")  # keeps it open: only a copy may become the file of that name
-            os.replace(shutil.copyfile(made, Path(folder, "copy.db")), path)
-    return path
+    tables = cache_root() / "mlflow" / f"tables-{mlflow.__version__}.db"
+    try:
+        for folder in (tables.parent, path.parent):
+            folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".new-") as new:
+            copy = Path(new, "copy.db")
+            if not tables.exists():
+                mlflow.MlflowClient(f"sqlite:///{new}/made.db")  # keeps it open: only a copy may get that name
+                with tempfile.TemporaryDirectory(dir=tables.parent) as beside:
+                    os.replace(shutil.copyfile(Path(new, "made.db"), Path(beside, "copy.db")), tables)
+            shutil.copyfile(tables, copy)
+            if not is_on_network(path):
+                with closing(sqlite3.connect(copy)) as database:
+                    database.execute("PRAGMA journal_mode=WAL")
+            with suppress(FileExistsError):  # another run was first
+                os.link(copy, path)
+    except OSError as error:
+        raise TrackingUnavailable(f"cannot make MLflow's database {path} ({error})") from error

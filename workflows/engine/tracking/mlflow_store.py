@@ -1,8 +1,10 @@
-"""Writes the ledger's entries to MLflow: runs, steps, candidates, the registry; it is handed the connection.
+"""Upserts the view of a run into MLflow: rows, candidates, the registry; it is handed the connection.
 
-Promises: each call may be repeated after it failed anywhere, and leaves the same ledger as one that went through. Each
-MLflow run bears a key that is searched before it is made (unless this process knows that it is new); points are told
-with their record's time, so that MLflow keeps them once. Does not: batch, retry or remember over a restart.
+Promises: `publish` may be called again after it failed anywhere, and leaves the same as one call that went through: each
+MLflow run bears a key by which it is looked for before it is made, and only what MLflow lacks is sent. What has not
+changed since is skipped by digest: in this process by memory, after a restart by a tag of the MLflow run. What MLflow
+will never take is refused with a warning and does not hold up the rest.
+Does not: retry, or decide what is shown.
 
 MLflow is addressed by explicit run ids only: a "current run" would leak between tasks of one process.
 """
@@ -10,122 +12,170 @@ MLflow is addressed by explicit run ids only: a "current run" would leak between
 import logging
 import re
 import tempfile
-import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from stages.storage import Folder
-from workflows.engine.events import CandidateFound, RunEvent, RunOpened, VerdictReached
-from workflows.engine.tracking.connection import Connection
-from workflows.engine.tracking.ui_view import PRIMARY_METRIC, VIEW, view
-from workflows.engine.tracking.view import (
-    KEY,
-    RUN,
-    SHORT_FINGERPRINT,
-    Entry,
-    Row,
-    candidate_key,
-    finite,
-    legal_name,
-    legal_params,
-    legal_tags,
-    seen_by,
-)
+from workflows.engine.redaction import redacted
+from workflows.engine.tracking.connection import Connection, pages
+from workflows.engine.tracking.ui_view import PRIMARY_METRIC, VIEW, view_state
+from workflows.engine.tracking.view import KEY, RUN, Candidate, MetricPoint, Registration, Row, RunView, legal_name
 
 __all__ = ["MlflowStore"]
 
 logger = logging.getLogger(__name__)
 
 CHAMPION = "champion"
+DIGEST = "stillhouse.digest"
+"""Tag of an ended row: the digest of what was published, sent after all else but the status."""
 REACHABLE = ("", "file", "s3", "gs", "az")
 """Schemes of artifact URIs that are written without MLflow; a server that keeps them has `mlflow-artifacts:/…`."""
+REFUSALS = frozenset(
+    {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "MALFORMED_REQUEST", "RESOURCE_DOES_NOT_EXIST", "INVALID_STATE"}
+)
+"""MLflow's error codes for what it will never take."""
+
+
+@dataclass(slots=True)
+class _Shown:
+    """What MLflow has of a row, as far as this process knows."""
+
+    run_id: str
+    artifacts: str
+    status: str
+    params: dict[str, str]
+    tags: dict[str, str]
+    num_points: int = 0
+    files: set[str] = field(default_factory=set)
+
+    @classmethod
+    def of(cls, found: Any) -> "_Shown":
+        info, data = found.info, found.data
+        return cls(info.run_id, info.artifact_uri, info.status, dict(data.params), dict(data.tags))
 
 
 class MlflowStore:
-    """Writes entries to MLflow. Each method may be called again after it failed anywhere: the result is the same."""
+    """MLflow, as runs are published to it."""
 
-    def __init__(self, mlflow: Connection, *, careful: bool = False) -> None:
-        """Open the books that a connection leads to."""
-        self._mlflow, self._client = mlflow, mlflow.client
-        self.careful = careful
-        """Look for an MLflow run before making it: after a failure, and whenever a journal is replayed."""
-        self._opened: dict[str, RunOpened] = {}
+    def __init__(
+        self, connect: Callable[[], Connection], shared: Callable[[], AbstractContextManager[object]] = nullcontext
+    ) -> None:
+        """Stand ready.
+
+        Args:
+            connect: connects to MLflow; asked when there is something to publish.
+            shared: held while what several runs share, candidates and the registry, is published.
+        """
+        self._connect, self._shared = connect, shared
+        self._mlflow: Connection | None = None
         self._experiments: dict[str, str] = {}
-        self._runs: dict[str, tuple[str, str]] = {}
-        """key → (MLflow run id, artifact URI)."""
+        self._shown: dict[str, dict[str, _Shown]] = {}
+        """run → row's key → what MLflow has of it."""
+        self._done: dict[tuple[str, str], str] = {}
+        """(run, part's key) → the digest with which MLflow has it, or refused it."""
 
-    def meet(self, records: Iterable[RunEvent]) -> None:
-        """Learn to which experiment the records' runs belong."""
-        self._opened |= {record.run: record for record in records if isinstance(record, RunOpened)}
+    def publish(self, view: RunView) -> None:
+        """Upsert a whole run.
 
-    def tell(self, entry: Entry) -> None:
-        """Write one entry."""
-        match entry:
-            case Row():
-                self._tell_row(entry)
-            case CandidateFound():
-                self._tell_candidate(entry)
-            case VerdictReached():
-                self._tell_verdict(entry)
+        Raises:
+            Exception: MLflow, or the store, cannot be reached; what MLflow has by then is not sent again.
+        """
+        parts = [*view.rows, *view.candidates, *view.registrations]
+        new = [part for part in parts if self._done.get((view.run, part.key)) != part.digest]
+        if not new:
+            return
+        self._mlflow = self._mlflow or self._connect()
+        try:
+            for row in (part for part in new if isinstance(part, Row)):
+                self._upsert(view, row)
+            shared = [part for part in new if not isinstance(part, Row)]
+            with self._shared() if shared else nullcontext():
+                for part in shared:
+                    self._upsert(view, part)
+        except Exception:
+            self._shown.clear()  # an answer may be lost: look again
+            raise
 
-    def settle(self, run: str, at_ms: int) -> None:
-        """End as KILLED what a dead run has left RUNNING."""
-        where = f"tags.`{RUN}` = '{legal_name(run)}' and attributes.status = 'RUNNING'"
-        for found in self._client.search_runs([self._experiment(run)], where):
-            self._client.set_terminated(found.info.run_id, "KILLED", max(at_ms, found.info.start_time))
+    def _upsert(self, view: RunView, part: Row | Candidate | Registration) -> None:
+        """Upsert a part, or log that MLflow refuses it."""
+        for again in (True, False):  # a run of another store may have changed what we share under our hands: look twice
+            try:
+                match part:
+                    case Row():
+                        self._upsert_row(view, part)
+                    case Candidate():
+                        self._upsert_candidate(view, part)
+                    case Registration():
+                        self._register(view, part)
+                break
+            except Exception as error:
+                if not _is_refusal(error):
+                    raise
+                if not again:
+                    what = f"the {type(part).__name__.lower()} {part.key} of run {view.run}"
+                    logger.warning("MLflow does not take %s: %s", what, redacted(str(error)))
+        self._done[view.run, part.key] = part.digest
+
+    @property
+    def _connection(self) -> Connection:
+        assert self._mlflow is not None, "publish connects first"
+        return self._mlflow
+
+    @property
+    def _client(self) -> Any:
+        return self._connection.client
 
     # Runs and steps -------------------------------------------------------------------------------------------------
 
-    def _tell_row(self, row: Row) -> None:
-        tags = dict(row.tags)
-        if row.key not in self._runs:
-            if row.parent is not None:
-                tags["mlflow.parentRunId"] = self._run_id(row.run)
-            started = row.opened_ms or (row.closed[1] if row.closed else int(time.time() * 1000))
-            found = self._find(row.run, row.key) if self.careful or row.opened_ms is None else None
-            if found is None:
-                found = self._create(row.run, row.key, row.name, tags, started)
-                tags = {}
-            self._runs[row.key] = (found.info.run_id, found.info.artifact_uri)
-        run_id, artifacts = self._runs[row.key]
-        if row.points or row.params or tags:
-            self._mlflow.log(run_id, points=row.points, params=row.params, tags=tags)
-        for name, text in row.texts.items():
-            self._put(run_id, artifacts, name, text.encode())
-        for name, data in _read_files(row.files):
-            self._put(run_id, artifacts, name, data)
-        if row.closed is not None:
-            self._client.set_terminated(run_id, *row.closed)
+    def _upsert_row(self, view: RunView, row: Row) -> None:
+        rows = self._rows(view)
+        shown = rows.get(row.key)
+        if shown is None:
+            parent = {"mlflow.parentRunId": rows[row.parent].run_id} if row.parent in rows else {}
+            shown = rows[row.key] = _Shown.of(self._create(view, row.key, row.name, row.tags | parent, row.started_ms))
+        if (shown.tags.get(DIGEST), shown.status) == (row.digest, row.status):
+            return
+        for name, data in _contents(row, shown.files):
+            self._put(shown, name, data)
+            shown.files.add(name)
+        params = {name: value for name, value in row.params.items() if name not in shown.params}
+        tags = {name: value for name, value in row.tags.items() if shown.tags.get(name) != value}
+        if row.status != "RUNNING":
+            tags[DIGEST] = row.digest
+        self._connection.log(shown.run_id, points=row.points[shown.num_points :], params=params, tags=tags)
+        if row.status != "RUNNING":
+            self._client.set_terminated(shown.run_id, row.status, row.ended_ms)
+        shown.params |= params
+        shown.tags |= tags
+        shown.status, shown.num_points = row.status, len(row.points)
 
-    def _run_id(self, key: str) -> str:
-        """Return the id of the MLflow run of a workflow run."""
-        if key not in self._runs:
-            found = self._find(key, key)
-            if found is None:  # its row was refused; the steps must hang somewhere
-                found = self._create(key, key, key, {"kind": "workflow", RUN: key}, self._opened[key].at_ms)
-            self._runs[key] = (found.info.run_id, found.info.artifact_uri)
-        return self._runs[key][0]
+    def _rows(self, view: RunView) -> dict[str, _Shown]:
+        """Return what MLflow has of a run's rows; of several for one, made by writers that raced, one stays."""
+        if view.run not in self._shown:
+            rows: dict[str, _Shown] = {}
+            for found in self._search(view, f"tags.`{RUN}` = '{legal_name(view.run)}'"):
+                if rows.setdefault(found.data.tags[KEY], _Shown.of(found)).run_id != found.info.run_id:
+                    self._client.delete_run(found.info.run_id)
+            self._shown[view.run] = {row.key: rows[name] for row in view.rows if (name := legal_name(row.key)) in rows}
+        return self._shown[view.run]
 
-    def _find(self, run: str, key: str) -> Any:
-        """Return the MLflow run that bears a key, if any. Of several, made by writers that raced, one stays."""
-        where = f"tags.`{KEY}` = '{legal_name(key)}'"
-        found = self._client.search_runs([self._experiment(run)], where)
-        found = sorted(found, key=lambda item: (item.info.start_time, item.info.run_id))
-        for extra in found[1:]:
-            self._client.delete_run(extra.info.run_id)
-        return found[0] if found else None
+    def _search(self, view: RunView, where: str) -> list[Any]:
+        """Return the MLflow runs of the run's experiment that a filter names, oldest first."""
+        experiments = [self._experiment(view)]
+        found = pages(lambda token: self._client.search_runs(experiments, where, page_token=token))
+        return sorted(found, key=lambda item: (item.info.start_time, item.info.run_id))
 
-    def _create(self, run: str, key: str, name: str, tags: Mapping[str, str], at_ms: int) -> Any:
+    def _create(self, view: RunView, key: str, name: str, tags: Mapping[str, str], at_ms: int) -> Any:
         tags = {**tags, KEY: legal_name(key)}
-        return self._client.create_run(self._experiment(run), start_time=at_ms, tags=tags, run_name=name[:250])
+        return self._client.create_run(self._experiment(view), start_time=at_ms, tags=tags, run_name=name[:250])
 
-    def _experiment(self, run: str) -> str:
+    def _experiment(self, view: RunView) -> str:
         """Return the id of a run's experiment, made where it is missing."""
-        if run not in self._opened:
-            raise ValueError(f"the journal of run {run} does not say how it began")
-        name = self._opened[run].experiment
+        name = view.experiment
         if name not in self._experiments:
             self._experiments[name] = self._find_experiment(name) or self._make_experiment(name)
         return self._experiments[name]
@@ -136,8 +186,8 @@ class MlflowStore:
             return None
         if found.lifecycle_stage == "deleted":
             self._client.restore_experiment(found.experiment_id)
-        if found.tags.get(VIEW) != view():
-            self._client.set_experiment_tag(found.experiment_id, VIEW, view())
+        if found.tags.get(VIEW) != view_state():
+            self._client.set_experiment_tag(found.experiment_id, VIEW, view_state())
         return str(found.experiment_id)
 
     def _make_experiment(self, name: str) -> str:
@@ -145,49 +195,58 @@ class MlflowStore:
             "mlflow.experimentKind": "custom_model_development",
             "mlflow.experiment.primaryMetric.name": PRIMARY_METRIC,
             "mlflow.experiment.primaryMetric.greaterIsBetter": "false",
-            VIEW: view(),
+            VIEW: view_state(),
         }
-        root = self._mlflow.artifact_location
+        root = self._connection.artifact_location
         location = root and f"{root}/{re.sub(r'[^A-Za-z0-9._-]+', '-', name)}"
         try:
             return str(self._client.create_experiment(name, artifact_location=location, tags=tags))
-        except Exception:  # a driver that raced us made it, or MLflow is down, which asking again tells
+        except Exception:  # a run that raced us made it, or MLflow is down, which asking again shows
             found = self._find_experiment(name)
             if found is None:
                 raise
             return found
 
-    def _put(self, run_id: str, artifacts: str, name: str, data: bytes) -> None:
+    def _put(self, shown: _Shown, name: str, data: bytes) -> None:
         """Write a small artifact: where it lies if that can be reached (0.2 ms, not 4), else by the client."""
-        if urlsplit(artifacts).scheme in REACHABLE:
-            Folder.at(artifacts).put(name, data)
+        if urlsplit(shown.artifacts).scheme in REACHABLE:
+            Folder.at(shown.artifacts).put(name, data)
             return
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, name.rpartition("/")[2])
             path.write_bytes(data)
-            self._client.log_artifact(run_id, str(path), name.rpartition("/")[0] or None)
+            self._client.log_artifact(shown.run_id, str(path), name.rpartition("/")[0] or None)
 
     # Candidates -----------------------------------------------------------------------------------------------------
 
-    def _tell_candidate(self, record: CandidateFound) -> None:
-        """Make or complete the one flat MLflow run of a candidate and its logged model, and tag them with this run."""
-        key = candidate_key(record.scores, record.name)
-        points, odd = finite((name, value, 0, record.at_ms) for name, value in record.metrics.items())
-        params, tags = legal_params(record.params), legal_tags(_candidate_tags(record, self._opened[record.run])) | odd
-        found = self._find(record.run, key)
+    def _find(self, view: RunView, key: str) -> Any:
+        """Return the MLflow run of a candidate, if any. Of several, made by writers that raced, one stays."""
+        found = self._search(view, f"tags.`{KEY}` = '{key}'")
+        for extra in found[1:]:
+            self._client.delete_run(extra.info.run_id)
+        return found[0] if found else None
+
+    def _upsert_candidate(self, view: RunView, candidate: Candidate) -> None:
+        """Make or complete a candidate's MLflow run and logged model, and tag them with this run."""
+        tags = candidate.tags
+        found = self._find(view, candidate.key)
         if found is None:
-            self._create(record.run, key, record.name, tags, record.at_ms)
-            found = self._find(record.run, key)  # another driver may have made it at the same moment
-        run_id, shown = found.info.run_id, found.data
-        if int(shown.tags.get("stillhouse.seen_ms", 0)) > record.at_ms:  # a journal that is replayed late
+            self._create(view, candidate.key, candidate.name, tags, candidate.at_ms)
+            found = self._find(view, candidate.key)  # another run may have made it at the same moment
+        shown = found.data
+        if int(shown.tags.get("stillhouse.seen_ms", 0)) > candidate.at_ms:  # a run that is published late
             tags = {name: value for name, value in tags.items() if name not in ("run", "stillhouse.seen_ms")}
-        model = self._model_of(record, found, key, params, tags)
+        model = self._model(view, candidate, found, tags)
         of_model = {metric.key: metric.value for metric in model.metrics or []}
-        new = [p for p in points if shown.metrics.get(p[0]) != p[1] or of_model.get(p[0]) != p[1]]
-        self._mlflow.log(
-            run_id,
-            points=new,
-            params={name: value for name, value in params.items() if name not in shown.params},
+        points: list[MetricPoint] = [
+            (name, value, 0, candidate.at_ms)
+            for name, value in candidate.metrics.items()
+            if shown.metrics.get(name) != value or of_model.get(name) != value
+        ]
+        self._connection.log(
+            found.info.run_id,
+            points=points,
+            params={name: value for name, value in candidate.params.items() if name not in shown.params},
             tags={name: value for name, value in tags.items() if shown.tags.get(name) != value},
             model_id=model.model_id,
         )
@@ -195,68 +254,55 @@ class MlflowStore:
         if missing:
             self._client.set_logged_model_tags(model.model_id, missing)
         if found.info.status == "RUNNING":
-            self._client.set_terminated(run_id, "FINISHED", record.at_ms)
+            self._client.set_terminated(found.info.run_id, "FINISHED", candidate.at_ms)
 
-    def _model_of(
-        self, record: CandidateFound, found: Any, key: str, params: Mapping[str, str], tags: Mapping[str, str]
-    ) -> Any:
+    def _model(self, view: RunView, candidate: Candidate, found: Any, tags: Mapping[str, str]) -> Any:
         """Return the logged model of a candidate, made and linked to its MLflow run where it is missing."""
-        linked = [output.model_id for output in (found.outputs.model_outputs if found.outputs else [])]
+        linked = _model_ids(found)
         if linked:
             return self._client.get_logged_model(linked[0])
-        experiment = self._experiment(record.run)
-        models = self._client.search_logged_models([experiment], f"tags.`{KEY}` = '{key}'")
+        experiment = self._experiment(view)
+        models = self._client.search_logged_models([experiment], f"tags.`{KEY}` = '{candidate.key}'")
         if models:
             model = min(models, key=lambda item: (item.creation_timestamp, item.model_id))
         else:
             model = self._client.create_logged_model(
                 experiment,
-                name=re.sub(r"[/:.%\"']", "-", record.name),
+                name=re.sub(r"[/:.%\"']", "-", candidate.name),
                 source_run_id=found.info.run_id,
-                tags={**tags, KEY: key, "mlflow.model.isExternal": "true"},
-                params=dict(params),
+                tags={**tags, KEY: candidate.key, "mlflow.model.isExternal": "true"},
+                params=candidate.params,
                 model_type="candidate",
             )
         if str(model.status) != "READY":
             self._client.finalize_logged_model(model.model_id, "READY")
-        self._mlflow.link(found.info.run_id, model.model_id)
+        self._connection.link(found.info.run_id, model.model_id)
         return model
 
     # The registry ---------------------------------------------------------------------------------------------------
 
-    def _tell_verdict(self, record: VerdictReached) -> None:
-        verdict = {
-            "verdict": f"champion: {record.champion}" if record.champion else "rejected",
-            "verdict.reasons": "\n".join(record.reasons),
-        }
-        self._mlflow.log(self._run_id(record.run), params={}, tags=legal_tags(verdict))
-        if record.champion is None:
-            return
-        key = candidate_key(record.scores, record.champion)
-        found = self._find(record.run, key)
-        if found is None or not (found.outputs and found.outputs.model_outputs):
-            raise ValueError(
-                f"the verdict of run {record.run} names the candidate {record.champion!r}, which was never found"
-            )
-        name = re.sub(r"[/:]", "-", record.registered_name)
+    def _register(self, view: RunView, wish: Registration) -> None:
+        """Make a candidate a version of its registered model and, unless a later verdict stands, its champion."""
+        found = self._find(view, wish.candidate)
+        if found is None or not _model_ids(found):
+            raise ValueError(f"the verdict of run {view.run} names the candidate {wish.name!r}, which was never found")
+        name = wish.registered_name
         registered = self._registered_model(name)
-        version = self._version(name, key, found)
-        if int(registered.tags.get("stillhouse.decided_ms", 0)) > record.at_ms:  # a later verdict stands already
+        version = self._version(name, wish.candidate, found)
+        if int(registered.tags.get("stillhouse.decided_ms", 0)) >= wish.at_ms:
             return
         before = registered.aliases.get(CHAMPION)
         if before is None or str(before) != version:
             if before is not None:
                 self._client.set_model_version_tag(name, version, "replaced_version", str(before))
             self._client.set_registered_model_alias(name, CHAMPION, version)
-        self._client.set_registered_model_tag(name, "stillhouse.decided_ms", str(record.at_ms))
+        self._client.set_registered_model_tag(name, "stillhouse.decided_ms", str(wish.at_ms))
 
     def _registered_model(self, name: str) -> Any:
-        found = self._client.search_registered_models(f"name = '{name}'")
-        if not found:
+        if not self._client.search_registered_models(f"name = '{name}'"):
+            about = f"Its alias `{CHAMPION}` follows the verdicts of stillhouse."
             try:
-                self._client.create_registered_model(
-                    name, description=f"Its alias `{CHAMPION}` follows the verdicts of stillhouse."
-                )
+                self._client.create_registered_model(name, description=about)
             except Exception as error:
                 if getattr(error, "error_code", "") != "RESOURCE_ALREADY_EXISTS":
                     raise
@@ -266,12 +312,12 @@ class MlflowStore:
         """Return the one version of a candidate, made where it is missing; of several, by racing writers, one stays."""
         versions = self._versions(name, key)
         if not versions:
-            self._mlflow.point_globals()  # the sqlite registry looks for the logged model in the global store
-            model_id = found.outputs.model_outputs[0].model_id
+            self._connection.set_globals()  # the sqlite registry looks for the logged model in the global store
+            (model_id, *_), shown = _model_ids(found), found.data.tags
             copied = ("artifact", "fingerprint", "scores", "candidate", "made_by_run")
-            tags = {name: found.data.tags[name] for name in copied if name in found.data.tags}
+            tags = {KEY: key} | {tag: shown[tag] for tag in copied if tag in shown}
             self._client.create_model_version(
-                name, f"models:/{model_id}", found.info.run_id, tags={**tags, KEY: key}, model_id=model_id
+                name, f"models:/{model_id}", found.info.run_id, tags=tags, model_id=model_id
             )
             versions = self._versions(name, key)
         for extra in versions[1:]:
@@ -283,31 +329,27 @@ class MlflowStore:
         return sorted(int(version.version) for version in found if version.tags.get(KEY) == key)
 
 
-def _candidate_tags(record: CandidateFound, opened: RunOpened) -> dict[str, str]:
-    own = {
-        "kind": "candidate",
-        "candidate": record.name,
-        "workflow": opened.workflow,
-        "scores": record.scores,
-        "artifact": record.artifact,
-        "run": record.run,
-        "stillhouse.seen_ms": str(record.at_ms),
-        seen_by(record.run): "yes",
-        "mlflow.note.content": (
-            f"Candidate **{record.name}**, judged by scores `{record.scores[:SHORT_FINGERPRINT]}`. Load it with\n\n"
-            f'    AutoModelForCausalLM.from_pretrained("{record.artifact}")'
-        ),
-    }
-    return {**record.tags, **own}
+def _model_ids(found: Any) -> list[str]:
+    """Return the ids of the logged models that are linked to an MLflow run."""
+    return [output.model_id for output in (found.outputs.model_outputs if found.outputs else [])]
 
 
-def _read_files(uris: Iterable[str]) -> Iterable[tuple[str, bytes]]:
+def _contents(row: Row, known: set[str]) -> Iterable[tuple[str, bytes]]:
+    """Yield the small artifacts of a row that are not known, by path."""
+    yield from ((name, text.encode()) for name, text in row.texts.items() if name not in known)
     taken: set[str] = set()
-    for uri in uris:
+    for uri in row.files:
         parent, _, name = uri.rpartition("/")
         shown = name if name not in taken else f"{len(taken)}/{name}"
         taken.add(shown)
         try:
-            yield shown, Folder.at(parent).get(name)
+            if shown not in known:
+                yield shown, Folder.at(parent).get(name)
         except FileNotFoundError:
-            logger.warning("the ledger leaves out %s, since there is no such file", uri)
+            logger.warning("%s is left out of MLflow, since there is no such file", uri)
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Tell whether MLflow, or a flaw in a part, will make the same upsert fail each time."""
+    flaws = TypeError | ValueError | LookupError | AttributeError
+    return getattr(error, "error_code", None) in REFUSALS or isinstance(error, flaws)

@@ -1,106 +1,219 @@
-"""Tells MLflow what is journaled: as the process beside a driver, or when the next run finds a journal unfinished.
+"""Publishes runs' events to MLflow: as the process beside a driver, for earlier runs behind its work, or on command.
 
-Promises: whatever is journaled reaches MLflow exactly once, whenever driver, teller or server die: a journal has one
-sender at a time, each MLflow run bears a key that is searched before it is made, and points are told again with their
-first time. Does not: decide what is recorded.
+All three are one path: read a run's events from the store, fold them, upsert the view.
+Promises: whatever is in the store reaches MLflow exactly once, whenever driver, publisher or server die: a run has one
+publisher at a time, and what is published again changes nothing. A run whose driver died is shown as KILLED. Earlier
+runs are published while this one has nothing to send, or once it is over: they hold up neither its start nor its end.
+Does not: decide what is recorded.
 """
 
 import json
 import logging
-import os
 import sys
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, suppress
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
 from typing import Any
 
-from stages.errors import ConfigError
-from stages.storage import Folder
-from workflows.engine.heartbeat import Liveness
-from workflows.engine.lease import Lease, holder_of
+from stages.errors import ConfigError, StillhouseError
+from stages.storage import AlreadyExists, Folder
+from workflows.engine.events import EventLog, RunEvent
+from workflows.engine.heartbeat import Holder, Liveness
+from workflows.engine.lease import Lease
 from workflows.engine.redaction import redacted
 from workflows.engine.tracking.connection import Connection, connect
-from workflows.engine.tracking.journal import Journal, unfinished
 from workflows.engine.tracking.mlflow_store import MlflowStore
-from workflows.engine.tracking.sender import Sender, follow
+from workflows.engine.tracking.tracking_uri import TrackingUnavailable
+from workflows.engine.tracking.view import fold
 
-__all__ = ["replay"]
+__all__ = ["follow", "mlflow_store", "publish_earlier", "publish_history", "publisher_lease"]
 
 logger = logging.getLogger(__name__)
 
-Connect = Callable[[str, str], Connection]
+POLL_SECONDS = 1.0
+"""How long events gather in the store before they are published together."""
+SHARE_OF_TIME = 0.2
+"""Of one core: what folding and upserting a run with very many points may take."""
+BACKOFF_SECONDS = (1.0, 2.0, 5.0, 15.0, 60.0)
+"""Pauses after the first, second, … failure while the run goes on."""
+CLOSING_TRIES = 3
+CLOSING_PAUSE_SECONDS = 1.0
+"""Tries, and the pause between them, once the run is over: longer outages are for a later run's publisher."""
+LOOKS_AT_ONCE = 16
+"""Requests at once when old runs are looked through: an object store takes some 30 ms for each."""
+PUBLISHED = "published.json"
+"""Object of a run that is over and wholly in MLflow: nothing is left to do for it."""
+
+Answer = Callable[[Mapping[str, Any]], None]
 
 
-def replay(runs: Folder, *, tracking_uri: str, artifact_root: str, connect: Connect = connect) -> int:
-    """Send the journals of earlier runs that MLflow does not have wholly, and end what dead runs left RUNNING.
+def publisher_lease(runs: Folder, run: str, liveness: Liveness) -> Lease:
+    """Return the lease of whoever publishes a run."""
+    return Lease(runs / run / "publisher", liveness)
 
-    Journals that a living process sends are left to it. Where MLflow cannot be reached they wait on, with one warning.
+
+def mlflow_store(
+    runs: Folder, run: str, tracking_uri: str, artifact_root: str, connect: Callable[[str, str], Connection] = connect
+) -> MlflowStore:
+    """Return MLflow as a process that acts for a run publishes to it; nothing is connected yet."""
+    shared = Lease(Folder(runs.uri.rpartition("/")[0]) / "mlflow" / "shared", Liveness(runs))
+    return MlflowStore(partial(connect, tracking_uri, artifact_root), lambda: shared.held(Holder.of_this_process(run)))
+
+
+def publish_run(runs: Folder, run: str, store: MlflowStore, liveness: Liveness) -> bool | None:
+    """Publish all that there is of a run.
+
+    Returns:
+        Whether the run is over; None where nothing was published: there are no events of it, or another process is at it.
+
+    Raises:
+        Exception: MLflow or the store cannot be reached.
+    """
+    log, lease = EventLog(runs / run / "events"), publisher_lease(runs, run, liveness)
+    term = lease.acquire(Holder.of_this_process(run)) if log.has_events() else None
+    if not isinstance(term, int):
+        return None
+    try:
+        over = not liveness.run_alive(run)  # else its driver goes on, though its own publisher died
+        try:
+            view = fold(log.read_all(), over=over)
+        except ValueError as error:
+            logger.warning("run %s cannot be published: %s", run, error)
+        else:
+            store.publish(view)
+        return over
+    finally:
+        lease.release(term)
+
+
+def publish_earlier(runs: Folder, store: MlflowStore, run: str = "") -> Iterator[str]:
+    """Publish the runs that are not wholly in MLflow, oldest first, one each time that the iterator is advanced.
 
     Args:
         runs: the store's folder of runs.
-        tracking_uri: MLflow's, absolute.
-        artifact_root: where MLflow's artifacts lie where no server keeps them.
-        connect: connects to a tracking URI with an artifact root.
+        store: MLflow.
+        run: this one is left out.
 
-    Returns:
-        How many records were sent.
+    Yields:
+        The runs that were published.
 
     Raises:
-        ConfigError: the tracking URI is none that the ledger can use.
+        Exception: MLflow or the store cannot be reached.
     """
-    connection: Connection | None = None
-    num_sent, liveness = 0, Liveness(runs)
+    names, liveness = sorted(set(runs.children()) - {run}), Liveness(runs)
+    with ThreadPoolExecutor(LOOKS_AT_ONCE) as pool:
+        done = list(pool.map(lambda name: (runs / name).has(PUBLISHED), names))
+    for name in (name for name, published in zip(names, done, strict=True) if not published):
+        over = publish_run(runs, name, store, liveness)
+        if over:
+            mark_published(runs, name)
+        if over is not None:
+            yield name
 
-    def books() -> MlflowStore:
-        nonlocal connection
-        connection = connection or connect(tracking_uri, artifact_root)
-        return MlflowStore(connection, careful=True)
 
-    for run, journal in unfinished(runs):
-        term = journal.sender.take(holder_of(run, os.getpid()), liveness) if journal.numbers() else None
-        if term is None:
-            continue
-        sender = Sender(run, journal, books, _turn_of(runs, run))
+def publish_history(runs: Folder, names: Sequence[str], *, tracking_uri: str, artifact_root: str) -> list[str]:
+    """Publish some runs, or all if none is named, to an MLflow that need not know them; return those that were.
+
+    What another process publishes at this moment is left to it.
+
+    Raises:
+        ConfigError: there is no such run, or the tracking URI is none that can be used.
+        TrackingUnavailable: MLflow cannot be reached.
+    """
+    known, liveness = sorted(runs.children()), Liveness(runs)
+    if missing := sorted(set(names) - set(known)):
+        raise ConfigError(f"the store has no run {missing[0]!r}; `stillhouse runs list` shows those that it has")
+    store = mlflow_store(runs, "publish", tracking_uri, artifact_root)
+    try:
+        return [run for run in (names or known) if publish_run(runs, run, store, liveness) is not None]
+    except StillhouseError:
+        raise
+    except Exception as error:
+        shown = redacted(tracking_uri), redacted(str(error))
+        raise TrackingUnavailable("MLflow at {} cannot be written ({})".format(*shown)) from error
+
+
+def mark_published(runs: Folder, run: str) -> None:
+    """Note that nothing is left to do for a run, ever."""
+    with suppress(AlreadyExists):
+        (runs / run).put_json(PUBLISHED, {}, create=True)
+
+
+def follow(
+    run: str, runs: Folder, store: MlflowStore, over: threading.Event, earlier: Iterator[str], answer: Answer
+) -> bool:
+    """Publish a run as its events come, until its driver is gone; then try a few times more.
+
+    Args:
+        run: held by this process.
+        runs: the store's folder of runs.
+        store: MLflow.
+        over: set when the driver is gone, and so no more events come.
+        earlier: advanced while there is nothing to send: publishes an earlier run.
+        answer: gets how many events MLflow has, why the last try failed, and whether it was the last.
+
+    Returns:
+        Whether MLflow has all.
+    """
+    log, events = EventLog(runs / run / "events"), list[RunEvent]()
+    num_batches = sent = failures = tries = 0
+    pause = POLL_SECONDS
+    while tries < CLOSING_TRIES:
+        over.wait(pause)
+        ended, began, error = over.is_set(), time.monotonic(), None
         try:
-            if liveness.run_alive(run):  # its driver journals on, though its own teller died
-                sender.catch_up()
-            else:
-                sender.finish()
-        except ConfigError:
-            raise
-        except Exception as error:  # noqa: BLE001  MLflow must not keep a run from starting
-            shown = redacted(tracking_uri), redacted(str(error))
-            logger.warning("MLflow at %s cannot be written (%s); journals of earlier runs wait on", *shown)
-            break
-        finally:
-            num_sent += sender.num_sent
-            journal.sender.let_go(term)
-    return num_sent
+            for batch in log.read_from(num_batches + 1):
+                events += batch
+                num_batches += 1
+            if len(events) > sent or (ended and events):
+                store.publish(fold(events, over=ended))
+                sent = len(events)
+                if ended:
+                    mark_published(runs, run)
+            elif sent:
+                next(earlier, None)
+        except Exception as caught:  # noqa: BLE001  the border of the publisher's process: the store keeps everything
+            error = redacted(str(caught)) or type(caught).__name__
+        failures = failures + 1 if error else 0
+        tries = CLOSING_TRIES if ended and not error else tries + ended
+        answer({"sent": sent, "error": error, "final": tries == CLOSING_TRIES})
+        pause = BACKOFF_SECONDS[min(failures, len(BACKOFF_SECONDS)) - 1] if failures else POLL_SECONDS
+        pause = max(pause, (time.monotonic() - began) / SHARE_OF_TIME)
+        if ended and tries < CLOSING_TRIES:
+            time.sleep(CLOSING_PAUSE_SECONDS)
+    return not failures
 
 
-def _turn_of(runs: Folder, run: str) -> Callable[[], AbstractContextManager[None]]:
-    """Return what makes a process wait for its turn to tell MLflow of what the runs of one store share."""
-    terms = Lease(Folder(runs.uri.rpartition("/")[0]) / "mlflow" / "turns")
-    return lambda: terms.held(run, Liveness(runs))
-
-
-class _Passed(logging.Handler):
-    """Passes warnings on to the driver, whose log they belong in."""
+class _Forwarding(logging.Handler):
+    """Passes warnings on to the driver, in whose log they belong."""
 
     def emit(self, record: logging.LogRecord) -> None:
         _answer({"warning": record.getMessage()})
 
 
 def _answer(value: Mapping[str, Any]) -> None:
-    with suppress(OSError):  # a driver that was killed does not listen
+    with suppress(OSError):  # a driver that is gone does not listen
         sys.stdout.write(json.dumps(value) + "\n")
         sys.stdout.flush()
 
 
-def main(tracking_uri: str, artifact_root: str, runs: str, run: str) -> None:
-    """Be the process that sends one run's journal as it grows."""
-    logging.basicConfig(level=logging.WARNING, handlers=[_Passed()])
-    journal, turn = Journal(Folder(runs) / run / "ledger"), _turn_of(Folder(runs), run)
-    follow(Sender(run, journal, lambda: MlflowStore(connect(tracking_uri, artifact_root)), turn), sys.stdin, _answer)
+def main(artifact_root: str, runs: str, run: str) -> None:
+    """Be the process beside a driver: standard input gives the tracking URI, and ends with the driver."""
+    logging.basicConfig(level=logging.WARNING, handlers=[_Forwarding()])
+    tracking_uri, over = sys.stdin.readline().rstrip("\n"), threading.Event()
+    threading.Thread(target=lambda: (sys.stdin.read(), over.set()), name="driver", daemon=True).start()
+    folder = Folder(runs)
+    store = mlflow_store(folder, run, tracking_uri, artifact_root)
+    earlier = publish_earlier(folder, store, run)
+    with publisher_lease(folder, run, Liveness(folder)).held(Holder.of_this_process(run)):
+        done = follow(run, folder, store, over, earlier, _answer)
+    if done:
+        with suppress(Exception):  # out of reach again: they wait for a later run
+            deque(earlier, maxlen=0)
 
 
 if __name__ == "__main__":

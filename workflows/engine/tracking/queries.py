@@ -1,41 +1,42 @@
-"""Reads back what the ledger told MLflow: the candidates, and which fingerprints the registry names."""
+"""Reads back what MLflow shows: the candidates, and which fingerprints the registry names."""
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from workflows.engine.redaction import redacted
-from workflows.engine.tracking.connection import connect
+from workflows.engine.tracking.connection import connect, pages
 from workflows.engine.tracking.tracking_uri import TrackingUnavailable, sqlite_path
 from workflows.engine.tracking.view import RUN
 
 __all__ = ["read_candidates", "registered_fingerprints"]
 
 
-def _ask(tracking_uri: str) -> Any:
-    """Return a client for reading; raise `TrackingUnavailable` where there is no ledger."""
+@contextmanager
+def _client(tracking_uri: str) -> Iterator[Any]:
+    """Yield a client for reading.
+
+    Raises:
+        TrackingUnavailable: there is no MLflow there, or it does not answer what it is asked.
+    """
     path = sqlite_path(tracking_uri)
     if path is not None and path.is_absolute() and not path.exists():
         raise TrackingUnavailable(
-            f"there is no ledger at {path} yet; run a workflow, or pass the tracking URI that its runs use"
+            f"there is no MLflow database at {path} yet; run a workflow, or pass the tracking URI that its runs use"
         )
-    return connect(tracking_uri, "").client
-
-
-def _pages(search: Callable[[str | None], Any]) -> Iterable[Any]:
-    token: str | None = None
-    while True:
-        page = search(token)
-        yield from page
-        token = page.token
-        if not token:
-            return
+    client = connect(tracking_uri, "").client
+    try:
+        yield client
+    except Exception as error:
+        shown = redacted(tracking_uri), redacted(str(error))
+        raise TrackingUnavailable("MLflow at {} cannot be asked ({})".format(*shown)) from error
 
 
 def read_candidates(
     tracking_uri: str, *, run_ids: Sequence[str] | None = None, experiment: str | None = None
 ) -> list[dict[str, Any]]:
-    """Return the candidates in the ledger, each as plain values, by experiment and name.
+    """Return the candidates in MLflow, each as plain values, by experiment and name.
 
     Args:
         tracking_uri: MLflow's.
@@ -45,22 +46,12 @@ def read_candidates(
     Raises:
         TrackingUnavailable: MLflow cannot be asked.
     """
-    client = _ask(tracking_uri)
-    try:
-        experiments = {
-            e.experiment_id: e.name for e in _pages(lambda token: client.search_experiments(page_token=token))
-        }
-        chosen = [key for key, name in experiments.items() if experiment in (None, name)]
-        found = (
-            []
-            if not chosen
-            else list(_pages(lambda token: client.search_runs(chosen, "tags.kind = 'candidate'", page_token=token)))
-        )
-    except Exception as error:
-        raise TrackingUnavailable(
-            f"MLflow at {redacted(tracking_uri)} cannot be asked ({redacted(str(error))})"
-        ) from error
-    rows = [_candidate(run, experiments[run.info.experiment_id]) for run in found]
+    with _client(tracking_uri) as client:
+        found = pages(lambda token: client.search_experiments(page_token=token))
+        names = {e.experiment_id: e.name for e in found if experiment in (None, e.name)}
+        where = "tags.kind = 'candidate'"
+        runs = pages(lambda token: client.search_runs(list(names), where, page_token=token)) if names else ()
+        rows = [_candidate(run, names[run.info.experiment_id]) for run in runs]
     wanted = [row for row in rows if run_ids is None or set(run_ids) & set(row["runs"])]
     return sorted(wanted, key=lambda row: (row["experiment"], row["name"], row["at_ms"]))
 
@@ -89,13 +80,8 @@ def registered_fingerprints(tracking_uri: str) -> set[str]:
     Raises:
         TrackingUnavailable: the registry cannot be asked; nothing may be collected then.
     """
-    client = _ask(tracking_uri)
-    try:
-        versions = list(_pages(lambda token: client.search_model_versions(max_results=1000, page_token=token)))
-    except Exception as error:
-        raise TrackingUnavailable(
-            f"the registry at {redacted(tracking_uri)} cannot be asked ({redacted(str(error))})"
-        ) from error
+    with _client(tracking_uri) as client:
+        versions = list(pages(lambda token: client.search_model_versions(max_results=1000, page_token=token)))
     named = {version.tags.get(tag) for version in versions for tag in ("fingerprint", "scores")}
     paths = {part for version in versions for part in re.findall(r"\b[0-9a-f]{64}\b", version.tags.get("artifact", ""))}
     return {fingerprint for fingerprint in named if fingerprint} | paths

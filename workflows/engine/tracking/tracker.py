@@ -1,9 +1,8 @@
-"""The driver's side of the ledger: takes records, journals them, and starts the process that tells MLflow.
+"""The driver's side of tracking: takes events, keeps them in the store, and starts the process that publishes them.
 
-About every second the records at hand are journaled, then told to MLflow by a process of the ledger's own (`telling`),
-then marked as sent.
-Promises: `record` neither blocks nor raises. While MLflow is down work goes on, and the journal waits.
-Does not: decide anything; the verdict is the stage's.
+Promises: `record` neither blocks nor raises. Events are in the store before MLflow has them; while MLflow is down work
+goes on, and they wait. The tracking URI, which may hold a password, stands in no process's arguments.
+Does not: decide anything, or import MLflow.
 """
 
 import json
@@ -17,50 +16,41 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from stages.storage import Folder
-from workflows.engine.events import RunEvent
-from workflows.engine.heartbeat import Liveness
-from workflows.engine.lease import holder_of
+from workflows.engine.events import EventLog, RunEvent
 from workflows.engine.redaction import redacted
-from workflows.engine.tracking.journal import Journal
 from workflows.engine.tracking.tracking_uri import TrackingUnavailable, check_tracking_uri
 
-__all__ = ["TELLER", "RunTracker", "TrackerState"]
+__all__ = ["PUBLISHER", "RunTracker", "TrackerState"]
 
 logger = logging.getLogger(__name__)
 
-TELLER = "workflows.engine.tracking.publisher"
-"""The module that is the ledger's process; it outlives a driver that was killed."""
+PUBLISHER = "workflows.engine.tracking.publisher"
+"""The module that is the publisher's process; it outlives a driver that was killed."""
 FLUSH_SECONDS = 1.0
-"""How long records gather before they are journaled together."""
+"""How long events gather before they are written to the store together."""
 
 
 @dataclass(frozen=True, slots=True)
 class TrackerState:
-    """How far the ledger is, in records."""
+    """How far tracking is, in events."""
 
     sent: int
+    """MLflow has them, or will never take them, which was logged."""
     waiting: int
-    """Journaled, or about to be, and not in MLflow yet."""
-    refused: int
-    """MLflow will never take them; each was logged."""
+    """In the store, or about to be, and not sent yet."""
     error: str | None
-    """Why MLflow, or the journal, cannot be written right now."""
-
-    @property
-    def degraded(self) -> bool:
-        """Tell whether records wait because something is out of reach."""
-        return self.error is not None
+    """Why MLflow, or the store, cannot be written right now."""
 
 
 class RunTracker:
-    """One run's ledger: takes records from the driver, journals them, and has a process of its own tell MLflow.
+    """One run's tracking: takes events from the driver, stores them, and has a process of its own publish them.
 
     A process and not a thread: MLflow's work is Python, some 12 ms a step after 2 s of imports, and as a
     thread it took the driver's interpreter for that long. It outlives a killed driver until all is sent.
     """
 
     def __init__(self, *, tracking_uri: str, artifact_root: str, runs: Folder, run: str) -> None:
-        """Begin a run's journal.
+        """Begin to track a run.
 
         Args:
             tracking_uri: MLflow's, absolute.
@@ -69,119 +59,112 @@ class RunTracker:
             run: this run's id.
 
         Raises:
-            ConfigError: the tracking URI is none that the ledger can use.
+            ConfigError: the tracking URI is none that can be used.
         """
         self._uri = tracking_uri
         self._inbox: deque[RunEvent] = deque()
-        self._journaled = self._sent = self._refused = 0
+        self._stored = self._sent = 0
         self._error: str | None = None
-        self._given_up = False
         try:
             check_tracking_uri(tracking_uri)
         except TrackingUnavailable as error:
-            self._degrade(str(error))
-        self._journal = Journal(runs / run / "ledger")
-        self._child = _start_child(tracking_uri, artifact_root, runs, run)
-        self._term = self._journal.sender.take(holder_of(run, self._child.pid), Liveness(runs))
-        self._journaling = threading.Lock()
-        self._closing = threading.Event()
-        self._listener = threading.Thread(target=self._listen, name="ledger-answers", daemon=True)
-        self._listener.start()
-        threading.Thread(target=self._loop, name="ledger", daemon=True).start()
+            self._report(str(error))
+        self._log = EventLog(runs / run / "events")
+        self._child = _start_publisher(tracking_uri, artifact_root, runs, run)
+        self._storing = threading.Lock()
+        self._closing, self._final = threading.Event(), threading.Event()
+        threading.Thread(target=self._listen, name="publisher-answers", daemon=True).start()
+        threading.Thread(target=self._flush_until_closing, name="events", daemon=True).start()
 
     @property
     def state(self) -> TrackerState:
-        """Return how far the ledger is."""
-        waiting = len(self._inbox) + self._journaled - self._sent - self._refused
-        return TrackerState(self._sent, waiting, self._refused, self._error)
+        """Return how far tracking is."""
+        return TrackerState(self._sent, len(self._inbox) + self._stored - self._sent, self._error)
 
-    def record(self, record: RunEvent) -> None:
-        """Take a record. Never blocks, never raises."""
-        self._inbox.append(record)
+    def record(self, event: RunEvent) -> None:
+        """Take an event. Never blocks, never raises."""
+        self._inbox.append(event)
 
     def close(self, timeout_seconds: float) -> TrackerState:
-        """Journal what is at hand and wait until it is sent; what is not in time waits in the journal for `replay`."""
+        """Store what is at hand and wait until it is sent; what is not in time waits for a later run's publisher."""
         self._closing.set()
-        self._journal_inbox()
+        self._flush()
         assert self._child.stdin is not None
         with suppress(OSError):
             self._child.stdin.close()
-        try:
-            self._child.wait(timeout_seconds)
-        except subprocess.TimeoutExpired:
-            self._given_up = True
+        if not self._final.wait(timeout_seconds):
             self._child.kill()
-        self._listener.join()
         state = self.state
         if state.waiting:
             reason = state.error or f"MLflow did not take them within {timeout_seconds:g} s"
             state = replace(state, error=reason)
-            logger.warning("%d records wait in the journal (%s); the next run sends them", state.waiting, reason)
-            if self._term is not None:
-                with suppress(Exception):  # `replay` finds out by itself
-                    self._journal.sender.let_go(self._term)
+            logger.warning("%d events wait in the store (%s); the next run sends them", state.waiting, reason)
         return state
 
-    def _loop(self) -> None:
+    def _flush_until_closing(self) -> None:
         while not self._closing.wait(FLUSH_SECONDS):
-            self._journal_inbox()
+            self._flush()
 
-    def _journal_inbox(self) -> None:
-        assert self._child.stdin is not None
-        with self._journaling:
+    def _flush(self) -> None:
+        with self._storing:
             batch = list(self._inbox)
             if not batch:
                 return
             try:
-                number = self._journal.append(batch)
+                self._log.append(batch)
             except Exception as error:  # noqa: BLE001  a store that cannot be written now must not end the run
-                self._degrade(f"the journal cannot be written: {error}")
+                self._report(f"the run's events cannot be stored: {error}")
                 return
-            self._journaled += len(batch)
+            self._stored += len(batch)
             for _ in batch:
                 self._inbox.popleft()
-            with suppress(OSError, ValueError):  # the process is gone, which its silence tells
-                self._child.stdin.write(f"{number}\n")
-                self._child.stdin.flush()
 
     def _listen(self) -> None:
-        """Take what the process tells: how far it is, and warnings; anything else is its last words."""
+        """Take what the publisher answers: how far it is, and warnings; anything else is its last words."""
         assert self._child.stdout is not None
         words = ""
         for line in self._child.stdout:
             try:
-                told = json.loads(line)
+                answer = json.loads(line)
             except ValueError:
                 words = line.strip() or words
                 continue
-            if "warning" in told:
-                logger.warning("%s", told["warning"])
+            if "warning" in answer:
+                logger.warning("%s", answer["warning"])
                 continue
-            self._sent, self._refused = told["sent"], told["refused"]
-            if told["error"]:
-                self._degrade(told["error"])
+            self._sent = answer["sent"]
+            if answer["error"]:
+                self._report(answer["error"])
             elif self._error is not None:
                 self._error = None
-                logger.info("the ledger at %s is written again", redacted(self._uri))
+                logger.info("MLflow at %s is written again", redacted(self._uri))
+            if answer["final"]:
+                self._final.set()
         code = self._child.wait()
-        if code and not self._given_up:
-            self._degrade(f"the ledger's process ended with {code}: {words}")
+        if code and not self._final.is_set():
+            self._report(f"the publisher ended with {code}: {words}")
+        self._final.set()
 
-    def _degrade(self, reason: str) -> None:
+    def _report(self, reason: str) -> None:
         if self._error is None:
             shown = redacted(self._uri), redacted(reason)
-            logger.warning("MLflow at %s cannot be written (%s); work goes on, and the journal keeps it", *shown)
+            logger.warning("MLflow at %s cannot be written (%s); work goes on, and the store keeps the events", *shown)
         self._error = redacted(reason)
 
 
-def _start_child(tracking_uri: str, artifact_root: str, runs: Folder, run: str) -> "subprocess.Popen[str]":
-    """Start the process that tells MLflow what is journaled."""
-    return subprocess.Popen(
-        [sys.executable, "-m", TELLER, tracking_uri, artifact_root, runs.uri, run],
+def _start_publisher(tracking_uri: str, artifact_root: str, runs: Folder, run: str) -> "subprocess.Popen[str]":
+    """Start the process that publishes a run's events."""
+    child = subprocess.Popen(
+        [sys.executable, "-m", PUBLISHER, artifact_root, runs.uri, run],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(path or "." for path in sys.path)},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        start_new_session=True,  # Ctrl-C is for the driver: it closes the ledger once all is told
+        start_new_session=True,  # Ctrl-C is for the driver, which ends tracking once all is sent
     )
+    assert child.stdin is not None
+    with suppress(OSError):  # it is gone already, which its silence says
+        child.stdin.write(tracking_uri + "\n")
+        child.stdin.flush()
+    return child

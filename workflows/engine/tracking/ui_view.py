@@ -2,7 +2,7 @@
 
 import json
 
-__all__ = ["CANDIDATES_PATH", "PRIMARY_METRIC", "VIEW", "view"]
+__all__ = ["CANDIDATES_PATH", "PRIMARY_METRIC", "VIEW", "view_state"]
 
 PRIMARY_METRIC = "final/kl_to_teacher"
 CANDIDATES_PATH = "#/experiments/{experiment_id}/runs?viewStateShareKey=candidates"
@@ -24,7 +24,7 @@ COLUMNS = (
 """The candidates' figures that a reader sees without choosing columns."""
 
 
-def view() -> str:
+def view_state() -> str:
     """Return the state of MLflow's run table in which the candidates stand side by side, best first."""
     columns = [f"metrics.`{name}`" for name in COLUMNS]
     return json.dumps(

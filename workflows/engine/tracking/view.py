@@ -1,114 +1,220 @@
-"""What MLflow is told of each record: names, tags and limits, and several records of one step drawn together. Pure.
+"""A run as MLflow shall show it, folded from its events: rows, candidates and registrations, within MLflow's limits. Pure.
 
-Promises: an entry holds only what MLflow accepts (allowed characters, lengths, finite metrics), and names every MLflow
-run by a key that is the same whenever the same records are read again. Does not: import MLflow or hold progress.
+Promises: the same events give the same view, and more events the same and more; it holds only what MLflow accepts
+(allowed characters, lengths, finite metrics), and every part has a key that is the same at each fold.
+Does not: import MLflow, or know what MLflow has already.
 """
 
+import hashlib
+import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import Literal
 
 from workflows.engine.events import (
+    AttemptEnded,
+    AttemptStarted,
     CandidateFound,
     CurvePoints,
-    RunClosed,
+    RunEnded,
     RunEvent,
-    RunOpened,
+    RunStarted,
     RunStatus,
-    StepClosed,
-    StepOpened,
     VerdictReached,
 )
 
-__all__ = [
-    "KEY",
-    "RUN",
-    "Entry",
-    "Row",
-    "candidate_key",
-    "coalesce",
-    "finite",
-    "legal_name",
-    "legal_params",
-    "legal_tags",
-    "seen_by",
-]
+__all__ = ["KEY", "RUN", "Candidate", "Registration", "Row", "RunView", "fold", "legal_name"]
 
 KEY = "stillhouse.key"
 """Tag that says which MLflow run is meant; it is searched before one is made."""
 RUN = "stillhouse.run"
-"""Tag of workflow runs and steps: the run they belong to."""
+"""Tag of workflow runs and steps: the run they belong to. `stillhouse.run.<run>`: a candidate that this run has."""
 MAX_NAME_CHARACTERS = 250
 MAX_PARAM_CHARACTERS = 6000
 MAX_TAG_CHARACTERS = 8000
 """MLflow 3.17's limits (`mlflow.utils.validation`); longer values would be cut there with a warning each."""
 SHORT_FINGERPRINT = 12
-_MEANINGS = {"commit": "mlflow.source.git.commit", "user": "mlflow.user", "command": "mlflow.source.name"}
-"""Tags of a run that MLflow's own columns show too."""
 
 MetricPoint = tuple[str, float, int, int]
 """(metric name, value, step, at_ms)."""
 
 
-@dataclass(slots=True)
-class Row:
-    """One MLflow run of a workflow run or a step, as far as the records at hand tell."""
+class _Part:
+    @property
+    def digest(self) -> str:
+        """Return what changes when anything of it does; of points, which only grow, their number counts."""
+        fields = {name: len(value) if name == "points" else value for name, value in vars(self).items()}
+        text = json.dumps(fields, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Row(_Part):
+    """One MLflow run: the workflow run, or an attempt at a step."""
 
     key: str
-    run: str
-    parent: str | None = None
-    """Key of the MLflow run that it is shown under."""
-    name: str = ""
-    opened_ms: int | None = None
-    """None where an earlier batch opened it."""
-    tags: dict[str, str] = field(default_factory=dict)
-    params: dict[str, str] = field(default_factory=dict)
+    parent: str | None
+    """Key of the row that it is shown under."""
+    name: str
+    started_ms: int
+    tags: dict[str, str]
+    params: dict[str, str]
     points: list[MetricPoint] = field(default_factory=list)
     texts: dict[str, str] = field(default_factory=dict)
     """Small artifacts, by their path."""
     files: tuple[str, ...] = ()
     """URIs of files that become artifacts."""
-    closed: tuple[RunStatus, int] | None = None
-    num_records: int = 0
+    status: Literal["RUNNING", RunStatus] = "RUNNING"
+    ended_ms: int | None = None
 
 
-Entry = Row | CandidateFound | VerdictReached
+@dataclass(frozen=True)
+class Candidate(_Part):
+    """The flat MLflow run and the logged model of a candidate, which all runs that have it share."""
+
+    key: str
+    name: str
+    at_ms: int
+    params: dict[str, str]
+    tags: dict[str, str]
+    metrics: dict[str, float]
 
 
-def coalesce(records: Iterable[RunEvent]) -> list[Entry]:
-    """Return what to tell MLflow, in order; all records of one step's attempt become one row."""
-    entries: list[Entry] = []
+@dataclass(frozen=True)
+class Registration(_Part):
+    """A verdict's wish for the registry: a candidate becomes a model's version and champion."""
+
+    key: str
+    registered_name: str
+    candidate: str
+    """Key of the candidate."""
+    name: str
+    at_ms: int
+
+
+@dataclass(frozen=True)
+class RunView:
+    """The whole run."""
+
+    run: str
+    experiment: str
+    rows: tuple[Row, ...]
+    """The workflow run's first."""
+    candidates: tuple[Candidate, ...]
+    registrations: tuple[Registration, ...]
+
+
+def fold(events: Sequence[RunEvent], *, over: bool = False) -> RunView:
+    """Return the view of a run.
+
+    Args:
+        events: the run's, in order.
+        over: no more will come: where they do not say how the run ended, its driver died, and it was killed.
+
+    Raises:
+        ValueError: they do not say how the run began.
+    """
+    first = events[0] if events else None
+    if not isinstance(first, RunStarted):
+        raise ValueError("the events do not say how the run began")
+    top, ended, last_ms = _run_row(first), over, first.at_ms
     steps: dict[str, Row] = {}
-    for record in records:
-        match record:
-            case RunOpened():
-                entries.append(_opened(record))
-            case RunClosed():
-                entries.append(_closed(record))
-            case CandidateFound() | VerdictReached():
-                entries.append(record)
-            case StepOpened() | CurvePoints() | StepClosed():
-                key = f"{record.run}/{record.step}/{record.attempt}"
-                if key not in steps:
-                    steps[key] = Row(
-                        key=key, run=record.run, parent=record.run, name=_step_name(record.step, record.attempt)
-                    )
-                    entries.append(steps[key])
-                _tell_step(steps[key], record)
-    return entries
+    candidates: dict[str, Candidate] = {}
+    registrations: dict[str, Registration] = {}
+    for event in events[1:]:
+        match event:
+            case AttemptStarted():
+                steps[_step_key(first, event)] = _step_row(first, event)
+            case CurvePoints() | AttemptEnded():
+                _extend(steps, _step_key(first, event), event)
+            case CandidateFound():
+                candidates[f"{event.scores}/{event.name}"] = _candidate(first, event)
+            case VerdictReached():
+                top.tags.update(_legal_tags(_verdict_tags(event)))
+                if event.champion is not None:
+                    registrations[event.registered_name] = _registration(event, event.champion)
+            case RunEnded():
+                top.tags.update(_legal_tags({"mlflow.note.content": event.note}))
+                top = replace(top, files=event.files, status=event.status, ended_ms=event.at_ms)
+                ended = True
+        last_ms = max([last_ms, *_times(event)])
+    rows = [top, *steps.values()]
+    if ended:
+        killed_ms = top.ended_ms or last_ms
+        rows = [row if row.ended_ms else replace(row, status="KILLED", ended_ms=killed_ms) for row in rows]
+    return RunView(first.run, first.experiment, tuple(rows), tuple(candidates.values()), tuple(registrations.values()))
 
 
-def candidate_key(scores: str, name: str) -> str:
-    """Return the key of a candidate: one for each scores artifact and name."""
-    return legal_name(f"{scores}/{name}")
+def _run_row(event: RunStarted) -> Row:
+    tags = {name: getattr(event, name) for name in ("workflow", "command", "commit", "user", "store")}
+    tags |= {"kind": "workflow", RUN: event.run, "mlflow.source.type": "LOCAL", "mlflow.source.name": event.command}
+    tags |= {"mlflow.source.git.commit": event.commit, "mlflow.user": event.user}  # MLflow's own columns
+    return Row(event.run, None, event.run, event.at_ms, _legal_tags(tags), _legal_params(event.params))
 
 
-def seen_by(run: str) -> str:
-    """Return the tag that a candidate bears for each run that has it."""
-    return legal_name(f"{RUN}.{run}")
+def _step_key(run: RunStarted, event: AttemptStarted | CurvePoints | AttemptEnded) -> str:
+    return f"{run.run}/{event.step}/{event.attempt}"
 
 
+def _step_row(run: RunStarted, event: AttemptStarted) -> Row:
+    tags = {"kind": "step", RUN: run.run, "stage": event.stage, "step": event.step, "attempt": str(event.attempt)}
+    tags |= {"cache": event.cache, "fingerprint": event.fingerprint[:SHORT_FINGERPRINT]}
+    name = event.step if event.attempt <= 1 else f"{event.step} (attempt {event.attempt})"
+    row = Row(_step_key(run, event), run.run, name, event.at_ms, _legal_tags(tags), _legal_params(event.params))
+    return replace(row, texts={"config.json": event.config})
+
+
+def _extend(steps: dict[str, Row], key: str, event: CurvePoints | AttemptEnded) -> None:
+    row = steps.get(key)
+    if row is None:  # the batch in which it began is lost
+        return
+    found: Iterable[MetricPoint]
+    if isinstance(event, CurvePoints):
+        found = event.points
+    else:
+        found = [(name, value, 0, event.at_ms) for name, value in event.metrics.items()]
+        row.tags.update(_legal_tags(event.tags))
+        steps[key] = replace(row, status=event.status, ended_ms=event.at_ms)
+    for name, value, step, at_ms in found:
+        if math.isfinite(value):
+            row.points.append((legal_name(name), value, step, at_ms))
+        else:
+            row.tags.update(_not_finite(name, value))
+
+
+def _candidate(run: RunStarted, event: CandidateFound) -> Candidate:
+    tags = {"kind": "candidate", "candidate": event.name, "workflow": run.workflow, "scores": event.scores}
+    tags |= {"artifact": event.artifact, "run": run.run, f"{RUN}.{run.run}": "yes"}
+    tags |= {"stillhouse.seen_ms": str(event.at_ms)}
+    tags["mlflow.note.content"] = (
+        f"Candidate **{event.name}**, judged by scores `{event.scores[:SHORT_FINGERPRINT]}`. Load it with\n\n"
+        f'    AutoModelForCausalLM.from_pretrained("{event.artifact}")'
+    )
+    tags = _legal_tags({**event.tags, **tags})
+    metrics = {legal_name(name): value for name, value in event.metrics.items() if math.isfinite(value)}
+    for name, value in event.metrics.items():
+        tags |= {} if math.isfinite(value) else _not_finite(name, value)
+    key = legal_name(f"{event.scores}/{event.name}")
+    return Candidate(key, event.name, event.at_ms, _legal_params(event.params), tags, metrics)
+
+
+def _verdict_tags(event: VerdictReached) -> dict[str, str]:
+    verdict = f"champion: {event.champion}" if event.champion is not None else "rejected"
+    return {"verdict": verdict, "verdict.reasons": "\n".join(event.reasons)}
+
+
+def _registration(event: VerdictReached, champion: str) -> Registration:
+    name, key = re.sub(r"[/:]", "-", event.registered_name), legal_name(f"{event.scores}/{champion}")
+    return Registration(f"registered/{name}", name, key, champion, event.at_ms)
+
+
+# MLflow's limits ------------------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=4096)
 def legal_name(name: str) -> str:
     """Return a name in MLflow's characters that does not resolve to another one as a path."""
     plain = re.sub(r"[^\w\-. :/]", "_", name).strip("/")
@@ -116,91 +222,22 @@ def legal_name(name: str) -> str:
     return re.sub(r"^\.\.+", "_", "/".join(parts))[:MAX_NAME_CHARACTERS].rstrip("/") or "_"
 
 
-def legal_params(params: Mapping[str, str]) -> dict[str, str]:
-    """Return params that MLflow takes as they are."""
+def _legal_params(params: Mapping[str, str]) -> dict[str, str]:
     return {legal_name(name): _cut(value, MAX_PARAM_CHARACTERS) for name, value in params.items()}
 
 
-def legal_tags(tags: Mapping[str, str]) -> dict[str, str]:
-    """Return tags that MLflow takes as they are."""
+def _legal_tags(tags: Mapping[str, str]) -> dict[str, str]:
     return {legal_name(name): _cut(value, MAX_TAG_CHARACTERS) for name, value in tags.items()}
 
 
-def finite(points: Iterable[MetricPoint]) -> tuple[list[MetricPoint], dict[str, str]]:
-    """Split points into those MLflow can show and, for each metric with others, a tag that says so."""
-    good: list[MetricPoint] = []
-    odd: dict[str, str] = {}
-    for name, value, step, at_ms in points:
-        name, value = legal_name(name), float(value)
-        if math.isfinite(value):
-            good.append((name, value, step, at_ms))
-        else:
-            odd[f"not_finite.{name}"[:MAX_NAME_CHARACTERS]] = str(value)
-    return good, odd
-
-
-def _cut(value: object, limit: int) -> str:
-    text = str(value)
+def _cut(text: str, limit: int) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
-def _step_name(step: str, attempt: int) -> str:
-    return step if attempt <= 1 else f"{step} (attempt {attempt})"
+def _not_finite(metric: str, value: float) -> dict[str, str]:
+    """Return the tag that stands for a value that MLflow cannot show."""
+    return {f"not_finite.{legal_name(metric)}"[:MAX_NAME_CHARACTERS]: str(value)}
 
 
-def _opened(record: RunOpened) -> Row:
-    meant = {_MEANINGS[name]: value for name, value in record.tags.items() if name in _MEANINGS}
-    tags = {**record.tags, **meant, "kind": "workflow", "workflow": record.workflow, RUN: record.run}
-    if "command" in record.tags:
-        tags["mlflow.source.type"] = "LOCAL"
-    return Row(
-        key=record.run,
-        run=record.run,
-        name=record.run,
-        opened_ms=record.at_ms,
-        tags=legal_tags(tags),
-        params=legal_params(record.params),
-        num_records=1,
-    )
-
-
-def _closed(record: RunClosed) -> Row:
-    tags = legal_tags({"mlflow.note.content": record.note})
-    return Row(
-        key=record.run,
-        run=record.run,
-        tags=tags,
-        files=record.files,
-        closed=(record.status, record.at_ms),
-        num_records=1,
-    )
-
-
-def _tell_step(row: Row, record: StepOpened | CurvePoints | StepClosed) -> None:
-    row.num_records += 1
-    if isinstance(record, StepOpened):
-        own = {
-            "kind": "step",
-            "stage": record.stage,
-            "step": record.step,
-            "attempt": str(record.attempt),
-            "cache": record.cache,
-        }
-        own |= {"fingerprint": record.fingerprint[:SHORT_FINGERPRINT], RUN: record.run}
-        row.opened_ms = record.at_ms
-        row.tags |= legal_tags({**record.tags, **own})
-        return
-    points: Sequence[MetricPoint] = (
-        record.points
-        if isinstance(record, CurvePoints)
-        else [(k, v, 0, record.at_ms) for k, v in record.metrics.items()]
-    )
-    good, odd = finite(points)
-    row.points += good
-    row.tags |= odd
-    if isinstance(record, StepClosed):
-        row.tags |= legal_tags(record.tags)
-        row.params |= legal_params(record.params)
-        row.closed = (record.status, record.at_ms)
-        if record.config:
-            row.texts["config.json"] = record.config
+def _times(event: RunEvent) -> list[int]:
+    return [point[3] for point in event.points] if isinstance(event, CurvePoints) else [event.at_ms]

@@ -8,11 +8,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from workflows.engine.tracking.journal import Journal
+
 from stages.storage import Folder
 from tests.workflows.engine.tracking.nights import EXPERIMENT
 from workflows.engine.events import RunEvent
 from workflows.engine.tracking.connection import Connection, connect
-from workflows.engine.tracking.journal import Journal
 from workflows.engine.tracking.publisher import replay
 from workflows.engine.tracking.tracker import RunTracker
 

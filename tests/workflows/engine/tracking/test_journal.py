@@ -4,18 +4,15 @@ import math
 import os
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
+from workflows.engine.tracking.journal import Journal, unfinished
 
 from stages.storage import AlreadyExists, Folder
 from tests.workflows.engine.tracking.nights import night
-from workflows.engine import lease
 from workflows.engine.events import StepClosed
-from workflows.engine.heartbeat import Liveness
-from workflows.engine.lease import Lease, holder_of
-from workflows.engine.tracking.journal import Journal, unfinished
+from workflows.engine.lease import holder_of
 
 
 @pytest.fixture
@@ -70,22 +67,22 @@ def test_sent_highest_mark_counts(runs: Folder) -> None:
     assert journal.sent() == 10
 
 
-def test_take_living_holder_keeps_it_until_it_lets_go(runs: Folder) -> None:
-    journal, liveness = Journal(runs / "r" / "ledger"), Liveness(runs)
-    term = journal.sender.take(holder_of("r", os.getpid()), liveness)
+def test_acquire_living_holder_keeps_it_until_it_releases(runs: Folder) -> None:
+    journal = Journal(runs / "r" / "ledger")
+    term = journal.sender.acquire(holder_of("r", os.getpid()))
     assert term == 1
-    assert journal.sender.take(holder_of("r", os.getpid()), liveness) is None
-    journal.sender.let_go(term)
-    assert journal.sender.take(holder_of("r", os.getpid()), liveness) == 2
+    assert journal.sender.acquire(holder_of("r", os.getpid())) == holder_of("r", os.getpid())
+    journal.sender.release(term)
+    assert journal.sender.acquire(holder_of("r", os.getpid())) == 2
 
 
-def test_take_dead_holder_loses_it_at_once(runs: Folder) -> None:
-    journal, liveness = Journal(runs / "r" / "ledger"), Liveness(runs)
+def test_acquire_dead_holder_loses_it_at_once(runs: Folder) -> None:
+    journal = Journal(runs / "r" / "ledger")
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    assert journal.sender.take(holder_of("r", child.pid), liveness) == 1
-    assert journal.sender.take(holder_of("r", os.getpid()), liveness) is None
+    assert journal.sender.acquire(holder_of("r", child.pid)) == 1
+    assert journal.sender.acquire(holder_of("r", os.getpid())) == holder_of("r", child.pid)
     child.communicate(b"\n")
-    assert journal.sender.take(holder_of("r", os.getpid()), liveness) == 2
+    assert journal.sender.acquire(holder_of("r", os.getpid())) == 2
 
 
 def test_unfinished_finished_runs_are_left_out(runs: Folder) -> None:
@@ -93,34 +90,3 @@ def test_unfinished_finished_runs_are_left_out(runs: Folder) -> None:
         Journal(runs / run / "ledger").append(night(run))
     Journal(runs / "a" / "ledger").finish()
     assert [run for run, _ in unfinished(runs)] == ["b", "c"]
-
-
-def test_held_waits_for_the_holder_and_forgets_earlier_terms(runs: Folder) -> None:
-    first, second = Lease(runs / "office"), Lease(runs / "office")
-    order: list[str] = []
-
-    def wait() -> None:
-        with second.held("b", Liveness(runs)):
-            order.append("second")
-
-    with first.held("a", Liveness(runs)):
-        waiter = threading.Thread(target=wait)
-        waiter.start()
-        waiter.join(0.3)
-        order.append("first")
-    waiter.join(30)
-    assert order == ["first", "second"]
-    assert [entry.name for entry in (runs / "office").entries()] == ["free-000002.json", "taken-000002.json"]
-
-
-def test_held_too_long_is_an_error(runs: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lease, "PATIENCE_SECONDS", 0.0)
-    terms = Lease(runs / "office")
-    with (
-        terms.held("a", Liveness(runs)),
-        pytest.raises(TimeoutError, match="another process"),
-        terms.held("b", Liveness(runs)),
-    ):
-        pass
-    with terms.held("b", Liveness(runs)):
-        pass

@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from workflows.engine.tracking.journal import Journal
 
 from tests.workflows.engine.tracking.nights import EXPERIMENT, night, opened, short_night, step
 from tests.workflows.engine.tracking.place import Place, by_name
-from workflows.engine.heartbeat import Holder, Liveness
+from workflows.engine.heartbeat import Holder
 from workflows.engine.lease import holder_of
 from workflows.engine.tracking.connection import Connection, connect
-from workflows.engine.tracking.journal import Journal
 from workflows.engine.tracking.tracking_uri import default_tracking_uri
 
 
@@ -136,11 +136,11 @@ def test_replay_run_whose_driver_lives_is_sent_and_stays_open(sqlite: Place) -> 
 
 def test_replay_living_sender_is_left_alone(sqlite: Place) -> None:
     journal = sqlite.journal("r", short_night())
-    term = journal.sender.take(holder_of("r", os.getpid()), Liveness(sqlite.runs))
-    assert term is not None
+    term = journal.sender.acquire(holder_of("r", os.getpid()))
+    assert isinstance(term, int)
     assert sqlite.replay() == 0
     assert journal.sent() == 0
-    journal.sender.let_go(term)
+    journal.sender.release(term)
     assert sqlite.replay() == len(short_night())
 
 

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from workflows.engine.tracking.journal import Journal
+from workflows.engine.tracking.sender import Sender, follow
 
 from stages.storage import Folder
 from tests.workflows.engine.tracking.nights import night
 from workflows.engine.events import RunEvent, RunOpened
 from workflows.engine.tracking import sender as sender_module
-from workflows.engine.tracking.journal import Journal
-from workflows.engine.tracking.sender import Sender, follow
 from workflows.engine.tracking.view import Entry, Row
 
 

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+from workflows.engine.tracking.journal import Journal
 
 from tests.workflows.engine.tracking.nights import night, opened, short_night
 from tests.workflows.engine.tracking.place import Place, as_fields, by_name, free_port, wait_until
 from workflows.engine.events import RunClosed, StepClosed
-from workflows.engine.tracking.journal import Journal
 from workflows.engine.tracking.publisher import replay
 from workflows.engine.tracking.tracker import TELLER
 

@@ -7,7 +7,7 @@ import pytest
 
 from tests.fakes import InlineTasks, drive
 from tests.stages_for_tests import Join, Write
-from workflows.commands.inspect_store import collect
+from workflows.engine.gc import delete, find_garbage
 from workflows.engine.graph import Workflow
 from workflows.engine.heartbeat import Holder
 from workflows.engine.run import Settings
@@ -36,9 +36,13 @@ def store(tmp_path: Path) -> ArtifactStore:
     return made
 
 
-def collected(store: ArtifactStore, *, keep_runs: int = 1, delete: bool = False) -> list[str]:
-    answer = collect(Settings(store=store.uri), keep_runs=keep_runs, delete=delete)
-    return sorted(row["step"] for row in answer["collected"])
+def collected(
+    store: ArtifactStore, *, keep_runs: int = 1, yes: bool = False, min_age_seconds: float = 0.0
+) -> list[str]:
+    garbage = find_garbage(store, tracking_uri=None, keep_runs=keep_runs, min_age_seconds=min_age_seconds)
+    if yes:
+        delete(store, garbage)
+    return sorted(item.text for item in garbage.items)
 
 
 def statuses(store: ArtifactStore, text: str) -> set[str]:
@@ -48,7 +52,7 @@ def statuses(store: ArtifactStore, text: str) -> set[str]:
 def test_gc_deletes_what_no_kept_run_reaches_and_nothing_else(store: ArtifactStore) -> None:
     assert collected(store) == ["flow/data", "flow/joined"]
     assert len(store.fingerprints()) == 4, "a dry run deletes nothing"
-    assert collected(store, delete=True) == ["flow/data", "flow/joined"]
+    assert collected(store, yes=True) == ["flow/data", "flow/joined"]
     assert collected(store) == []
     assert len(store.fingerprints()) == 2
     assert statuses(store, "rye") == {"hit"}
@@ -58,13 +62,13 @@ def test_gc_deletes_what_no_kept_run_reaches_and_nothing_else(store: ArtifactSto
 def test_gc_keeps_what_a_pinned_artifact_is_made_of(store: ArtifactStore) -> None:
     (joined,) = [f for f in map(store.resolve, store.fingerprints()) if _step(store, f) == ("joined", OLD)]
     store.pin(joined, "shipped")
-    assert collected(store, keep_runs=1, delete=True) == []
+    assert collected(store, keep_runs=1, yes=True) == []
     assert statuses(store, "malt") == {"hit"}
 
 
 def test_gc_keeps_what_a_living_run_uses_however_old(store: ArtifactStore) -> None:
     (store.root / "runs" / OLD).put_json("heartbeat.json", Holder.of_this_process(OLD).to_json())
-    assert collected(store, keep_runs=0, delete=True) == ["flow/data", "flow/joined"]
+    assert collected(store, keep_runs=0, yes=True) == ["flow/data", "flow/joined"]
     assert statuses(store, "malt") == {"hit"}
 
 

@@ -1,0 +1,58 @@
+"""`stillhouse plan`: what a run would do and why; starts nothing."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from workflows.commands.find import FoundWorkflow, find_workflow
+from workflows.commands.formatting import duration, plain_table
+from workflows.commands.options import OK, RunOptions, Tokens, Workflow
+from workflows.commands.output import console, print_json
+from workflows.commands.parameters import with_parameters
+from workflows.commands.terminal import plan_summary
+from workflows.engine.plan import Plan, StepPlan
+from workflows.engine.run import plan_only
+
+STATUS_STYLE = {"HIT": "green", "MISS": "yellow", "BLOCKED": "bold red"}
+
+
+def plan(workflow: Workflow, *tokens: Tokens) -> int:
+    """Show what a run would do: each step HIT, MISS or BLOCKED, and why. Starts nothing.
+
+    Args:
+        workflow: a name (`stillhouse workflows` lists them) or a file: path/to/file.py[:function].
+    """
+    return with_parameters("plan", find_workflow(workflow), tokens, RunOptions(), _plan)
+
+
+def _plan(found: FoundWorkflow, parameters: Mapping[str, Any], options: RunOptions) -> int:
+    planned = plan_only(found.graph(parameters), options.settings)
+    if options.json:
+        steps = [step.to_json() for step in planned.steps.values()]
+        print_json({"workflow": planned.workflow.name, "steps": steps})
+    else:
+        out = console()
+        out.print(plan_table(planned))
+        out.print(plan_summary(planned), highlight=False)
+    return OK
+
+
+def plan_table(plan: Plan) -> Table:
+    """Return the plan as a table."""
+    table = plain_table(title=f"plan of {plan.workflow.name}", headings=True)
+    for heading in ("step", "stage", "status", "why", "needs", "took last"):
+        table.add_column(heading, overflow="fold", no_wrap=heading in ("step", "status", "needs", "took last"))
+    for step in plan.steps.values():
+        last = duration(step.seconds_estimate) if step.seconds_estimate is not None else "–"
+        status = Text(step.status, style=STATUS_STYLE[step.status])
+        table.add_row(step.step.name, type(step.step.stage).__name__, status, step.reason, _needs(step), last)
+    return table
+
+
+def _needs(step: StepPlan) -> str:
+    """Return what a step takes of the cluster."""
+    resources = step.step.resources
+    text = f"{resources.workers} × {resources.cpus_per_worker:g} CPU"
+    return text + (f" + {resources.gpus_per_worker:g} GPU" if resources.gpus_per_worker else "")

@@ -1,0 +1,155 @@
+"""`stillhouse run`: runs a workflow, shows it as it goes, and ends with what came out and where to look."""
+
+import shlex
+from collections import Counter
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from stages.promote.leaderboard import leaderboard
+from workflows.commands.find import FoundWorkflow, find_workflow
+from workflows.commands.formatting import duration, fitting_table
+from workflows.commands.options import FAILED, INTERRUPTED, OK, RunOptions, Tokens, Workflow
+from workflows.commands.output import console, print_json
+from workflows.commands.parameters import changed_parameters, with_parameters
+from workflows.commands.terminal import watching
+from workflows.engine.interrupts import interruptible
+from workflows.engine.redaction import redacted
+from workflows.engine.results import StepResult
+from workflows.engine.run import Execution, execute
+
+NARROW = ("bits/weight", "memory MB", "ms/token p95", "tokens/s", "KL to student", "x smaller", "ms/token p50")
+"""The leaderboard's columns that a narrow terminal leaves out, the first first; Markdown and MLflow have them all."""
+
+
+def run(workflow: Workflow, *tokens: Tokens) -> int:
+    """Run a workflow; `stillhouse run WORKFLOW --help` lists its parameters.
+
+    Args:
+        workflow: a name (`stillhouse workflows` lists them) or a file: path/to/file.py[:function].
+    """
+    command = shlex.join(["stillhouse", "run", workflow, *tokens])
+    return with_parameters("run", find_workflow(workflow), tokens, RunOptions(), partial(_run, command))
+
+
+def _run(command: str, found: FoundWorkflow, parameters: Mapping[str, Any], options: RunOptions) -> int:
+    graph = found.graph(parameters)
+    out = console(stderr=options.json, quiet=options.json)
+    with interruptible(
+        lambda: out.print("\nstopping; press Ctrl-C again to leave at once", style="yellow")
+    ) as interrupt:
+        execution = execute(
+            graph,
+            options.settings,
+            watch=partial(watching, out),
+            interrupt=interrupt,
+            params=changed_parameters(found, parameters),
+            command=command,
+            by_value=found.by_value,
+        )
+    if options.json:
+        print_json(execution_json(execution))
+    else:
+        print_execution(out, execution, options)
+    return OK if execution.result.succeeded else INTERRUPTED if execution.result.interrupted else FAILED
+
+
+def execution_json(execution: Execution) -> dict[str, Any]:
+    """Return a run as plain JSON: its steps, what it ran, candidates and verdict."""
+    result = execution.result
+    steps = [
+        {
+            **execution.plan.steps[name].to_json(),
+            "outcome": step.outcome,
+            "artifact": execution.store.uri_of(f"artifacts/{step.commit.fingerprint}") if step.commit else None,
+            "detail": step.reason,
+            "log": step.log,
+            "attempts": step.attempts,
+        }
+        for name, step in result.steps.items()
+    ]
+    reports = list(execution.reports.values())
+    candidates = [
+        {
+            "name": c["name"],
+            "artifact": c["uri"],
+            "metrics": c["metrics"],
+            "params": c["params"],
+            "notes": c.get("notes", {}),
+        }
+        for report in reports
+        for c in report["candidates"]
+    ]
+    return {
+        "run": result.run,
+        "outcome": "succeeded" if result.succeeded else "interrupted" if result.interrupted else "failed",
+        "executed": result.executed,
+        "steps": steps,
+        "candidates": candidates,
+        "verdict": reports[-1]["verdict"] if reports else None,
+        "seconds": round(execution.seconds, 3),
+        "tracking_uri": redacted(execution.tracking_uri),
+    }
+
+
+def print_execution(out: Console, execution: Execution, options: RunOptions) -> None:
+    """Print how a run ended, what came out, and where to look."""
+    result = execution.result
+    for step in result.steps.values():
+        if step.outcome in ("failed", "skipped"):
+            _print_failure(out, step, brief=not out.is_terminal)
+    for report in execution.reports.values():
+        _print_report(out, report)
+    outcomes = Counter(step.outcome for step in result.steps.values())
+    counts = [f"{result.executed} steps run", f"{outcomes['hit']} found"]
+    counts += [f"{outcomes[name]} {name}" for name in ("failed", "skipped", "cancelled") if outcomes[name]]
+    state = "finished" if result.succeeded else "interrupted" if result.interrupted else "failed"
+    out.print(f"\nrun {result.run} {state} in {duration(execution.seconds)}: {', '.join(counts)}", highlight=False)
+    if execution.ledger.waiting:
+        text = (
+            f"{execution.ledger.waiting} records wait for MLflow at {redacted(execution.tracking_uri)}: "
+            f"{execution.ledger.error}; the next run sends them"
+        )
+        out.print(Text(text, style="yellow"))
+    where = "" if options.store == RunOptions.store else f" --store {shlex.quote(options.store)}"
+    uri = options.tracking_uri
+    tracking = where + (f" --tracking-uri {shlex.quote(redacted(uri))}" if uri else "")
+    look = f"look: stillhouse ui{tracking} · stillhouse compare{tracking} · stillhouse artifacts list{where}"
+    out.print(look, highlight=False, soft_wrap=True)
+    if not result.succeeded:
+        fix = "fix what failed, then " if outcomes["failed"] else ""
+        out.print(f"go on: {fix}run the same command again; what is committed is not run again", highlight=False)
+
+
+def _print_failure(out: Console, step: StepResult, *, brief: bool) -> None:
+    """Print why a step failed or was skipped; briefly where the line printed when it happened is still there."""
+    if step.log or not brief:
+        reason = "" if brief else f": {step.reason}"
+        style = "bold red" if step.outcome == "failed" else "dim"
+        out.print(Text(f"{step.name} {step.outcome}{reason}", style=style), soft_wrap=True)
+    if step.log:
+        out.print(f"  the whole log: {step.log}", highlight=False, soft_wrap=True)
+
+
+def _print_report(out: Console, report: Mapping[str, Any]) -> None:
+    """Print a report's leaderboard and its verdict."""
+    verdict = report["verdict"]
+    out.print("\n", leaderboard_table(report, out.width), "\n", sep="")
+    out.print(Text(verdict["outcome"], style="bold green" if verdict["champion"] else "bold yellow"))
+    for line in [*verdict["reasons"], *(claim["text"] for claim in verdict["claims"])]:
+        out.print(f"  {line}", highlight=False, soft_wrap=True)
+
+
+def leaderboard_table(report: Mapping[str, Any], width: int) -> Table:
+    """Return a report's candidates as a table, the champion's row in green."""
+    headings, rows = leaderboard(report)
+    table = fitting_table(headings, rows, width=width, droppable=NARROW, title="candidates")
+    champion = report["verdict"]["champion"]
+    for index, row in enumerate(rows):
+        if champion and row[0].split()[0] == champion:
+            table.rows[index].style = "bold green"
+    return table
