@@ -130,10 +130,6 @@ class Artifact:
         (path,) = self.paths(name)
         return path.read_bytes()
 
-    def read_json(self, name: str) -> Any:
-        """Read one of the artifact's JSON files."""
-        return json.loads(self.read_bytes(name))
-
 
 class Reporter(Protocol):
     """Where a stage reports how far it is. Picklable; may be called from any Ray worker; never blocks, never raises."""
@@ -183,12 +179,10 @@ class Context:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a stage's `run` returns: final metrics, and what a reader of the manifest must know."""
+    """What a stage's `run` returns: final metrics."""
 
     metrics: Mapping[str, float] = field(default_factory=dict)
     """Final numbers, with units in their names; they travel in the manifest only."""
-    fallbacks: tuple[str, ...] = ()
-    """Each change of algorithm that the config allowed and that did happen, in one sentence."""
 
 
 class Stage(Config, ABC):

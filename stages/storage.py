@@ -27,7 +27,7 @@ from obstore.exceptions import AlreadyExistsError as AlreadyExists
 from obstore.exceptions import BaseError
 from obstore.store import LocalStore, ObjectStore, from_url
 
-from stages.errors import ConfigError
+from stages.errors import ConfigError, StageFailed
 
 if TYPE_CHECKING:
     from obstore.store import ClientConfig
@@ -124,10 +124,7 @@ class Folder:
         return f"{self.uri}/{name}"
 
     def put(self, name: str, data: bytes, *, create: bool = False, durable: bool = False) -> File:
-        """Write an object whole; with `create`, raise `AlreadyExists` where there is one already.
-
-        With `durable` (which means `create`) it is on the disk, not only in the system's memory, when this returns.
-        """
+        """Write an object whole; with `create` or `durable` (on the disk), raise `AlreadyExists` where there is one."""
         store, key = self._key(name)
         file = File(name, self.uri_of(name), len(data), hashlib.sha256(data).hexdigest())
         if durable and not is_remote(self.uri):
@@ -159,10 +156,10 @@ class Folder:
         try:
             return self.get_json(name)
         except FileNotFoundError:
-            return None
+            pass
         except ValueError:
             logger.warning("%s is torn (not JSON): it counts as absent", self.uri_of(name))
-            return None
+        return None
 
     def has(self, name: str) -> bool:
         """Tell whether there is such an object."""
@@ -286,11 +283,9 @@ def _create_durably(path: Path, data: bytes) -> None:
         raise AlreadyExists(f"{path} exists already") from error
     finally:
         staged.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # file systems that cannot sync a folder do it by themselves
-            os.fsync(folder)
-    finally:
+    with contextlib.suppress(OSError):  # file systems that cannot sync a folder do it by themselves
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
         os.close(folder)
 
 
@@ -309,8 +304,6 @@ def fetch(file: File, folder: Path) -> Path:
     Raises:
         StageFailed: the downloaded bytes are not those that the manifest names.
     """
-    from stages.errors import StageFailed
-
     if not is_remote(file.uri):
         return Path(file.uri)
     if file.uri.startswith("hf://"):

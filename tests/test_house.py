@@ -58,6 +58,7 @@ RAY_IMPORTERS = {
     "stages/runtime/workers.py",
 }
 MAX_LINES = 350
+MAX_FUNCTION_LINES = 60
 
 
 def imports(path: Path, *, top_level_only: bool = False) -> Iterator[str]:
@@ -193,6 +194,23 @@ def test_file_has_a_docstring_a_good_name_and_a_readable_length(path: Path) -> N
     assert ast.get_docstring(ast.parse(path.read_text())), "every module says what it is for"
     assert path.stem not in BANNED
     assert lines <= MAX_LINES
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_functions_are_short_but_for_those_that_are_workflows(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef) and ast.unparse(node.returns or ast.Constant(None)) != "Workflow":
+            assert node.end_lineno is not None
+            assert node.end_lineno - node.lineno < MAX_FUNCTION_LINES, node.name
+
+
+def test_class_names_are_defined_once() -> None:
+    places: dict[str, list[str]] = {}
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef):
+                places.setdefault(node.name, []).append(name_of(path))
+    assert {name: found for name, found in places.items() if len(found) > 1} == {}
 
 
 def test_errors_survive_pickling() -> None:

@@ -26,7 +26,9 @@ from workflows.commands.output import console, print_json
 from workflows.commands.parameters import format_validation_error
 from workflows.commands.plan import plan
 from workflows.commands.run import run
+from workflows.commands.runs import runs
 from workflows.commands.ui import ui
+from workflows.engine.plan import PlanInterrupted
 
 app = App(
     name="stillhouse",
@@ -34,7 +36,7 @@ app = App(
     version_flags=["--version"],
     result_action="return_value",
 )
-for simple in (artifacts, compare, doctor, init, ui, workflows):
+for simple in (artifacts, compare, doctor, init, runs, ui, workflows):
     app.command(simple)
 for dynamic in (run, plan, explain):
     app.command(dynamic, help_flags=())  # `run WORKFLOW --help` is the workflow's
@@ -63,6 +65,8 @@ def run_command(argv: Sequence[str]) -> int:
         if isinstance(cause, ValidationError) and argument is not None:
             return _fail("ConfigError", format_validation_error(cause, argument.name), WRONG, as_json)
         return _fail("ConfigError", str(error), WRONG, as_json)
+    except (KeyboardInterrupt, PlanInterrupted):
+        return _fail("Interrupted", "interrupted; run the same command again to go on", INTERRUPTED, as_json)
     except ConfigError as error:
         return _fail(type(error).__name__, str(error), WRONG, as_json)
     except StillhouseError as error:
@@ -72,8 +76,6 @@ def run_command(argv: Sequence[str]) -> int:
         if not isinstance(translated, Transient):
             logging.getLogger(__name__).error("%s", traceback.format_exc())
         return _fail(type(error).__name__, str(translated), FAILED, as_json)
-    except KeyboardInterrupt:
-        return _fail("Interrupted", "interrupted; run the same command again to go on", INTERRUPTED, as_json)
     return result if isinstance(result, int) else OK
 
 

@@ -1,9 +1,9 @@
 """Score one causal language model on packed rows: cross-entropy, divergence from references, top-1 agreement.
 
 A reference's distributions are kept as its states and its output head (`stages.models.heads`); log-probabilities are
-computed anew for some tokens at a time. For a width of 4,096 and a vocabulary of 128k a state in bfloat16 is 8 KB, and
-logits are 256 KB. Where a head cannot be replayed the logits are kept all the same, in the model's dtype: V numbers for
-each token, in Ray's object store, which spills to disk; `Evaluate.max_rows` bounds them.
+computed anew for some tokens at a time. A state of a 4,096-wide model with a vocabulary of 128k is 8 KB in bfloat16
+instead of 256 KB of logits. Where a head cannot be replayed the logits are kept all the same, in the model's dtype: V
+numbers for each token, in Ray's object store, which spills to disk; `Evaluate.max_rows` bounds them.
 
 Promises: exact, over the dataset's whole vocabulary, in float32; sums over documents in float64; for each target token
 its document gets the token's figures. Does not: mask attention between documents of a row (they were packed, and the

@@ -44,7 +44,7 @@ def _limits_kept(report: Report, name: str) -> str:
 
 
 def write_markdown(report: Report) -> str:
-    """Return `leaderboard.md`: the verdict, the table, the claim, each limit as a sentence, and what the figures mean."""
+    """Return `leaderboard.md`: the verdict, the table, the claim, the limits, and what the figures mean."""
     headers, rows = leaderboard(report)
     verdict = report.verdict
     lines = [f"# {verdict.registered_name}: {verdict.outcome}", ""]

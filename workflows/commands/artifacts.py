@@ -1,6 +1,7 @@
 """`stillhouse artifacts …`: the commands about the store."""
 
 import time
+from collections import Counter
 
 from cyclopts import App
 from rich.text import Text
@@ -10,7 +11,7 @@ from workflows.commands.find import find_store
 from workflows.commands.formatting import duration, fitting_table, size
 from workflows.commands.options import FAILED, OK, Count, Hours, OutputOptions, StoreOptions, TrackingOptions
 from workflows.commands.output import console, print_fields, print_json, say
-from workflows.engine import gc as engine_gc
+from workflows.engine.gc import delete, find_garbage
 from workflows.engine.store import Commit
 
 artifacts = App(
@@ -22,7 +23,8 @@ artifacts = App(
 def list_artifacts(*, at: StoreOptions = StoreOptions(), output: OutputOptions = OutputOptions()) -> int:
     """List the artifacts: kind, step, size, when they were made."""
     store = find_store(at.store)
-    found = [commit for commit in map(store.newest, store.fingerprints()) if commit]
+    commits = filter(None, map(store.newest, store.fingerprints()))
+    found = sorted(commits, key=lambda commit: commit.manifest.created)
     pins = set(store.pins())
     rows = [
         {
@@ -36,7 +38,7 @@ def list_artifacts(*, at: StoreOptions = StoreOptions(), output: OutputOptions =
             "generation": commit.generation,
             "pinned": commit.fingerprint in pins,
         }
-        for commit in sorted(found, key=lambda commit: commit.manifest.created)
+        for commit in found
     ]
     if output.json:
         print_json({"artifacts": rows})
@@ -51,7 +53,7 @@ def list_artifacts(*, at: StoreOptions = StoreOptions(), output: OutputOptions =
             commit.fingerprint[:12],
             "pinned" if commit.fingerprint in pins else "",
         ]
-        for commit in sorted(found, key=lambda commit: commit.manifest.created)
+        for commit in found
     ]
     out = console()
     headings = ("workflow/step", "kind", "size", "took", "made", "fingerprint", "")
@@ -86,7 +88,6 @@ def show(artifact: str, *, at: StoreOptions = StoreOptions(), output: OutputOpti
         "took": duration(commit.seconds),
         "peak memory": size(manifest.peak_memory_bytes),
         "metrics": manifest.metrics,
-        "fallbacks": list(manifest.fallbacks),
         "inputs": {name: part.fingerprint[:12] for name, part in manifest.inputs.items()},
         "provenance": manifest.provenance.model_dump(),
         "files": [{"name": file.name, "size_bytes": file.size_bytes, "uri": file.uri} for file in files],
@@ -159,20 +160,32 @@ def gc(
         yes: delete.
     """
     store = find_store(at.store)
-    garbage = engine_gc.find_garbage(
-        store, tracking_uri=at.tracking_uri, keep_runs=keep_runs, min_age_seconds=min_age_hours * 3600
-    )
+    age = min_age_hours * 3600
+    garbage = find_garbage(store, tracking_uri=at.tracking_uri, keep_runs=keep_runs, min_age_seconds=age)
+    sizes: Counter[str] = Counter()
+    for item in garbage.items:
+        sizes[item.kind] += item.size_bytes
     if yes:
-        engine_gc.delete(store, garbage)
+        delete(store, garbage)
     if output.json:
-        print_json({**garbage.to_json(), "deleted": yes})
+        rows = [
+            {
+                "kind": item.kind,
+                "run" if item.kind == "run" else "fingerprint": item.name,
+                "step": item.text,
+                "size_bytes": item.size_bytes,
+            }
+            for item in garbage.items
+        ]
+        answer = {"collected": rows, "size_bytes": sizes.total(), "size_bytes_by_kind": sizes}
+        print_json({**answer, "kept": len(garbage.kept), "kept_runs": garbage.kept_runs, "deleted": yes})
         return OK
     for item in garbage.items:
-        say(f"{item.name[:15]:15}  {item.text}  {size(item.size_bytes)}")
-    for kind, items in garbage.by_kind().items():
-        say(f"{len(items)} {kind}s, {size(sum(item.size_bytes for item in items))}")
+        say(f"{item.name if item.kind == 'run' else item.name[:12]}  {item.text}  {size(item.size_bytes)}")
+    for kind, num_bytes in sizes.items():
+        say(f"{sum(item.kind == kind for item in garbage.items)} {kind}s, {size(num_bytes)}")
     verb = "deleted" if yes else "would be deleted (give --yes to do it)"
-    say(f"{size(garbage.size_bytes)} {verb}; {len(garbage.kept)} artifacts kept")
+    say(f"{size(sizes.total())} {verb}; {len(garbage.kept)} artifacts kept")
     return OK
 
 

@@ -4,9 +4,9 @@ import os
 import shutil
 import socket
 import sys
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
+from pathlib import Path
 from typing import Literal
 
 from rich.text import Text
@@ -69,130 +69,125 @@ def doctor(
 def examine(settings: Settings) -> list[Finding]:
     """Look at everything that a run needs; nothing is changed but a probe in the store."""
     store = ArtifactStore(settings.store)
-    parts = (_python(), _packages(), _devices(), _ray(settings.address))
-    more = (_store(store), _tracking(settings, store), _hub(), _disk(settings.store))
-    return [finding for part in (*parts, *more) for finding in part]
+    places = {"cache": str(cache_root())} | ({} if is_remote(store.uri) else {"store": store.uri})
+    return [
+        _python(),
+        *map(_package, SUPPORTED),
+        _devices(),
+        _ray(settings.address),
+        _store(store),
+        _tracking(settings, store),
+        _hub(),
+        *(_disk(name, path) for name, path in places.items()),
+    ]
 
 
-def _python() -> Iterator[Finding]:
+def _python() -> Finding:
     version = ".".join(map(str, sys.version_info[:3]))
     if (3, 11) <= sys.version_info[:2] <= (3, 13):
-        yield Finding("Python", "fine", version)
-    else:
-        remedy = "make a virtual environment with another Python"
-        yield Finding("Python", "wrong", f"{version}, expected 3.11 to 3.13", remedy)
+        return Finding("Python", "fine", version)
+    remedy = "make a virtual environment with another Python"
+    return Finding("Python", "wrong", f"{version}, expected 3.11 to 3.13", remedy)
 
 
-def _packages() -> Iterator[Finding]:
-    for name, prefix in SUPPORTED.items():
-        try:
-            version = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            yield Finding(name, "wrong", "not installed", INSTALL)
-            continue
-        if version.startswith(prefix):
-            yield Finding(name, "fine", version)
-        else:
-            yield Finding(name, "wrong", f"{version}, tested with {prefix}.*", INSTALL)
+def _package(name: str) -> Finding:
+    try:
+        version = metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return Finding(name, "wrong", "not installed", INSTALL)
+    if version.startswith(SUPPORTED[name]):
+        return Finding(name, "fine", version)
+    return Finding(name, "wrong", f"{version}, tested with {SUPPORTED[name]}.*", INSTALL)
 
 
-def _devices() -> Iterator[Finding]:
+def _devices() -> Finding:
     import torch
 
     if torch.cuda.is_available():
         names = ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
-        yield Finding("GPU", "fine", names)
-    elif gpus := local_resources().gpus:
+        return Finding("GPU", "fine", names)
+    if gpus := local_resources().gpus:
         text = f"{gpus:.0f} there, but torch {torch.__version__} cannot use them"
-        yield Finding("GPU", "wrong", text, "install a CUDA build of torch")
-    else:
-        text = f"none here; steps run on {os.cpu_count()} CPU cores, {torch.get_num_threads()} torch threads"
-        yield Finding("GPU", "note", text)
+        return Finding("GPU", "wrong", text, "install a CUDA build of torch")
+    text = f"none here; steps run on {os.cpu_count()} CPU cores, {torch.get_num_threads()} torch threads"
+    return Finding("GPU", "note", text)
 
 
-def _ray(address: str | None) -> Iterator[Finding]:
+def _ray(address: str | None) -> Finding:
     mode = os.environ.get("RAY_AUTH_MODE")
     if address is None:
         text = f"started here for each run; authentication: {mode or 'token, with a token of its own for each run'}"
-        yield Finding("Ray", "fine", text)
-        return
+        return Finding("Ray", "fine", text)
     try:
         probe(address)
     except ConfigError as error:
         remedy = "check the address and the network; a head listens on 6379 by default"
-        yield Finding("Ray", "wrong", str(error), remedy)
-    else:
-        text = f"a cluster answers at {address}; authentication: {mode or 'Ray’s default'}"
-        yield Finding("Ray", "fine", text)
+        return Finding("Ray", "wrong", str(error), remedy)
+    return Finding("Ray", "fine", f"a cluster answers at {address}; authentication: {mode or 'Ray’s default'}")
 
 
-def _store(store: ArtifactStore) -> Iterator[Finding]:
+def _store(store: ArtifactStore) -> Finding:
     try:
         store.check_writable()
-        yield Finding("store", "fine", f"{store.uri} can be written; {len(store.fingerprints())} artifacts")
     except ConfigError as error:
-        yield Finding("store", "wrong", str(error))
+        return Finding("store", "wrong", str(error))
+    return Finding("store", "fine", f"{store.uri} can be written; {len(store.fingerprints())} artifacts")
 
 
-def _tracking(settings: Settings, store: ArtifactStore) -> Iterator[Finding]:
+def _tracking(settings: Settings, store: ArtifactStore) -> Finding:
     try:
         uri = settings.tracking(store)
         check_tracking_uri(uri)
+        if sqlite_path(uri) is None and not is_server(uri):
+            _check_database(uri)
     except TrackingUnavailable as error:
-        remedy = "work goes on without it and the journal is sent later; start it to see runs now"
-        yield Finding("MLflow", "wrong", str(error), remedy)
-        return
+        remedy = "work goes on without it and its events are published later; start it to see runs now"
+        return Finding("MLflow", "wrong", str(error), remedy)
     except ConfigError as error:
-        yield Finding("MLflow", "wrong", str(error))
-        return
-    if sqlite_path(uri) is None and not is_server(uri):
-        yield _database(uri)
-    else:
-        yield Finding("MLflow", "fine", f"a server answers at {redacted(uri)}" if is_server(uri) else uri)
+        return Finding("MLflow", "wrong", str(error))
+    kind = "a server answers at " if is_server(uri) else "" if sqlite_path(uri) else "a database answers at "
+    return Finding("MLflow", "fine", kind + redacted(uri))
 
 
-def _database(uri: str) -> Finding:
-    """Look at a database that MLflow is to be kept in: whether its driver is here, and something listens there."""
+def _check_database(uri: str) -> None:
+    """Check that a database's URI is one, its driver is installed, and something listens there; nobody logs in.
+
+    Raises:
+        ConfigError: it is no URI, or there is no driver for it.
+        TrackingUnavailable: nothing listens there.
+    """
     from sqlalchemy import make_url
     from sqlalchemy.exc import SQLAlchemyError
 
-    shown = redacted(uri)
     try:
         parts = make_url(uri)
         parts.get_dialect().import_dbapi()
-    except SQLAlchemyError as error:
-        return Finding("MLflow", "wrong", f"{shown} is no database's URI: {redacted(str(error))}")
+    except (SQLAlchemyError, ValueError) as error:
+        raise ConfigError(f"the tracking URI {redacted(uri)} is no database's ({redacted(str(error))})") from error
     except ImportError as error:
-        return Finding("MLflow", "wrong", f"{shown} needs a driver that is not installed", f"pip install {error.name}")
+        raise ConfigError(f"{redacted(uri)} needs a driver that is not installed: pip install {error.name}") from error
     port = parts.port or DATABASE_PORTS[parts.get_backend_name()]
     if parts.host and not _connects(parts.host, port):
-        remedy = "work goes on without it and the journal is sent later; start it to see runs now"
-        return Finding("MLflow", "wrong", f"no database answers at {parts.host}:{port}", remedy)
-    return Finding("MLflow", "fine", f"a database answers at {shown}")
+        raise TrackingUnavailable(f"no database answers at {parts.host}:{port}")
 
 
-def _hub() -> Iterator[Finding]:
+def _hub() -> Finding:
     if os.environ.get("HF_HUB_OFFLINE") == "1":
-        yield Finding("hub", "note", "HF_HUB_OFFLINE=1: hub ids are refused, local checkpoints work")
-    elif _connects(*HUB):
+        return Finding("hub", "note", "HF_HUB_OFFLINE=1: hub ids are refused, local checkpoints work")
+    if _connects(*HUB):
         token = "set" if os.environ.get("HF_TOKEN") else "not set"
-        yield Finding("hub", "fine", f"{HUB[0]} answers; HF_TOKEN is {token}")
-    else:
-        text = f"{HUB[0]} does not answer; local checkpoints and texts work"
-        yield Finding("hub", "note", text, "needed only where a hub id is named")
+        return Finding("hub", "fine", f"{HUB[0]} answers; HF_TOKEN is {token}")
+    text = f"{HUB[0]} does not answer; local checkpoints and texts work"
+    return Finding("hub", "note", text, "needed only where a hub id is named")
 
 
-def _disk(store: str) -> Iterator[Finding]:
-    places = {"cache": str(cache_root())} | ({} if is_remote(store) else {"store": os.path.abspath(store)})
-    for name, path in places.items():
-        while not os.path.exists(path):
-            path = os.path.dirname(path)
-        free = shutil.disk_usage(path).free
-        text = f"{free / 1e9:.0f} GB free at {path}"
-        if free >= FREE_BYTES_WANTED:
-            yield Finding(f"disk ({name})", "fine", text)
-        else:
-            yield Finding(f"disk ({name})", "wrong", text, "free space: stillhouse artifacts gc")
+def _disk(name: str, path: str) -> Finding:
+    there = next(folder for folder in (Path(path), *Path(path).parents) if folder.exists())
+    free = shutil.disk_usage(there).free
+    text = f"{free / 1e9:.0f} GB free at {there}"
+    if free >= FREE_BYTES_WANTED:
+        return Finding(f"disk ({name})", "fine", text)
+    return Finding(f"disk ({name})", "wrong", text, "free space: stillhouse artifacts gc")
 
 
 def _connects(host: str, port: int) -> bool:

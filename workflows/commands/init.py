@@ -1,4 +1,4 @@
-"""`stillhouse init`: a commented workflow file to start from, that runs: a copy of `starter.py`."""
+"""`stillhouse init`: a commented workflow file to start from, that runs: a copy of `workflows/starter/`."""
 
 import shlex
 from pathlib import Path
@@ -7,7 +7,7 @@ from stages.errors import ConfigError
 from workflows.commands.options import OK
 from workflows.commands.output import say
 
-STARTER = Path(__file__).with_name("starter.py")
+STARTER = Path(__file__).parent.parent / "starter" / "my_workflow.py"
 
 
 def init(folder: Path) -> int:
@@ -16,7 +16,7 @@ def init(folder: Path) -> int:
     Args:
         folder: made if it is missing; nothing in it is overwritten.
     """
-    path = folder / "my_workflow.py"
+    path = folder / STARTER.name
     if path.exists():
         raise ConfigError(f"{str(path)!r} is there already and is not overwritten; give another folder")
     try:

@@ -1,9 +1,11 @@
 """Where commands print: the console, names and values, and JSON documents."""
 
 import json
+import os
 import sys
 from collections.abc import Mapping
-from typing import Any
+from contextlib import suppress
+from typing import IO, Any
 
 from rich.console import Console
 from rich.pretty import Pretty
@@ -13,12 +15,21 @@ from workflows.commands.formatting import plain_table
 PIPE_COLUMNS = 140
 
 
+class LastingConsole(Console):
+    """A console that outlives the reader of its pipe (`… | head`): what goes on does so unseen."""
+
+    def on_broken_pipe(self) -> None:
+        """Send what is still printed nowhere, rather than end the process in the middle of a run."""
+        self.quiet = True
+        _discard(self.file)
+
+
 def console(*, stderr: bool = False, quiet: bool = False) -> Console:
     """Return a console that fits the terminal; a file or pipe gets lines of a fixed width."""
     # No markup: errors and names hold brackets of their own, as gloo's "[/pytorch/…]".
     plain: dict[str, Any] = {"stderr": stderr, "quiet": quiet, "markup": False, "emoji": False}
-    made = Console(**plain)
-    return made if made.is_terminal else Console(**plain, width=PIPE_COLUMNS)
+    made = LastingConsole(**plain)
+    return made if made.is_terminal else LastingConsole(**plain, width=PIPE_COLUMNS)
 
 
 def say(text: str) -> None:
@@ -28,7 +39,17 @@ def say(text: str) -> None:
 
 def print_json(value: Any) -> None:
     """Write one JSON document to standard output."""
-    sys.stdout.write(json.dumps(value, indent=1) + "\n")
+    try:
+        sys.stdout.write(json.dumps(value, indent=1) + "\n")
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _discard(sys.stdout)
+
+
+def _discard(stream: IO[str]) -> None:
+    """Let what a stream still holds, and all that comes, go nowhere."""
+    with suppress(OSError):  # it is no file of the system's
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def print_fields(answer: Mapping[str, Any], *, as_json: bool) -> None:

@@ -3,6 +3,7 @@
 import shlex
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from typing import Any
 
@@ -10,20 +11,20 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from stages.promote.leaderboard import leaderboard
+from stages.formats.metrics import droppable_labels
+from stages.formats.report import Report
+from stages.promote.leaderboard import CHAMPION_MARK, leaderboard
 from workflows.commands.find import FoundWorkflow, find_workflow
 from workflows.commands.formatting import duration, fitting_table
 from workflows.commands.options import FAILED, INTERRUPTED, OK, RunOptions, Tokens, Workflow
 from workflows.commands.output import console, print_json
 from workflows.commands.parameters import changed_parameters, with_parameters
-from workflows.commands.terminal import watching
+from workflows.commands.terminal import planning, watching
 from workflows.engine.interrupts import interruptible
+from workflows.engine.plan import Plan
 from workflows.engine.redaction import redacted
-from workflows.engine.results import StepResult
+from workflows.engine.results import StepResult, Watcher
 from workflows.engine.run import Execution, execute
-
-NARROW = ("bits/weight", "memory MB", "ms/token p95", "tokens/s", "KL to student", "x smaller", "ms/token p50")
-"""The leaderboard's columns that a narrow terminal leaves out, the first first; Markdown and MLflow have them all."""
 
 
 def run(workflow: Workflow, *tokens: Tokens) -> int:
@@ -39,17 +40,26 @@ def run(workflow: Workflow, *tokens: Tokens) -> int:
 def _run(command: str, found: FoundWorkflow, parameters: Mapping[str, Any], options: RunOptions) -> int:
     graph = found.graph(parameters)
     out = console(stderr=options.json, quiet=options.json)
-    with interruptible(
-        lambda: out.print("\nstopping; press Ctrl-C again to leave at once", style="yellow")
-    ) as interrupt:
+
+    def notify() -> None:
+        out.print("\nstopping; press Ctrl-C again to leave at once", style="yellow")
+
+    with interruptible(notify) as interrupt, ExitStack() as stack:
+        progress = stack.enter_context(planning(out))
+
+        def watch(plan: Plan) -> AbstractContextManager[Watcher]:
+            stack.close()
+            return watching(out, plan)
+
         execution = execute(
             graph,
             options.settings,
-            watch=partial(watching, out),
+            watch=watch,
             interrupt=interrupt,
             params=changed_parameters(found, parameters),
             command=command,
             by_value=found.by_value,
+            progress=progress,
         )
     if options.json:
         print_json(execution_json(execution))
@@ -75,14 +85,14 @@ def execution_json(execution: Execution) -> dict[str, Any]:
     reports = list(execution.reports.values())
     candidates = [
         {
-            "name": c["name"],
-            "artifact": c["uri"],
-            "metrics": c["metrics"],
-            "params": c["params"],
-            "notes": c.get("notes", {}),
+            "name": candidate.name,
+            "artifact": candidate.uri,
+            "metrics": candidate.metrics,
+            "params": candidate.params,
+            "notes": candidate.notes,
         }
         for report in reports
-        for c in report["candidates"]
+        for candidate in report.candidates
     ]
     return {
         "run": result.run,
@@ -90,7 +100,7 @@ def execution_json(execution: Execution) -> dict[str, Any]:
         "executed": result.executed,
         "steps": steps,
         "candidates": candidates,
-        "verdict": reports[-1]["verdict"] if reports else None,
+        "verdict": reports[-1].verdict.model_dump(mode="json") if reports else None,
         "seconds": round(execution.seconds, 3),
         "tracking_uri": redacted(execution.tracking_uri),
     }
@@ -135,21 +145,20 @@ def _print_failure(out: Console, step: StepResult, *, brief: bool) -> None:
         out.print(f"  the whole log: {step.log}", highlight=False, soft_wrap=True)
 
 
-def _print_report(out: Console, report: Mapping[str, Any]) -> None:
+def _print_report(out: Console, report: Report) -> None:
     """Print a report's leaderboard and its verdict."""
-    verdict = report["verdict"]
+    verdict = report.verdict
     out.print("\n", leaderboard_table(report, out.width), "\n", sep="")
-    out.print(Text(verdict["outcome"], style="bold green" if verdict["champion"] else "bold yellow"))
-    for line in [*verdict["reasons"], *(claim["text"] for claim in verdict["claims"])]:
+    out.print(Text(verdict.outcome, style="bold green" if verdict.champion else "bold yellow"))
+    for line in [*verdict.reasons, *(claim.text for claim in verdict.claims)]:
         out.print(f"  {line}", highlight=False, soft_wrap=True)
 
 
-def leaderboard_table(report: Mapping[str, Any], width: int) -> Table:
+def leaderboard_table(report: Report, width: int) -> Table:
     """Return a report's candidates as a table, the champion's row in green."""
     headings, rows = leaderboard(report)
-    table = fitting_table(headings, rows, width=width, droppable=NARROW, title="candidates")
-    champion = report["verdict"]["champion"]
-    for index, row in enumerate(rows):
-        if champion and row[0].split()[0] == champion:
-            table.rows[index].style = "bold green"
+    table = fitting_table(headings, rows, width=width, droppable=droppable_labels(), title="candidates")
+    for row, cells in zip(table.rows, rows, strict=True):
+        if CHAMPION_MARK in cells[0]:
+            row.style = "bold green"
     return table

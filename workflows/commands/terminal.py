@@ -1,7 +1,7 @@
 """A run as it goes, on a terminal or as lines. Renders with rich; decides nothing."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -26,6 +26,8 @@ PHASE_MARK = {
     Phase.CANCELLED: ("■", "yellow"),
 }
 REFRESH_PER_SECOND = 4
+LINE_SECONDS = 10.0
+"""How often a file or pipe gets a line about files that are verified."""
 
 
 def plan_summary(plan: Plan) -> str:
@@ -128,6 +130,24 @@ class LiveWatcher(Watcher):
             if done < total:
                 parts.append(f"{duration((total - done) / rate)} left")
         return ", ".join(parts) + (f" · {row.note}" if row.note else "")
+
+
+@contextmanager
+def planning(console: Console) -> Iterator[Callable[[str], None]]:
+    """Show what is verified before a run starts: on a terminal in a line that goes away, else in one now and then."""
+    if console.is_terminal:
+        with console.status("planning") as status:
+            yield status.update
+        return
+    last = time.monotonic()
+
+    def show(line: str) -> None:
+        nonlocal last
+        if time.monotonic() - last > LINE_SECONDS:
+            console.print(line, highlight=False, soft_wrap=True)
+            last = time.monotonic()
+
+    yield show
 
 
 @contextmanager

@@ -44,10 +44,8 @@ def _steps_exist(workflow: Workflow) -> Iterator[str]:
     for step in workflow.steps.values():
         for name, source in step.sources():
             if isinstance(source, Handle) and source.step not in workflow.steps:
-                yield (
-                    f"{step.name}.{name} comes from step {source.step!r}, which is not in the "
-                    f"workflow{nearest(source.step, list(workflow.steps))}"
-                )
+                hint = nearest(source.step, list(workflow.steps))
+                yield f"{step.name}.{name} comes from step {source.step!r}, which is not in the workflow{hint}"
 
 
 def _inputs_are_known(workflow: Workflow) -> Iterator[str]:
@@ -68,10 +66,8 @@ def _kinds_fit(workflow: Workflow) -> Iterator[str]:
             if spec is None:
                 continue
             if isinstance(wiring, Mapping) != spec.many:
-                yield (
-                    f"{step.name}.{name} takes "
-                    f"{'a mapping from candidate name to artifact' if spec.many else 'one artifact'}"
-                )
+                what = "a mapping from candidate name to artifact" if spec.many else "one artifact"
+                yield f"{step.name}.{name} takes {what}"
                 continue
             sources = wiring.values() if isinstance(wiring, Mapping) else (wiring,)
             for source in sources:

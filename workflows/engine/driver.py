@@ -3,9 +3,8 @@
 Crash-only: there is no state but the store. Kill it anywhere and call `run` again with the same workflow: committed
 steps are HITs, and long steps go on from what they left in `resume`.
 
-Promises: a store that fails is asked again; what stays broken fails the one attempt, never the run. What follows a
-commit is done as far as the store lets it. A step that another run took over is stopped within `LEASE_SECONDS`. A
-watcher that raises does no harm.
+Promises: a store that fails is asked again; what stays broken fails one attempt, never the run. What follows a commit
+is best effort. A step that another run took over is stopped within `LEASE_SECONDS`. A watcher that raises is ignored.
 """
 
 import logging
@@ -17,10 +16,9 @@ from dataclasses import dataclass, field
 from threading import Event as Flag
 
 from stages.contract import Artifact
-from stages.errors import ExternalDataError, StillhouseError
+from stages.errors import ExternalDataError, StageFailed, StillhouseError
 from stages.storage import STORE_ERRORS, Folder
-from workflows.engine import events
-from workflows.engine.events import RunEvent
+from workflows.engine.events import RunEvent, RunStatus
 from workflows.engine.executor import Attempt, AttemptResult, Executor, ProgressUpdates
 from workflows.engine.external import ResolvedStep, ResolvedSteps
 from workflows.engine.failures import Failure, FailureKind
@@ -79,27 +77,25 @@ class Driver:
     interrupt: Flag = field(default_factory=Flag)
     clock: Callable[[], float] = time.monotonic
     pause: Callable[[float], None] = time.sleep
+    _folder: Folder = field(init=False)
     _recorder: Recorder = field(init=False)
     _schedule: Schedule = field(init=False)
     _claims: dict[str, Claim] = field(init=False, default_factory=dict)
     _commits: dict[str, Commit] = field(init=False, default_factory=dict)
     _resolved: ResolvedSteps = field(init=False, default_factory=ResolvedSteps)
     _shared: set[str] = field(init=False, default_factory=set)
-    _hits: frozenset[str] = field(init=False)
     _next_reports: float = field(init=False, default=0.0)
     _next_lease_check: float = field(init=False, default=0.0)
 
     def __post_init__(self) -> None:
         """Take the plan's hits as committed."""
-        self._recorder = Recorder(self.run, self.plan, self.record)
-        self._commits = {
-            name: step.commit for name, step in self.plan.steps.items() if step.status == "HIT" and step.commit
-        }
-        self._hits = frozenset(self._commits)
+        self._folder = self.store.root / "runs" / self.run
+        self._recorder = Recorder(self.plan, self.record)
+        self._commits = {step.step.name: step.commit for step in self.plan.having("HIT") if step.commit}
         cluster = self.executor.cluster_resources()
         self._schedule = new_schedule(
             {name: planned.step for name, planned in self.plan.steps.items()},
-            committed=self._hits,
+            committed=frozenset(self._commits),
             capacity=Capacity(cluster.cpus, cluster.gpus),
             blocked={planned.step.name: planned.reason for planned in self.plan.having("BLOCKED")},
         )
@@ -107,9 +103,9 @@ class Driver:
     def go(self) -> RunResult:
         """Run everything that is not committed; return how each step ended."""
         fingerprints = {name: planned.fingerprint for name, planned in self.plan.steps.items()}
-        persist("note the run's steps", lambda: self._folder().put_json("steps.json", fingerprints), self.pause)
-        for name in self._hits:
-            self._recorder.hit(name, self._commits[name])
+        persist("note the run's steps", lambda: self._folder.put_json("steps.json", fingerprints), self.pause)
+        for name, commit in self._commits.items():
+            self._recorder.hit(name, commit)
         for planned in self.plan.having("MISS"):
             with suppress(Exception):  # reported when the step is launched, if it is still so then
                 self._resolved.of(planned)
@@ -156,8 +152,6 @@ class Driver:
                     self._release(step)
         return []
 
-    # Starting an attempt --------------------------------------------------------------------------------------------
-
     def _launch(self, launch: Launch) -> list[Event]:
         name = launch.step
         try:
@@ -182,18 +176,16 @@ class Driver:
             attempt = self._attempt(launch, claim)
         except Exception as error:  # noqa: BLE001  data from outside, its own code included: one step's trouble
             return self._failed(name, launch.attempt, _of_external(error))
-        if isinstance(attempt, Failure):
-            return self._failed(name, launch.attempt, attempt)
         self._show(self.watcher.step, name, Phase.RUNNING, f"attempt {launch.attempt}" if launch.attempt > 1 else "")
         self.executor.submit(attempt)
         return []
 
-    def _attempt(self, launch: Launch, claim: Claim) -> Attempt | Failure:
+    def _attempt(self, launch: Launch, claim: Claim) -> Attempt:
         planned = self.plan.steps[launch.step]
         resolved = self._resolved.of(planned)
         inputs = {name: self._resolve(wiring, resolved) for name, wiring in planned.step.inputs.items()}
         if changed := resolved.changed():
-            return Failure(FailureKind.PERMANENT, changed)
+            raise StageFailed(changed)
         return Attempt(
             step=launch.step,
             attempt=launch.attempt,
@@ -203,7 +195,7 @@ class Driver:
             root=self.store.folder(claim.fingerprint),
             out=self.store.out(claim),
             resume=self.store.resume(claim, self._inputs(planned)),
-            logs=self._folder() / "logs",
+            logs=self._folder / "logs",
             resources=launch.resources,
         )
 
@@ -213,11 +205,9 @@ class Driver:
         fingerprint = planned.fingerprint
         assert fingerprint is not None
         newest = persist(f"look for {name}", lambda: self.store.newest(fingerprint), self.pause)
-        if (
-            newest is None
-            or newest.generation <= planned.seen_generation
-            or newest.manifest.outdated_input(self._inputs(planned))
-        ):
+        if newest is None or newest.generation <= planned.seen_generation:
+            return []
+        if newest.manifest.outdated_input(self._inputs(planned)):
             return []
         self._commits[name] = newest
         self._shared.add(name)
@@ -236,8 +226,6 @@ class Driver:
 
         return {key: artifact(s) for key, s in wiring.items()} if isinstance(wiring, Mapping) else artifact(wiring)
 
-    # Ending one -----------------------------------------------------------------------------------------------------
-
     def _ended(self, name: str, result: AttemptResult | Failure) -> list[Event]:
         state = self._schedule.steps[name]
         ended = self._commit(name, result) if isinstance(result, AttemptResult) else result
@@ -249,12 +237,12 @@ class Driver:
         self._release(name)
         attempt_once(f"name {name}'s commit", lambda: self.store.point(self.plan.workflow.name, name, ended))
         took = {"seconds": manifest.seconds, "peak_memory_bytes": float(manifest.peak_memory_bytes)}
-        tags = {"artifact": self.store.out(claim).uri}
-        self._recorder.closed(name, state.attempt, "FINISHED", {**ended.artifact.metrics, **took}, tags)
+        metrics, tags = {**ended.artifact.metrics, **took}, {"artifact": self.store.out(claim).uri}
+        self._recorder.closed(name, state.attempt, "FINISHED", metrics, tags)
         self._show(self.watcher.step, name, Phase.COMMITTED, f"{ended.seconds:.1f} s")
         return [Committed(name, self.clock())]
 
-    def _failed(self, name: str, attempt: int, failure: Failure, status: events.RunStatus = "FAILED") -> list[Event]:
+    def _failed(self, name: str, attempt: int, failure: Failure, status: RunStatus = "FAILED") -> list[Event]:
         self._recorder.closed(name, attempt, status, {}, {"error": failure.message[:500]})
         return [Failed(name, self.clock(), failure)]
 
@@ -280,7 +268,6 @@ class Driver:
             run=self.run,
             files=result.files,
             metrics=dict(result.metrics),
-            fallbacks=result.fallbacks,
             identity=dict(planned.identity.record),
             inputs=self._inputs(planned),
             resources=self._schedule.steps[name].resources,
@@ -295,8 +282,6 @@ class Driver:
             return Failure(FailureKind.FENCED, str(error))
         except STORE_ERRORS as error:
             return _of_store(error)
-
-    # Looking about --------------------------------------------------------------------------------------------------
 
     def _overtaken(self) -> list[Event]:
         """Find the running steps that another run took over, as it may while this process is paused."""
@@ -323,16 +308,13 @@ class Driver:
         with suppress(Exception):  # a terminal that went away (`| head`) must not end a run
             show(*values)
 
-    def _folder(self) -> Folder:
-        return self.store.root / "runs" / self.run
-
     def _result(self) -> RunResult:
         results = {}
         for name, state in self._schedule.steps.items():
-            own = STATUS_OF[state.phase]
-            outcome: StepStatus = "hit" if name in self._hits else "shared" if name in self._shared else own
-            ran = state.attempt and name not in self._shared
-            log = self._folder().uri_of(f"logs/{name}.{state.attempt}.log") if ran else None
+            hit, shared = self.plan.steps[name].status == "HIT", name in self._shared
+            outcome: StepStatus = "hit" if hit else "shared" if shared else STATUS_OF[state.phase]
+            ran = state.attempt and not shared
+            log = self._folder.uri_of(f"logs/{name}.{state.attempt}.log") if ran else None
             results[name] = StepResult(name, outcome, state.reason, self._commits.get(name), log, state.attempt)
         return RunResult(self.run, results, self._schedule.succeeded, self._schedule.interrupted)
 
@@ -344,5 +326,5 @@ def _of_external(error: Exception) -> Failure:
 
 def _of_store(error: Exception) -> Failure:
     """Return the failure that the store's is: what it refuses for good is an error of ours, all else may pass."""
-    kind = FailureKind.PERMANENT if isinstance(error, StillhouseError) else FailureKind.TRANSIENT
-    return Failure(kind, f"the store failed: {brief(error)}" if kind is FailureKind.TRANSIENT else str(error))
+    passing = Failure(FailureKind.TRANSIENT, f"the store failed: {brief(error)}")
+    return classify(error) if isinstance(error, StillhouseError) else passing

@@ -1,4 +1,4 @@
-"""What happened in one run: typed, frozen events, kept in the store in create-only batches before anybody else reads them.
+"""What happened in one run: typed, frozen events, kept in the store in create-only batches.
 
     <store>/runs/<run>/events/000001.json   a batch of events, secrets already redacted
 

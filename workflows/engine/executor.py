@@ -36,7 +36,6 @@ class AttemptResult:
 
     files: tuple[ManifestFile, ...]
     metrics: Mapping[str, float]
-    fallbacks: tuple[str, ...]
     seconds: float
     peak_memory_bytes: int
     environment: Mapping[str, Any]
@@ -48,9 +47,9 @@ class ProgressUpdates:
 
     started: set[tuple[str, int]] = field(default_factory=set)
     """(step, attempt) whose work has its resources."""
-    progress: Mapping[tuple[str, int], tuple[float, float, str]] = field(default_factory=dict)
+    progress: dict[tuple[str, int], tuple[float, float, str]] = field(default_factory=dict)
     """(step, attempt) → (done, total, unit)."""
-    curves: Mapping[tuple[str, int], list[tuple[str, float, int, int]]] = field(default_factory=dict)
+    curves: dict[tuple[str, int], list[tuple[str, float, int, int]]] = field(default_factory=dict)
     """(step, attempt) → [(metric, value, step, at_ms)]."""
     notes: list[tuple[str, int, str]] = field(default_factory=list)
     """(step, attempt, text)."""

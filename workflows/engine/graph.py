@@ -119,18 +119,11 @@ class Workflow:
         done: dict[str, Step] = {}
         waiting = dict(self.steps)
         while waiting:
-            ready = [
-                step
-                for step in waiting.values()
-                if all(need in done or need not in self.steps for need in step.needs())
-            ]
+            ready = [step for step in waiting.values() if not step.needs() & waiting.keys()]
             if not ready:
-                raise ConfigError(
-                    f"the steps {', '.join(sorted(waiting))} need each other in a cycle; a workflow is a graph "
-                    "without cycles"
-                )
-            for step in ready:
-                done[step.name] = waiting.pop(step.name)
+                names = ", ".join(sorted(waiting))
+                raise ConfigError(f"the steps {names} need each other in a cycle; a workflow is a graph without cycles")
+            done |= {step.name: waiting.pop(step.name) for step in ready}
         return list(done.values())
 
     def upstream(self, name: str) -> set[str]:

@@ -123,9 +123,9 @@ class Liveness:
 
 
 class Heartbeat:
-    """A run's sign of life, written from a thread: a context manager around all that the run does, its plan included.
+    """A run's sign of life, written from a thread.
 
-    It begins before the run reads anything, so that `gc` sees the run before it deletes what that would read.
+    A context manager around all that a run does, its planning included: `gc` must see a run before that reads.
     """
 
     def __init__(self, runs: Folder, run: str) -> None:

@@ -15,8 +15,8 @@ INTERRUPTED_EXIT_CODE = 130
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-def _write_artifact() -> None:
-    """End this process and a Ray started here, which would leave its agents behind; the publisher sends what there is."""
+def _leave_at_once() -> None:
+    """End this process and a Ray started here, which would leave its agents behind; the publisher goes on."""
     try:
         for child in psutil.Process().children(recursive=True):
             with suppress(psutil.Error):
@@ -44,7 +44,7 @@ def interruptible(say: Callable[[], None]) -> Iterator[threading.Event]:
             if signum[0] not in SIGNALS:
                 continue
             if flag.is_set():
-                _write_artifact()
+                _leave_at_once()
             flag.set()
             threading.Thread(target=say, daemon=True).start()  # a terminal that is gone must not stop the counting
 

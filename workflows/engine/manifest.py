@@ -63,8 +63,6 @@ class Manifest(_Part):
     run: str
     files: tuple[ManifestFile, ...]
     metrics: dict[str, float]
-    fallbacks: tuple[str, ...]
-    """Each change of algorithm that the config allowed and that did happen."""
     identity: dict[str, Any]
     """The record that the fingerprint is the hash of."""
     inputs: dict[str, InputCommit]

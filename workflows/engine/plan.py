@@ -68,6 +68,7 @@ class StepPlan:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON."""
+        need = self.step.resources
         return {
             "name": self.step.name,
             "stage": type(self.step.stage).__name__,
@@ -75,11 +76,7 @@ class StepPlan:
             "reason": self.reason,
             "fingerprint": self.fingerprint,
             "seconds_estimate": self.seconds_estimate,
-            "resources": {
-                "workers": self.step.resources.workers,
-                "cpus": self.step.resources.total_cpus,
-                "gpus": self.step.resources.total_gpus,
-            },
+            "resources": {"workers": need.workers, "cpus": need.total_cpus, "gpus": need.total_gpus},
             "required": self.step.required,
         }
 
@@ -230,14 +227,10 @@ def _changed(step: Step, old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     """Say what differs from the step's last result: its own fields first, else the inputs by their step's name."""
     own = differences({k: v for k, v in old.items() if k != "inputs"}, {k: v for k, v in new.items() if k != "inputs"})
     if own:
-        return (
-            "changed: "
-            + "; ".join(text.removeprefix("config.") for text in own[:3])
-            + (f" and {len(own) - 3} more" if len(own) > 3 else "")
-        )
-    inputs = [
-        name for name in sorted({*old["inputs"], *new["inputs"]}) if old["inputs"].get(name) != new["inputs"].get(name)
-    ]
+        shown = "; ".join(text.removeprefix("config.") for text in own[:3])
+        return f"changed: {shown}" + (f" and {len(own) - 3} more" if len(own) > 3 else "")
+    before, after = old["inputs"], new["inputs"]
+    inputs = [name for name in sorted({*before, *after}) if before.get(name) != after.get(name)]
     sources = dict(step.sources())
     return "changed: input " + ", ".join(
         f"{name} ({_source_name(sources[name]) if name in sources else 'removed'})" for name in inputs[:3]

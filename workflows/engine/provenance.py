@@ -6,23 +6,16 @@ import inspect
 import platform
 import socket
 import subprocess
+from contextlib import suppress
 from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 PACKAGES = (
-    "stillhouse",
-    "torch",
-    "transformers",
-    "ray",
-    "datasets",
-    "tokenizers",
-    "llmcompressor",
-    "compressed-tensors",
-    "numpy",
-    "pyarrow",
-)
+    "stillhouse", "torch", "transformers", "ray", "datasets", "tokenizers", "llmcompressor", "compressed-tensors",
+    "numpy", "pyarrow",
+)  # fmt: skip
 """Packages whose version may explain a difference between two results."""
 
 
@@ -78,17 +71,15 @@ def _imported_files(file: Path, root: Path) -> frozenset[Path]:
 @cache
 def git_commit() -> str:
     """Return the repository's commit, with `+dirty` where files differ from it; `unknown` outside of a checkout."""
-    folder = Path(__file__).parent
+
+    def ask(*words: str) -> str:
+        command = ["git", "-C", str(ROOT), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=5).stdout.strip()
+
     try:
-        commit = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=True, timeout=5
-        ).stdout.strip()
-        status = subprocess.run(
-            ["git", "status", "--porcelain"], cwd=folder, capture_output=True, text=True, check=True, timeout=5
-        ).stdout
+        return ask("rev-parse", "HEAD") + ("+dirty" if ask("status", "--porcelain") else "")
     except (OSError, subprocess.SubprocessError):
         return "unknown"
-    return commit + ("+dirty" if status.strip() else "")
 
 
 @cache
@@ -96,10 +87,8 @@ def packages() -> dict[str, str]:
     """Return the versions of the packages that matter."""
     found = {}
     for name in PACKAGES:
-        try:
+        with suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
     return found
 
 

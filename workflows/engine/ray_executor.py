@@ -9,6 +9,7 @@ import importlib
 import logging
 import math
 import os
+import re
 import secrets
 import socket
 import sys
@@ -28,6 +29,7 @@ from workflows.engine.ray_workarounds import (
     short_temp_dir,
     silence_ray_stdout,
 )
+from workflows.engine.retrying import brief
 
 logger = logging.getLogger(__name__)
 
@@ -42,9 +44,7 @@ ORPHAN_SECONDS = 30.0
 def local_resources() -> ClusterResources:
     """Return what this machine has, as a Ray started here would offer it."""
     cpus = max(2, os.cpu_count() or 2)  # two training ranks on a one-core machine are slow, not wrong
-    gpus = len(
-        [name for name in os.listdir("/dev") if name.removeprefix("nvidia").isdigit() and name.startswith("nvidia")]
-    )
+    gpus = sum(re.fullmatch(r"nvidia\d+", name) is not None for name in os.listdir("/dev"))
     return ClusterResources(cpus, gpus, cpus, gpus)
 
 
@@ -62,8 +62,7 @@ def probe(address: str) -> None:
     except (OSError, OverflowError) as error:
         raise ConfigError(
             f"no Ray cluster answers at {address!r} ({error}); expected HOST:PORT of a running head, e.g. "
-            "10.0.0.5:6379; "
-            "leave --address out to run on this machine"
+            "10.0.0.5:6379; leave --address out to run on this machine"
         ) from error
 
 
@@ -104,15 +103,9 @@ class RayExecutor:
             }
             if short := short_temp_dir(os.environ):
                 where["_temp_dir"] = short
-        level = logging.INFO if verbose else logging.ERROR
+        where |= {"namespace": f"stillhouse-{secrets.token_hex(4)}", "configure_logging": verbose}
         with preserve_signal_handlers():
-            ray.init(
-                log_to_driver=verbose,
-                logging_level=level,
-                configure_logging=verbose,
-                namespace=f"stillhouse-{secrets.token_hex(4)}",
-                **where,
-            )
+            ray.init(log_to_driver=verbose, logging_level=logging.INFO if verbose else logging.ERROR, **where)
         if not verbose:
             silence_ray_stdout()
         if by_value is not None:
@@ -120,10 +113,8 @@ class RayExecutor:
         remote = importlib.import_module("workflows.engine.worker")
         self._address = address
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-        box = ray.remote(num_cpus=0, max_concurrency=1, max_restarts=-1, scheduling_strategy=here)(
-            remote.ProgressCollector
-        )
-        self._box = box.remote()
+        once = ray.remote(num_cpus=0, max_concurrency=1, max_restarts=-1, scheduling_strategy=here)
+        self._collector = once(remote.ProgressCollector).remote()
         self._run = ray.remote(num_cpus=0, num_gpus=0, max_retries=0)(remote.run_attempt)
         self._fresh = ray.remote(num_cpus=0, num_gpus=0, max_restarts=0)(remote.FreshWorker)
         self._actors: dict[Any, Any] = {}
@@ -153,27 +144,23 @@ class RayExecutor:
         store.put(mark, b"stillhouse")
         try:
             look = self._ray.remote(num_cpus=0)(_sees)
-            placed = [
-                look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(n["NodeID"], soft=False)) for n in nodes
-            ]
-            sees = self._ray.get([task.remote(store, mark) for task in placed])
+            places = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
+            sees = self._ray.get([look.options(scheduling_strategy=at).remote(store, mark) for at in places])
             blind = [node["NodeManagerHostname"] for node, seen in zip(nodes, sees, strict=True) if not seen]
         finally:
             store.delete([mark])
         if blind:
-            raise ConfigError(
-                f"the store {store.uri} is not the same folder on node {', '.join(blind)}; use a shared file "
-                "system or s3:// or gs://"
-            )
+            problem = f"the store {store.uri} is not the same folder on node {', '.join(blind)}"
+            raise ConfigError(f"{problem}; use a shared file system or s3:// or gs://")
 
     def submit(self, attempt: Attempt) -> None:
         """Start an attempt."""
         if attempt.stage.FRESH_PROCESS:
             actor = self._fresh.remote()
-            ref = actor.run.remote(attempt, self._box)
+            ref = actor.run.remote(attempt, self._collector)
             self._actors[ref] = actor
         else:
-            ref = self._run.remote(attempt, self._box)
+            ref = self._run.remote(attempt, self._collector)
         self._running[ref] = attempt.step
 
     def poll(self, timeout_seconds: float) -> list[tuple[str, AttemptResult | Failure]]:
@@ -208,30 +195,23 @@ class RayExecutor:
         except self._ray.exceptions.TaskCancelledError:
             return Failure(FailureKind.TRANSIENT, "it was cancelled")
         except self._ray.exceptions.OutOfMemoryError as error:
-            return Failure(
-                FailureKind.OUT_OF_MEMORY,
-                f"its node ran out of memory and Ray ended its worker: {str(error).splitlines()[0]}",
-            )
+            problem = f"its node ran out of memory and Ray ended its worker: {brief(error)}"
+            return Failure(FailureKind.OUT_OF_MEMORY, problem)
         except self._ray.exceptions.RayTaskError as error:
             logger.info("%s", error)
             last = str(error.cause).strip().splitlines()[-1]
-            hint = (
-                "; workers have stillhouse and the workflow's own file, nothing beside it"
-                if "No module" in last
-                else ""
-            )
-            return Failure(FailureKind.PERMANENT, f"its worker could not run it: {last}{hint}")
+            if "No module" in last:
+                last += "; workers have stillhouse and the workflow's own file, nothing beside it"
+            return Failure(FailureKind.PERMANENT, f"its worker could not run it: {last}")
         except self._ray.exceptions.RayError as error:
-            return Failure(
-                FailureKind.WORKER_LOST,
-                f"its worker or node died ({type(error).__name__}: {str(error).splitlines()[0]})",
-            )
+            problem = f"its worker or node died ({type(error).__name__}: {brief(error)})"
+            return Failure(FailureKind.WORKER_LOST, problem)
         return result
 
     def reports(self) -> ProgressUpdates:
         """Return what stages reported since the last call; nothing where the actor does not answer in time."""
         try:
-            found: ProgressUpdates = self._ray.get(self._box.drain.remote(), timeout=2.0)
+            found: ProgressUpdates = self._ray.get(self._collector.drain.remote(), timeout=2.0)
         except self._ray.exceptions.RayError as error:
             logger.warning("no reports from the stages: %s", error)
             return ProgressUpdates()

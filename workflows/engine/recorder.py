@@ -48,9 +48,7 @@ class Recorder:
         self, name: str, attempt: int, status: RunStatus, metrics: Mapping[str, float], tags: Mapping[str, str]
     ) -> None:
         """An attempt ended."""
-        self.record(
-            AttemptEnded(step=name, attempt=attempt, at_ms=now_ms(), status=status, metrics=metrics, tags=tags)
-        )
+        self.record(AttemptEnded(step=name, attempt=attempt, at_ms=now_ms(), status=status, metrics=metrics, tags=tags))
 
     def curves(self, name: str, attempt: int, points: list[tuple[str, float, int, int]]) -> None:
         """An attempt's curves grew."""

@@ -1,8 +1,8 @@
-"""How a run goes and how it ended: what the driver tells a watcher, and what it returns."""
+"""How a run goes and how it ended: what the driver shows a watcher, and what it returns."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 from workflows.engine.schedule import Phase
 from workflows.engine.store import Commit
@@ -18,17 +18,17 @@ STATUS_OF: Mapping[Phase, StepStatus] = {
 }
 
 
-class Watcher(Protocol):
-    """Who is told how the run goes: the terminal."""
+class Watcher:
+    """Who sees how the run goes: the terminal. This one shows nothing."""
 
     def step(self, name: str, phase: Phase, text: str) -> None:
         """A step changed its phase."""
 
     def progress(self, name: str, done: float, total: float, unit: str) -> None:
-        """A step told how far it is."""
+        """A step reported how far it is."""
 
     def note(self, name: str, text: str) -> None:
-        """A step told a line."""
+        """A step reported a line."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,35 +1,37 @@
-"""One run from plan to ledger: opens the store, plans, starts what is needed, drives, tells MLflow what came out."""
+"""One run from its plan to MLflow: announces itself, plans, starts what is needed, drives, records what came out."""
 
 import getpass
+import os
 import secrets
 import time
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from threading import Event as Flag
 from types import ModuleType
 from typing import Any
 
 from stages.errors import ConfigError
+from stages.formats.report import Report, ReportedCandidate
 from stages.storage import Folder
-from workflows.engine import events
 from workflows.engine.driver import Driver
+from workflows.engine.events import CandidateFound, RunEnded, RunEvent, RunStarted, VerdictReached
 from workflows.engine.executor import Attempt, AttemptResult, Executor, ProgressUpdates
 from workflows.engine.failures import Failure
 from workflows.engine.graph import Workflow
 from workflows.engine.heartbeat import Heartbeat
 from workflows.engine.identity import Fingerprint
-from workflows.engine.plan import ClusterResources, Plan, make_plan
+from workflows.engine.plan import ClusterResources, Plan, PlanInterrupted, make_plan
 from workflows.engine.provenance import git_commit
 from workflows.engine.ray_executor import RayExecutor, local_resources
-from workflows.engine.results import RunResult, StepResult, Watcher
+from workflows.engine.recorder import now_ms
+from workflows.engine.results import RunResult, Watcher
 from workflows.engine.store import ArtifactStore, cost_seconds
-from workflows.engine.tracking.publisher import replay
 from workflows.engine.tracking.tracker import RunTracker, TrackerState
-from workflows.engine.tracking.tracking_uri import default_tracking_uri
+from workflows.engine.tracking.tracking_uri import default_tracking_uri, remember_tracking_uri
 
-LEDGER_SECONDS = 60.0
-"""How long the end of a run waits for the ledger; what is not sent by then stays in the journal for the next run."""
+TRACKING_SECONDS = 60.0
+"""How long the end of a run waits for MLflow; what it does not have by then waits for a later run's publisher."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +49,11 @@ class Settings:
         """Return the tracking URI: the one given, else a sqlite file inside the store."""
         return self.tracking_uri or default_tracking_uri(store.uri)
 
+    @property
+    def of_plan(self) -> dict[str, Any]:
+        """Return the arguments of `make_plan` among them."""
+        return {"only": self.only, "strict_code": self.strict_code}
+
 
 @dataclass(frozen=True, slots=True)
 class Execution:
@@ -55,8 +62,8 @@ class Execution:
     plan: Plan
     result: RunResult
     store: Folder
-    reports: Mapping[str, Mapping[str, Any]]
-    """Step → the `report.json` that it left."""
+    reports: Mapping[str, Report]
+    """Step → the report that it left."""
     ledger: TrackerState
     tracking_uri: str
     seconds: float
@@ -72,9 +79,9 @@ class NoExecutor:
         """Return what there would be to run on."""
         return self.cluster
 
-    def submit(self, attempt: Attempt) -> None:
+    def submit(self, request: Attempt) -> None:
         """Refuse: the plan had nothing to run."""
-        raise AssertionError(f"{attempt.step} was launched in a run that had nothing to run")
+        raise AssertionError(f"{request.step} was launched in a run that had nothing to run")
 
     def poll(self, timeout_seconds: float) -> list[tuple[str, AttemptResult | Failure]]:
         """Return nothing at once."""
@@ -95,16 +102,12 @@ def plan_only(workflow: Workflow, settings: Settings) -> Plan:
     """Plan a workflow; touch a cluster only where an address is given."""
     store = ArtifactStore(settings.store)
     if settings.address is None:
-        return make_plan(
-            workflow, store, only=settings.only, strict_code=settings.strict_code, cluster=local_resources()
-        )
-    tasks = RayExecutor(address=settings.address, verbose=settings.verbose)
+        return make_plan(workflow, store, **settings.of_plan, cluster=local_resources())
+    executor = RayExecutor(address=settings.address, verbose=settings.verbose)
     try:
-        return make_plan(
-            workflow, store, only=settings.only, strict_code=settings.strict_code, cluster=tasks.cluster_resources()
-        )
+        return make_plan(workflow, store, **settings.of_plan, cluster=executor.cluster_resources())
     finally:
-        tasks.close()
+        executor.close()
 
 
 def execute(
@@ -116,6 +119,7 @@ def execute(
     params: Mapping[str, str],
     command: str,
     by_value: ModuleType | None = None,
+    progress: Callable[[str], None] | None = None,
 ) -> Execution:
     """Run a workflow to its end.
 
@@ -124,43 +128,42 @@ def execute(
         settings: where and on what.
         watch: makes the watcher once the plan is known.
         interrupt: set by the first Ctrl-C.
-        params: the workflow's parameters that differ from their defaults, for the ledger.
+        params: the workflow's parameters that differ from their defaults, as MLflow shows them.
         command: the command line that reproduces this run.
         by_value: the user's own workflow module, sent to workers.
+        progress: is called with a line for people while the plan hashes what the run will read.
 
     Raises:
         ConfigError: the request is wrong, or a required step could not run; nothing was started.
+        PlanInterrupted: `interrupt` was set before anything was started.
     """
     began = time.monotonic()
     store = ArtifactStore(settings.store)
     store.check_writable()
-    options: dict[str, Any] = {"only": settings.only, "strict_code": settings.strict_code, "deep": True}
-    plan = make_plan(workflow, store, **options, cluster=local_resources() if settings.address is None else None)
-    tasks: Executor = NoExecutor(local_resources())
-    refuse_blocked(plan)
-    if plan.having("MISS"):
-        tasks = ray = RayExecutor(address=settings.address, verbose=settings.verbose, by_value=by_value)
-        if settings.address is not None:
-            ray.check_store_is_shared(store.root)
-            plan = make_plan(workflow, store, **options, cluster=tasks.cluster_resources())
-    try:
-        refuse_blocked(plan)
-        run = new_run_id()
-        tracking, root = settings.tracking(store), store.root.uri_of("mlflow/artifacts")
-        replay(store.root / "runs", tracking_uri=tracking, artifact_root=root)
-        ledger = RunTracker(tracking_uri=tracking, artifact_root=root, runs=store.root / "runs", run=run)
+    run, runs, tracking_uri = new_run_id(), store.root / "runs", settings.tracking(store)
+    with _announced(runs, run), ExitStack() as stack:
+
+        def plan_for(cluster: ClusterResources | None) -> Plan:
+            options = {**settings.of_plan, "deep": True, "progress": progress, "interrupt": interrupt}
+            plan = make_plan(workflow, store, **options, cluster=cluster)
+            refuse_blocked(plan)
+            return plan
+
+        plan, executor = _prepare(settings, store, by_value, plan_for, stack)
+        remember_tracking_uri(store.root, tracking_uri)
+        root = store.root.uri_of("mlflow/artifacts")
+        tracker = RunTracker(tracking_uri=tracking_uri, artifact_root=root, runs=runs, run=run)
         try:
-            ledger.record(_opened(run, workflow, params, command, store))
-            with watch(plan) as watcher, Heartbeat(store.root / "runs", run):
-                result = Driver(plan, store, tasks, run, ledger.record, watcher, interrupt).go()
-            reports = _tell_results(store, result, ledger)
-            ledger.record(_closed(run, result, reports, command))
+            tracker.record(_started(run, workflow, params, command, store))
+            with watch(plan) as watcher:
+                result = Driver(plan, store, executor, run, tracker.record, watcher, interrupt).go()
+            reports = _reports(store, result)
+            for event in _outcomes(result, reports, command):
+                tracker.record(event)
         finally:
-            tasks.close()
-            state = ledger.close(LEDGER_SECONDS)
-    finally:
-        tasks.close()
-    return Execution(plan, result, store.root, reports, state, tracking, time.monotonic() - began)
+            executor.close()
+            state = tracker.close(TRACKING_SECONDS)
+    return Execution(plan, result, store.root, reports, state, tracking_uri, time.monotonic() - began)
 
 
 def refuse_blocked(plan: Plan) -> None:
@@ -181,93 +184,121 @@ def new_run_id() -> str:
     return time.strftime("%Y%m%d-%H%M%S", time.gmtime()) + "-" + secrets.token_hex(3)
 
 
-def _opened(
-    run: str, workflow: Workflow, params: Mapping[str, str], command: str, store: ArtifactStore
-) -> events.RunOpened:
-    experiment = f"{workflow.name}/{workflow.base_model}" if workflow.base_model else workflow.name
-    tags = {"commit": git_commit(), "command": command, "store": store.uri, "user": getpass.getuser()}
-    return events.RunOpened(run, workflow.name, experiment, int(time.time() * 1000), params, tags)
+@contextmanager
+def _announced(runs: Folder, run: str) -> Iterator[None]:
+    """Show from before its plan on that a run lives, so that `gc` keeps what it reads; a refused one leaves nothing."""
+    try:
+        with Heartbeat(runs, run):
+            yield
+    except (ConfigError, PlanInterrupted):
+        (runs / run).delete(["heartbeat.json"])
+        (runs / run).prune()
+        raise
 
 
-def _tell_results(store: ArtifactStore, result: RunResult, ledger: RunTracker) -> dict[str, Mapping[str, Any]]:
-    """RunEvent every report's candidates and verdict; return the reports."""
-    reports: dict[str, Mapping[str, Any]] = {}
-    at_ms = int(time.time() * 1000)
-    for name, step in result.steps.items():
-        if step.commit is None or step.commit.artifact.kind != "report":
-            continue
-        report = step.commit.artifact.read_json("report.json")
-        reports[name] = with_costs(store, report)
-        scores = step.commit.manifest.inputs["scores"].fingerprint
-        for candidate in reports[name]["candidates"]:
-            tags = {f"note.{key}": text for key, text in candidate.get("notes", {}).items()}
-            tags |= {"fingerprint": candidate["fingerprint"], "made_by_run": step.commit.manifest.run}
-            found = events.CandidateFound(
-                result.run,
-                scores,
-                candidate["name"],
-                at_ms,
-                candidate["uri"],
-                candidate["params"],
-                candidate["metrics"],
-                tags,
-            )
-            ledger.record(found)
-        verdict = report["verdict"]
-        ledger.record(
-            events.VerdictReached(
-                result.run, scores, verdict["registered_name"], verdict["champion"], at_ms, tuple(verdict["reasons"])
-            )
-        )
-    return reports
+def _prepare(
+    settings: Settings,
+    store: ArtifactStore,
+    by_value: ModuleType | None,
+    plan_for: Callable[[ClusterResources | None], Plan],
+    stack: ExitStack,
+) -> tuple[Plan, Executor]:
+    """Plan and start what the plan runs on, which the stack closes; nothing where every step is a HIT."""
+    local = local_resources()
+    plan = plan_for(local if settings.address is None else None)
+    if not plan.having("MISS"):
+        return plan, NoExecutor(local)
+    executor = RayExecutor(address=settings.address, verbose=settings.verbose, by_value=by_value)
+    stack.callback(executor.close)
+    if settings.address is not None:
+        executor.check_store_is_shared(store.root)
+        plan = plan_for(executor.cluster_resources())
+    return plan, executor
 
 
-def with_costs(store: ArtifactStore, report: Mapping[str, Any]) -> dict[str, Any]:
+def _started(run: str, workflow: Workflow, params: Mapping[str, str], command: str, store: ArtifactStore) -> RunStarted:
+    return RunStarted(
+        run=run,
+        workflow=workflow.name,
+        experiment=f"{workflow.name}/{workflow.base_model}" if workflow.base_model else workflow.name,
+        at_ms=now_ms(),
+        params=params,
+        command=command,
+        commit=git_commit(),
+        user=_user(),
+        store=store.uri,
+    )
+
+
+def _user() -> str:
+    """Return the user's name, or the number where a container gives it no name."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return str(os.getuid())
+
+
+def _reports(store: ArtifactStore, result: RunResult) -> dict[str, Report]:
+    commits = {name: step.commit for name, step in result.steps.items() if step.commit is not None}
+    artifacts = {name: commit.artifact for name, commit in commits.items() if commit.artifact.kind == "report"}
+    return {name: _with_costs(store, Report.read(artifact)) for name, artifact in artifacts.items()}
+
+
+def _with_costs(store: ArtifactStore, report: Report) -> Report:
     """Return a report whose candidates say what it cost to make them: the seconds of every step before them."""
-    candidates = []
-    for candidate in report["candidates"]:
-        seconds = cost_seconds(store, Fingerprint(candidate["fingerprint"]))
-        candidates.append({**candidate, "metrics": {**candidate["metrics"], "final/cost_seconds": round(seconds, 1)}})
-    return {**report, "candidates": candidates}
+
+    def with_cost(candidate: ReportedCandidate) -> ReportedCandidate:
+        cost = round(cost_seconds(store, Fingerprint(candidate.fingerprint)), 1)
+        return candidate.model_copy(update={"metrics": {**candidate.metrics, "final/cost_seconds": cost}})
+
+    return report.model_copy(update={"candidates": tuple(map(with_cost, report.candidates))})
 
 
-def _closed(run: str, result: RunResult, reports: Mapping[str, Mapping[str, Any]], command: str) -> events.RunClosed:
-    status: events.RunStatus = "FINISHED" if result.succeeded else "KILLED" if result.interrupted else "FAILED"
-    lines = [f"**{status.lower()}**: {result.executed} of {len(result.steps)} steps run, the others found.", ""]
-    files: list[str] = []
+def _outcomes(result: RunResult, reports: Mapping[str, Report], command: str) -> Iterator[RunEvent]:
+    """Yield what a run came to: every report's candidates and verdict, and the end."""
     for name, report in reports.items():
-        lines += [
-            f"Verdict of `{name}`: {report['verdict']['outcome']}",
-            *(f"- {reason}" for reason in report["verdict"]["reasons"]),
-            "",
-        ]
-        artifact = _artifact_files(result.steps[name])
-        files += artifact
-    lines += [
-        f"- `{step.name}` {step.outcome}: {step.reason}"
-        for step in result.steps.values()
-        if step.outcome in ("failed", "skipped", "cancelled")
-    ]
-    lines += ["", "Reproduce with", "", f"    {command}"]
-    return events.RunClosed(run, int(time.time() * 1000), status, "\n".join(lines), tuple(files))
+        commit = result.steps[name].commit
+        assert commit is not None
+        scores = commit.manifest.inputs["scores"].fingerprint
+        for candidate in report.candidates:
+            notes = {f"note.{key}": text for key, text in candidate.notes.items()}
+            yield CandidateFound(
+                scores=scores,
+                name=candidate.name,
+                at_ms=now_ms(),
+                artifact=candidate.uri,
+                params=candidate.params,
+                metrics=candidate.metrics,
+                tags={**notes, "fingerprint": candidate.fingerprint, "made_by_run": commit.manifest.run},
+            )
+        yield VerdictReached(
+            scores=scores,
+            registered_name=report.verdict.registered_name,
+            champion=report.verdict.champion,
+            at_ms=now_ms(),
+            reasons=report.verdict.reasons,
+        )
+    commits = [result.steps[name].commit for name in reports]
+    yield RunEnded(
+        at_ms=now_ms(),
+        status="FINISHED" if result.succeeded else "KILLED" if result.interrupted else "FAILED",
+        note=_note(result, reports, command),
+        files=tuple(file.uri for commit in commits if commit is not None for file in commit.artifact.files),
+    )
 
 
-def _artifact_files(step: StepResult) -> list[str]:
-    assert step.commit is not None
-    return [file.uri for file in step.commit.artifact.files]
+def _note(result: RunResult, reports: Mapping[str, Report], command: str) -> str:
+    """Return in Markdown what came out and how to reproduce it."""
+    state = "finished" if result.succeeded else "killed" if result.interrupted else "failed"
+    lines = [f"**{state}**: {result.executed} of {len(result.steps)} steps run, the others found.", ""]
+    for name, report in reports.items():
+        lines += [f"Verdict of `{name}`: {report.verdict.outcome}"]
+        lines += [*(f"- {reason}" for reason in report.verdict.reasons), ""]
+    unfinished = [step for step in result.steps.values() if step.outcome in ("failed", "skipped", "cancelled")]
+    lines += [f"- `{step.name}` {step.outcome}: {step.reason}" for step in unfinished]
+    return "\n".join([*lines, "", "Reproduce with", "", f"    {command}"])
 
 
 def silent(_: Plan) -> AbstractContextManager[Watcher]:
-    """Watch a run without a word."""
-    return nullcontext(_Silence())
-
-
-class _Silence:
-    def step(self, name: str, phase: Any, text: str) -> None:
-        """Say nothing."""
-
-    def progress(self, name: str, done: float, total: float, unit: str) -> None:
-        """Say nothing."""
-
-    def note(self, name: str, text: str) -> None:
-        """Say nothing."""
+    """Watch a run without showing anything."""
+    return nullcontext(Watcher())

@@ -212,13 +212,8 @@ def advance(schedule: Schedule, event: Event) -> tuple[Schedule, list[Decision]]
         case Committed(step):
             draft.update(step, phase=Phase.COMMITTED, stopping=None)
         case Held(step, at, holder):
-            draft.update(
-                step,
-                phase=Phase.HELD,
-                not_before=at + HELD_POLL_SECONDS,
-                attempt=draft.steps[step].attempt - 1,
-                reason=f"run {holder} holds it",
-            )
+            attempt, reason = draft.steps[step].attempt - 1, f"run {holder} holds it"
+            draft.update(step, phase=Phase.HELD, not_before=at + HELD_POLL_SECONDS, attempt=attempt, reason=reason)
         case Failed(step, at, failure):
             _fail(draft, step, at, failure)
         case Overtaken(step):
@@ -296,21 +291,14 @@ def _stop_overdue(draft: _Draft, at: float) -> None:
         retry, res = state.retry, state.resources
         ran, waited = at - (state.began_at or state.launched_at), at - state.launched_at
         if state.began_at is None and waited > retry.pending_timeout_seconds:
-            need = f"{res.workers} × {res.cpus_per_worker:g} CPU" + (
-                f" + {res.gpus_per_worker:g} GPU" if res.gpus_per_worker else ""
-            )
-            failure = Failure(
-                FailureKind.PENDING,
-                f"after {waited:.0f} s its work had not begun; it asks for {need}. Free these on the cluster, ask "
-                "for less, or raise the step's pending_timeout_seconds",
-            )
+            gpus = f" + {res.gpus_per_worker:g} GPU" if res.gpus_per_worker else ""
+            need = f"{res.workers} × {res.cpus_per_worker:g} CPU{gpus}"
+            text = f"after {waited:.0f} s its work had not begun; it asks for {need}. Free these on the cluster, ask "
+            text += "for less, or raise the step's pending_timeout_seconds"
+            draft.stop(state.name, Failure(FailureKind.PENDING, text))
         elif state.began_at is not None and retry.timeout_seconds is not None and ran > retry.timeout_seconds:
-            failure = Failure(
-                FailureKind.TIMEOUT, f"{ran:.0f} s of at most {retry.timeout_seconds:.0f} s (timeout_seconds)"
-            )
-        else:
-            continue
-        draft.stop(state.name, failure)
+            text = f"{ran:.0f} s of at most {retry.timeout_seconds:.0f} s (timeout_seconds)"
+            draft.stop(state.name, Failure(FailureKind.TIMEOUT, text))
 
 
 def _skip_unreachable(draft: _Draft) -> None:

@@ -11,7 +11,7 @@
 
 Whatever must be unique is a create-only object, so that local disk and S3 give the same promises: of two writers of
 one fingerprint one commits, and a writer that was overtaken cannot. Claims and commits on a local disk survive a power
-cut; whatever else one tore counts as absent, which is logged.
+cut; what else one tore counts as absent, which is logged.
 """
 
 import hashlib
@@ -33,6 +33,7 @@ from workflows.engine.heartbeat import Holder, Liveness
 from workflows.engine.identity import Fingerprint
 from workflows.engine.lease import Lease, number_of
 from workflows.engine.manifest import InputCommit, Manifest, ManifestFile
+from workflows.engine.retrying import brief
 
 logger = logging.getLogger(__name__)
 
@@ -72,10 +73,10 @@ class Commit:
 class ArtifactStore:
     """A store: artifacts by fingerprint."""
 
-    def __init__(self, uri: str, *, liveness: Liveness | None = None) -> None:
+    def __init__(self, uri: str) -> None:
         """Open a store at a path or URI; nothing is written."""
         self.root = Folder.at(uri)
-        self.liveness = liveness or Liveness(self.root / "runs")
+        self.liveness = Liveness(self.root / "runs")
 
     @property
     def uri(self) -> str:
@@ -97,12 +98,8 @@ class ArtifactStore:
             self.root.put(name, b"stillhouse")
             self.root.delete([name])
         except Exception as error:
-            text = str(error).split("\n", 1)[0]
-            raise ConfigError(
-                f"the store {self.uri} cannot be written: {text}; name another with --store, or fix its rights"
-            ) from error
-
-    # Reading --------------------------------------------------------------------------------------------------------
+            problem = f"the store {self.uri} cannot be written: {brief(error)}"
+            raise ConfigError(f"{problem}; name another with --store, or fix its rights") from error
 
     def generations(self, fingerprint: str) -> list[int]:
         """Return the generations that are committed and not withdrawn, oldest first."""
@@ -129,16 +126,15 @@ class ArtifactStore:
             TornCommit: a power cut left half of it.
             ConfigError: another version of stillhouse wrote it.
         """
-        folder, name = self.folder(fingerprint), _commit_name(generation)
+        folder, name = self.folder(fingerprint), f"commits/{generation:06d}.json"
         data = folder.get(name)
         try:
             manifest = Manifest.parse(data, where=folder.uri_of(name))
         except ConfigError:
             raise
         except ValueError as error:
-            raise TornCommit(
-                f"the manifest {folder.uri_of(name)} is torn ({len(data)} bytes, not JSON): it counts as absent"
-            ) from error
+            size = f"{len(data)} bytes, not JSON"
+            raise TornCommit(f"the manifest {folder.uri_of(name)} is torn ({size}): it counts as absent") from error
         files = tuple(File(f.name, folder.uri_of(f.path), f.size_bytes, f.sha256) for f in manifest.files)
         artifact = Artifact(manifest.kind, fingerprint, files, manifest.metrics)
         return Commit(fingerprint, generation, manifest, artifact)
@@ -156,22 +152,16 @@ class ArtifactStore:
         if "/" in text:
             pointer = self.pointed(*text.split("/", 1))
             if pointer is None:
-                raise ConfigError(
-                    f"the store {self.uri} has no artifact by the name {text!r}; `stillhouse artifacts list` shows "
-                    "what it has"
-                )
+                problem = f"the store {self.uri} has no artifact by the name {text!r}"
+                raise ConfigError(f"{problem}; `stillhouse artifacts list` shows what it has")
             return Fingerprint(pointer.fingerprint)
         known = self.fingerprints()
         found = [fingerprint for fingerprint in known if fingerprint.startswith(text)]
         if len(found) != 1:
-            what = "no artifact" if not found else f"{len(found)} artifacts"
-            raise ConfigError(
-                f"{what} in {self.uri} begin with "
-                f"{text!r}{nearest(text, [k[:12] for k in known]) if not found else '; give more digits'}"
-            )
+            what = f"{len(found)} artifacts" if found else "no artifact"
+            hint = "; give more digits" if found else nearest(text, [each[:12] for each in known])
+            raise ConfigError(f"{what} in {self.uri} begin with {text!r}{hint}")
         return Fingerprint(found[0])
-
-    # Claiming -------------------------------------------------------------------------------------------------------
 
     def lease(self, fingerprint: str) -> Lease:
         """Return the right to write a fingerprint's next commit."""
@@ -180,7 +170,8 @@ class ArtifactStore:
     def claim(self, fingerprint: Fingerprint, run: str) -> Claim | Holder:
         """Take the right to write, or return the live run that holds it; a run's own earlier claim is overtaken."""
         epoch = self.lease(fingerprint).acquire(Holder.of_this_process(run), renew=True)
-        return epoch if isinstance(epoch, Holder) else Claim(fingerprint, epoch, self._next_generation(fingerprint))
+        generations = map(number_of, (self.folder(fingerprint) / "commits").entries())
+        return epoch if isinstance(epoch, Holder) else Claim(fingerprint, epoch, 1 + max(generations, default=0))
 
     def overtaken(self, claim: Claim) -> bool:
         """Return whether a later claim exists, so that this one's attempt works for nothing."""
@@ -193,9 +184,6 @@ class ArtifactStore:
     def release(self, claim: Claim) -> None:
         """Give a claim up, so that another run need not wait for this one's end; again is as good as once."""
         self.lease(claim.fingerprint).release(claim.epoch)
-
-    def _next_generation(self, fingerprint: str) -> int:
-        return 1 + max(map(number_of, (self.folder(fingerprint) / "commits").entries()), default=0)
 
     def out(self, claim: Claim) -> Folder:
         """Return the folder that only this claim's attempt writes."""
@@ -220,7 +208,7 @@ class ArtifactStore:
             problem = f"epoch {claim.epoch} of {short} was overtaken by epoch {highest}; its output is not committed"
         else:
             try:
-                folder.put_json(_commit_name(claim.generation), manifest.to_json(), durable=True)
+                folder.put_json(f"commits/{claim.generation:06d}.json", manifest.to_json(), durable=True)
             except AlreadyExists:
                 problem = f"generation {claim.generation} of {short} is committed already"
             else:
@@ -239,9 +227,8 @@ class ArtifactStore:
     def withdraw(self, commit: Commit, reason: str) -> None:
         """Make a commit count no longer; nothing is deleted."""
         with suppress(AlreadyExists):
-            (self.folder(commit.fingerprint) / "withdrawn").put_json(
-                f"{commit.generation:06d}.json", {"reason": reason}, create=True
-            )
+            name = f"withdrawn/{commit.generation:06d}.json"
+            self.folder(commit.fingerprint).put_json(name, {"reason": reason}, create=True)
 
     def withdrawal(self, fingerprint: str) -> str | None:
         """Return why the newest withdrawn generation was withdrawn, or None where none was."""
@@ -249,8 +236,6 @@ class ArtifactStore:
         entries = folder.entries()
         found = folder.find_json(entries[-1].name) if entries else {}
         return found.get("reason") if found is not None else "for a reason that a power cut took"
-
-    # Verifying ------------------------------------------------------------------------------------------------------
 
     def problems(self, commit: Commit, *, deep: bool, watch: WatchDigest | None = None) -> list[str]:
         """Return what is wrong with a commit's files: missing, or of another size; with `deep`, of another digest.
@@ -277,8 +262,6 @@ class ArtifactStore:
             ]
         return found
 
-    # Names, pins ----------------------------------------------------------------------------------------------------
-
     def point(self, workflow: str, step: str, commit: Commit) -> None:
         """Let `by-name/<workflow>/<step>` name a commit; a symlink beside it on local disk, for people."""
         folder = self.root / "by-name" / workflow
@@ -295,10 +278,9 @@ class ArtifactStore:
 
     def pointed(self, workflow: str, step: str) -> InputCommit | None:
         """Return the commit that `by-name/<workflow>/<step>` names, or None; a torn name is none."""
-        try:
+        with suppress(ValidationError):
             return InputCommit.model_validate((self.root / "by-name" / workflow).find_json(f"{step}.json"))
-        except ValidationError:
-            return None
+        return None
 
     def pin(self, fingerprint: Fingerprint, note: str) -> None:
         """Keep an artifact, whatever else reaches it."""
@@ -319,10 +301,8 @@ def seal(out: Folder, resume: Folder, root: Folder) -> tuple[ManifestFile, ...]:
     files = {file.uri: file for file in read_receipts(resume)}
     for uri, file in files.items():
         if sizes.get(uri) != file.size_bytes:
-            raise StillhouseError(
-                f"the shard {uri} is missing or cut short, though its receipt is there; delete {resume.uri} and "
-                "run again"
-            )
+            problem = f"the shard {uri} is missing or cut short, though its receipt is there"
+            raise StillhouseError(f"{problem}; delete {resume.uri} and run again")
     names = {uri: uri.removeprefix(out.uri + "/") for uri in sizes if uri.startswith(out.uri + "/")}
     files |= {uri: out.identify(name) for uri, name in names.items() if uri not in files}
     return tuple(
@@ -343,13 +323,8 @@ def reachable(store: ArtifactStore, roots: Iterable[str]) -> set[str]:
     todo = list(roots)
     while todo:
         current = todo.pop()
-        if current in found:
-            continue
-        found.add(current)
-        for commit in store.commits(current):
-            todo.extend(part.fingerprint for part in commit.manifest.inputs.values())
+        if current not in found:
+            found.add(current)
+            for commit in store.commits(current):
+                todo.extend(part.fingerprint for part in commit.manifest.inputs.values())
     return found
-
-
-def _commit_name(generation: int) -> str:
-    return f"commits/{generation:06d}.json"

@@ -42,66 +42,59 @@ class ProgressCollector:
 
     def __init__(self) -> None:
         """Start empty."""
-        self._reports = ProgressUpdates()
+        self._kept = ProgressUpdates()
 
-    def started(self, key: tuple[str, int]) -> None:
-        """Keep that an attempt's work has its resources."""
-        self._reports.started.add(key)
-
-    def progress(self, key: tuple[str, int], done: float, total: float, unit: str) -> None:
-        """Keep an attempt's latest progress."""
-        self._reports.progress[key] = (done, total, unit)  # type: ignore[index]
-
-    def curve(self, key: tuple[str, int], points: list[tuple[str, float, int, int]]) -> None:
-        """Keep points of an attempt's curves."""
-        self._reports.curves.setdefault(key, []).extend(points)  # type: ignore[attr-defined]
-
-    def note(self, key: tuple[str, int], text: str) -> None:
-        """Keep a line for people."""
-        self._reports.notes.append((*key, text))
+    def add(self, updates: ProgressUpdates) -> None:
+        """Keep what an attempt's process reports: of its progress the latest, of all else everything."""
+        self._kept.started.update(updates.started)
+        self._kept.progress.update(updates.progress)
+        for key, points in updates.curves.items():
+            self._kept.curves.setdefault(key, []).extend(points)
+        self._kept.notes.extend(updates.notes)
 
     def drain(self) -> ProgressUpdates:
         """Return everything and start anew; what has started is returned each time, since an answer may be lost."""
-        reports, self._reports = self._reports, ProgressUpdates(started=set(self._reports.started))
-        return reports
+        kept, self._kept = self._kept, ProgressUpdates(started=set(self._kept.started))
+        return kept
 
 
 class ActorReporter:
     """A `stages.contract.Reporter` that sends to the actor without waiting for it."""
 
-    def __init__(self, box: Any, step: str, attempt: int) -> None:
+    def __init__(self, collector: Any, step: str, attempt: int) -> None:
         """Report for one attempt."""
-        self._box, self._key = box, (step, attempt)
+        self._collector, self._key = collector, (step, attempt)
         self._last = 0.0
 
     def started(self) -> None:
         """Report that the work has its resources."""
-        self._send("started")
+        self._send(ProgressUpdates(started={self._key}))
 
     def progress(self, done: float, total: float, unit: str) -> None:
         """Report how much of the work is done."""
         now = time.monotonic()
         if now - self._last >= PROGRESS_SECONDS or done >= total:
             self._last = now
-            self._send("progress", done, total, unit)
+            self._send(ProgressUpdates(progress={self._key: (done, total, unit)}))
 
     def curve(self, step: int, metrics: Mapping[str, float]) -> None:
         """Add a point to the step's curves."""
         at_ms = int(time.time() * 1000)
-        self._send("curve", [(name, float(value), step, at_ms) for name, value in metrics.items()])
+        points = [(name, float(value), step, at_ms) for name, value in metrics.items()]
+        self._send(ProgressUpdates(curves={self._key: points}))
 
     def note(self, text: str) -> None:
         """Report one line for people."""
-        self._send("note", text)
+        self._send(ProgressUpdates(notes=[(*self._key, text)]))
 
-    def _send(self, method: str, *values: Any) -> None:
+    def _send(self, updates: ProgressUpdates) -> None:
         with contextlib.suppress(Exception):  # a report that is lost must not fail the work that it is about
-            getattr(self._box, method).remote(self._key, *values)
+            self._collector.add.remote(updates)
 
 
-def run_attempt(attempt: Attempt, box: Any) -> AttemptResult | Failure:
+def run_attempt(attempt: Attempt, collector: Any) -> AttemptResult | Failure:
     """Run one attempt at a step and say how it ended; nothing is committed here."""
-    reporter = ActorReporter(box, attempt.step, attempt.attempt)
+    reporter = ActorReporter(collector, attempt.step, attempt.attempt)
     with _log(attempt) as log:
         started = time.monotonic()
         logger = logging.getLogger(__name__)
@@ -122,7 +115,7 @@ def run_attempt(attempt: Attempt, box: Any) -> AttemptResult | Failure:
         logger.info(
             "%s done in %.1f s: %d files, %d bytes, peak memory %d bytes", attempt.step, seconds, len(files), size, peak
         )
-    return AttemptResult(files, metrics, outcome.fallbacks, seconds, peak, environment())
+    return AttemptResult(files, metrics, seconds, peak, environment())
 
 
 def _checked(metrics: Mapping[str, Any]) -> dict[str, float]:
@@ -151,9 +144,9 @@ class FreshWorker:
     cores, Ray 2.60), and such a task was now and then given to a worker that was just leaving, and lost.
     """
 
-    def run(self, attempt: Attempt, box: Any) -> AttemptResult | Failure:
+    def run(self, attempt: Attempt, collector: Any) -> AttemptResult | Failure:
         """Run one attempt."""
-        return run_attempt(attempt, box)
+        return run_attempt(attempt, collector)
 
 
 def classify(error: BaseException) -> Failure:

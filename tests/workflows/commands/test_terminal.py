@@ -1,12 +1,14 @@
 """What a person sees while a run goes, and of a plan."""
 
 import io
+import os
 from pathlib import Path
 
+import pytest
 from rich.console import Console
 
 from tests.stages_for_tests import Join, Write
-from workflows.commands.output import console
+from workflows.commands.output import LastingConsole, console, print_json
 from workflows.commands.plan import plan_table
 from workflows.commands.terminal import LiveWatcher
 from workflows.engine.graph import Workflow
@@ -48,6 +50,25 @@ def test_live_view_on_a_narrow_terminal_keeps_names_and_times_whole(tmp_path: Pa
     assert first.split()[:4] == ["▶", "data", "0.0", "s"]
     assert first.rstrip().endswith("…")
     assert second.split() == ["·", "joined"]
+
+
+def test_live_view_whose_reader_went_away_goes_on_unseen(tmp_path: Path) -> None:
+    plan, _ = plan_of(tmp_path)
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as pipe:
+        watcher = LiveWatcher(LastingConsole(file=pipe), plan)
+        for phase in (Phase.RUNNING, Phase.COMMITTED):
+            watcher.step("data", phase, "")
+    assert watcher.rows["data"].phase is Phase.COMMITTED
+
+
+def test_json_document_whose_reader_went_away_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as pipe:
+        monkeypatch.setattr("sys.stdout", pipe)
+        print_json({"steps": []})
 
 
 def test_waiting_for_another_run_is_told_once_where_lines_stay(tmp_path: Path) -> None:

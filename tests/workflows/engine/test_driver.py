@@ -218,10 +218,10 @@ def test_drive_interrupted_before_it_begins_runs_nothing_and_can_go_on(store: Ar
     assert again.succeeded
 
 
-def test_drive_tells_the_ledger_of_every_attempt(store: ArtifactStore) -> None:
+def test_drive_records_every_attempt(store: ArtifactStore) -> None:
     _, told = drive(graph(), store, InlineTasks({"first": [LOST]}))
-    opened = [(r.step, r.attempt) for r in told if isinstance(r, events.StepOpened)]
-    closed = [(r.step, r.attempt, r.status) for r in told if isinstance(r, events.StepClosed)]
+    opened = [(r.step, r.attempt) for r in told if isinstance(r, events.AttemptStarted)]
+    closed = [(r.step, r.attempt, r.status) for r in told if isinstance(r, events.AttemptEnded)]
     assert opened == [("data", 1), ("first", 1), ("first", 2), ("second", 1)]
     assert closed == [
         ("data", 1, "FINISHED"),
@@ -230,7 +230,7 @@ def test_drive_tells_the_ledger_of_every_attempt(store: ArtifactStore) -> None:
         ("second", 1, "FINISHED"),
     ]
     _, told = drive(graph(), store, InlineTasks())
-    assert {r.cache for r in told if isinstance(r, events.StepOpened)} == {"hit"}
+    assert {r.cache for r in told if isinstance(r, events.AttemptStarted)} == {"hit"}
 
 
 def test_drive_manifest_says_where_the_result_came_from(store: ArtifactStore) -> None:
@@ -486,5 +486,5 @@ def test_drive_step_that_another_run_took_over_is_stopped_and_shared(store: Arti
     assert executor.cancelled == ["data"]
     assert executor.submitted == ["data"]
     assert result.steps["data"].outcome == "shared"
-    (killed,) = [r for r in told if isinstance(r, events.StepClosed) and r.status == "KILLED"]
+    (killed,) = [r for r in told if isinstance(r, events.AttemptEnded) and r.status == "KILLED"]
     assert killed.step == "data"

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from stages.contract import Config, Outcome, Resources, Stage
+from stages.contract import Config, Resources, Stage
 from stages.errors import ConfigError
 from stages.external.checkpoints import Checkpoint
 from tests.stages_for_tests import Join, Write
@@ -181,4 +181,3 @@ def test_stage_without_run_cannot_be_made() -> None:
 
     with pytest.raises(TypeError):
         Idle()  # type: ignore[abstract]
-    assert Outcome().fallbacks == ()

@@ -78,12 +78,13 @@ class Connection:
         """Set MLflow's global URIs: its client falls back on them in places, and would write to the current folder."""
         import mlflow
 
-        before = os.environ.get("MLFLOW_TRACKING_URI")
+        variables = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")
+        before = {name: os.environ[name] for name in variables if name in os.environ}
         mlflow.set_tracking_uri(self.uri)
         mlflow.set_registry_uri(self.uri)
-        os.environ.pop("MLFLOW_TRACKING_URI")  # it sets the variable too, which would follow us into later runs
-        if before is not None:
-            os.environ["MLFLOW_TRACKING_URI"] = before
+        for name in variables:  # it sets them too, which would follow us into workers and later runs
+            os.environ.pop(name, None)
+        os.environ.update(before)
 
 
 def pages(search: Callable[[str | None], Any]) -> Iterator[Any]:

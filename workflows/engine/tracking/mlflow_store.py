@@ -1,9 +1,9 @@
 """Upserts the view of a run into MLflow: rows, candidates, the registry; it is handed the connection.
 
-Promises: `publish` may be called again after it failed anywhere, and leaves the same as one call that went through: each
-MLflow run bears a key by which it is looked for before it is made, and only what MLflow lacks is sent. What has not
-changed since is skipped by digest: in this process by memory, after a restart by a tag of the MLflow run. What MLflow
-will never take is refused with a warning and does not hold up the rest.
+Promises: `publish` may be called again after it failed anywhere, and leaves the same as one call that went through:
+each MLflow run bears a key by which it is looked for before it is made, and only what MLflow lacks is sent. What has
+not changed is skipped by digest: in this process by memory, after a restart by a tag of the MLflow run. What MLflow
+will never take is logged and does not hold up the rest.
 Does not: retry, or decide what is shown.
 
 MLflow is addressed by explicit run ids only: a "current run" would leak between tasks of one process.
@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from stages.formats.metrics import PRIMARY_METRIC
 from stages.storage import Folder
 from workflows.engine.redaction import redacted
 from workflows.engine.tracking.connection import Connection, pages
-from workflows.engine.tracking.ui_view import PRIMARY_METRIC, VIEW, view_state
-from workflows.engine.tracking.view import KEY, RUN, Candidate, MetricPoint, Registration, Row, RunView, legal_name
+from workflows.engine.tracking.ui_view import VIEW, view_state
+from workflows.engine.tracking.view import KEY, RUN, CandidateEntry, MetricPoint, Registration, Row, RunView, legal_name
 
 __all__ = ["MlflowStore"]
 
@@ -84,7 +85,7 @@ class MlflowStore:
         Raises:
             Exception: MLflow, or the store, cannot be reached; what MLflow has by then is not sent again.
         """
-        parts = [*view.rows, *view.candidates, *view.registrations]
+        parts: list[Row | CandidateEntry | Registration] = [*view.rows, *view.candidates, *view.registrations]
         new = [part for part in parts if self._done.get((view.run, part.key)) != part.digest]
         if not new:
             return
@@ -100,14 +101,14 @@ class MlflowStore:
             self._shown.clear()  # an answer may be lost: look again
             raise
 
-    def _upsert(self, view: RunView, part: Row | Candidate | Registration) -> None:
+    def _upsert(self, view: RunView, part: Row | CandidateEntry | Registration) -> None:
         """Upsert a part, or log that MLflow refuses it."""
         for again in (True, False):  # a run of another store may have changed what we share under our hands: look twice
             try:
                 match part:
                     case Row():
                         self._upsert_row(view, part)
-                    case Candidate():
+                    case CandidateEntry():
                         self._upsert_candidate(view, part)
                     case Registration():
                         self._register(view, part)
@@ -226,7 +227,7 @@ class MlflowStore:
             self._client.delete_run(extra.info.run_id)
         return found[0] if found else None
 
-    def _upsert_candidate(self, view: RunView, candidate: Candidate) -> None:
+    def _upsert_candidate(self, view: RunView, candidate: CandidateEntry) -> None:
         """Make or complete a candidate's MLflow run and logged model, and tag them with this run."""
         tags = candidate.tags
         found = self._find(view, candidate.key)
@@ -256,7 +257,7 @@ class MlflowStore:
         if found.info.status == "RUNNING":
             self._client.set_terminated(found.info.run_id, "FINISHED", candidate.at_ms)
 
-    def _model(self, view: RunView, candidate: Candidate, found: Any, tags: Mapping[str, str]) -> Any:
+    def _model(self, view: RunView, candidate: CandidateEntry, found: Any, tags: Mapping[str, str]) -> Any:
         """Return the logged model of a candidate, made and linked to its MLflow run where it is missing."""
         linked = _model_ids(found)
         if linked:

@@ -68,7 +68,7 @@ def publish_run(runs: Folder, run: str, store: MlflowStore, liveness: Liveness) 
     """Publish all that there is of a run.
 
     Returns:
-        Whether the run is over; None where nothing was published: there are no events of it, or another process is at it.
+        Whether the run is over; None where it was left out: it has no events, or another process publishes it.
 
     Raises:
         Exception: MLflow or the store cannot be reached.
@@ -205,7 +205,12 @@ def main(artifact_root: str, runs: str, run: str) -> None:
     """Be the process beside a driver: standard input gives the tracking URI, and ends with the driver."""
     logging.basicConfig(level=logging.WARNING, handlers=[_Forwarding()])
     tracking_uri, over = sys.stdin.readline().rstrip("\n"), threading.Event()
-    threading.Thread(target=lambda: (sys.stdin.read(), over.set()), name="driver", daemon=True).start()
+
+    def wait_for_driver() -> None:
+        sys.stdin.read()
+        over.set()
+
+    threading.Thread(target=wait_for_driver, name="driver", daemon=True).start()
     folder = Folder(runs)
     store = mlflow_store(folder, run, tracking_uri, artifact_root)
     earlier = publish_earlier(folder, store, run)

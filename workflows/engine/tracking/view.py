@@ -1,4 +1,4 @@
-"""A run as MLflow shall show it, folded from its events: rows, candidates and registrations, within MLflow's limits. Pure.
+"""A run as MLflow shall show it, folded from its events: rows, candidates and registrations. Pure.
 
 Promises: the same events give the same view, and more events the same and more; it holds only what MLflow accepts
 (allowed characters, lengths, finite metrics), and every part has a key that is the same at each fold.
@@ -26,7 +26,7 @@ from workflows.engine.events import (
     VerdictReached,
 )
 
-__all__ = ["KEY", "RUN", "Candidate", "Registration", "Row", "RunView", "fold", "legal_name"]
+__all__ = ["KEY", "RUN", "CandidateEntry", "Registration", "Row", "RunView", "fold", "legal_name"]
 
 KEY = "stillhouse.key"
 """Tag that says which MLflow run is meant; it is searched before one is made."""
@@ -42,7 +42,7 @@ MetricPoint = tuple[str, float, int, int]
 """(metric name, value, step, at_ms)."""
 
 
-class _Part:
+class _Entry:
     @property
     def digest(self) -> str:
         """Return what changes when anything of it does; of points, which only grow, their number counts."""
@@ -52,7 +52,7 @@ class _Part:
 
 
 @dataclass(frozen=True)
-class Row(_Part):
+class Row(_Entry):
     """One MLflow run: the workflow run, or an attempt at a step."""
 
     key: str
@@ -72,7 +72,7 @@ class Row(_Part):
 
 
 @dataclass(frozen=True)
-class Candidate(_Part):
+class CandidateEntry(_Entry):
     """The flat MLflow run and the logged model of a candidate, which all runs that have it share."""
 
     key: str
@@ -84,7 +84,7 @@ class Candidate(_Part):
 
 
 @dataclass(frozen=True)
-class Registration(_Part):
+class Registration(_Entry):
     """A verdict's wish for the registry: a candidate becomes a model's version and champion."""
 
     key: str
@@ -103,7 +103,7 @@ class RunView:
     experiment: str
     rows: tuple[Row, ...]
     """The workflow run's first."""
-    candidates: tuple[Candidate, ...]
+    candidates: tuple[CandidateEntry, ...]
     registrations: tuple[Registration, ...]
 
 
@@ -122,7 +122,7 @@ def fold(events: Sequence[RunEvent], *, over: bool = False) -> RunView:
         raise ValueError("the events do not say how the run began")
     top, ended, last_ms = _run_row(first), over, first.at_ms
     steps: dict[str, Row] = {}
-    candidates: dict[str, Candidate] = {}
+    candidates: dict[str, CandidateEntry] = {}
     registrations: dict[str, Registration] = {}
     for event in events[1:]:
         match event:
@@ -185,7 +185,7 @@ def _extend(steps: dict[str, Row], key: str, event: CurvePoints | AttemptEnded) 
             row.tags.update(_not_finite(name, value))
 
 
-def _candidate(run: RunStarted, event: CandidateFound) -> Candidate:
+def _candidate(run: RunStarted, event: CandidateFound) -> CandidateEntry:
     tags = {"kind": "candidate", "candidate": event.name, "workflow": run.workflow, "scores": event.scores}
     tags |= {"artifact": event.artifact, "run": run.run, f"{RUN}.{run.run}": "yes"}
     tags |= {"stillhouse.seen_ms": str(event.at_ms)}
@@ -198,7 +198,7 @@ def _candidate(run: RunStarted, event: CandidateFound) -> Candidate:
     for name, value in event.metrics.items():
         tags |= {} if math.isfinite(value) else _not_finite(name, value)
     key = legal_name(f"{event.scores}/{event.name}")
-    return Candidate(key, event.name, event.at_ms, _legal_params(event.params), tags, metrics)
+    return CandidateEntry(key, event.name, event.at_ms, _legal_params(event.params), tags, metrics)
 
 
 def _verdict_tags(event: VerdictReached) -> dict[str, str]:

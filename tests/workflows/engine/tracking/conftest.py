@@ -1,4 +1,4 @@
-"""Fixtures of the ledger's tests: a sqlite ledger and a real MLflow server."""
+"""Fixtures of the tests of tracking: a sqlite file and a real MLflow server."""
 
 import os
 import signal

@@ -1,16 +1,16 @@
-"""A night's records, as a driver would tell them, for the tests of the ledger."""
+"""A night's events, as a driver would record them, for the tests of tracking."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 from workflows.engine.events import (
+    AttemptEnded,
+    AttemptStarted,
     CandidateFound,
     CurvePoints,
-    RunClosed,
+    RunEnded,
     RunEvent,
-    RunOpened,
-    StepClosed,
-    StepOpened,
+    RunStarted,
     VerdictReached,
 )
 
@@ -26,29 +26,68 @@ STEPS = (
 KL = {"teacher": 0.0, "student": 0.21, "student-w8a8": 0.22, "student-w4a16": 0.29}
 
 
-def opened(run: str, at_ms: int = 1000) -> RunOpened:
-    tags = {"commit": "abc123", "command": "stillhouse run quickstart", "store": "/store"}
-    return RunOpened(run, "quickstart", EXPERIMENT, at_ms, {"temperature": "2.0"}, tags)
+def started(run: str, at_ms: int = 1000, experiment: str = EXPERIMENT) -> RunStarted:
+    return RunStarted(
+        run=run,
+        workflow="quickstart",
+        experiment=experiment,
+        at_ms=at_ms,
+        params={"temperature": "2.0"},
+        command="stillhouse run quickstart",
+        commit="abc123",
+        user="me",
+        store="/store",
+    )
 
 
-def step(run: str, name: str, stage: str, at_ms: int, *, hit: bool = False) -> list[RunEvent]:
+def step(name: str, stage: str, at_ms: int, *, hit: bool = False) -> list[RunEvent]:
     attempt = 0 if hit else 1
-    begin = StepOpened(run, name, attempt, at_ms, stage, "f" * 64, "hit" if hit else "miss")
-    points = CurvePoints(run, name, attempt, tuple(("train/loss", 5.0 - k, k, at_ms + k) for k in range(3)))
+    begin = AttemptStarted(
+        step=name,
+        attempt=attempt,
+        at_ms=at_ms,
+        stage=stage,
+        fingerprint="f" * 64,
+        cache="hit" if hit else "miss",
+        params={"seed": "0"},
+        config='{"seed": 0}',
+    )
+    points = tuple(("train/loss", 5.0 - k, k, at_ms + k) for k in range(3))
+    curves: list[RunEvent] = [] if hit else [CurvePoints(step=name, attempt=attempt, points=points)]
     tags = {"made_by_run": "an-earlier-run"} if hit else {}
-    end = StepClosed(run, name, attempt, at_ms + 90, "FINISHED", {"seconds": 0.09}, {"seed": "0"}, tags, '{"seed": 0}')
-    return [begin, *([] if hit else [points]), end]
+    return [begin, *curves, ended(name, attempt, at_ms + 90, metrics={"seconds": 0.09}, tags=tags)]
 
 
-def candidate(run: str, name: str, at_ms: int, scores: str = SCORES) -> CandidateFound:
-    metrics = {"final/kl_to_teacher": KL[name], "final/size_bytes": 1e6, "final/latency_p50_ms": 3.5}
+def ended(name: str, attempt: int, at_ms: int, status: str = "FINISHED", **fields: object) -> AttemptEnded:
+    values = {"step": name, "attempt": attempt, "at_ms": at_ms, "status": status, "metrics": {}, "tags": {}, **fields}
+    return AttemptEnded.model_validate(values)
+
+
+def candidate(name: str, at_ms: int, scores: str = SCORES, **metrics: float) -> CandidateFound:
     fingerprint = f"{list(KL).index(name)}" * 64
-    uri = f"/store/artifacts/{fingerprint}/out/1/model"
-    return CandidateFound(run, scores, name, at_ms, uri, {"method": "none"}, metrics, {"fingerprint": fingerprint})
+    return CandidateFound(
+        scores=scores,
+        name=name,
+        at_ms=at_ms,
+        artifact=f"/store/artifacts/{fingerprint}/out/1/model",
+        params={"method": "none"},
+        metrics={
+            "final/kl_to_teacher": KL[name],
+            "final/size_bytes": 1e6,
+            "final/latency_p50_ms": metrics.get("latency_p50_ms", 3.5),
+        },
+        tags={"fingerprint": fingerprint},
+    )
 
 
-def verdict(run: str, champion: str | None, at_ms: int, scores: str = SCORES) -> VerdictReached:
-    return VerdictReached(run, scores, "llama-6l", champion, at_ms, ("kl_to_teacher is below 0.25 nats",))
+def verdict(champion: str | None, at_ms: int, scores: str = SCORES) -> VerdictReached:
+    return VerdictReached(
+        scores=scores,
+        registered_name="llama-6l",
+        champion=champion,
+        at_ms=at_ms,
+        reasons=("kl_to_teacher is below 0.25 nats",),
+    )
 
 
 def night(
@@ -59,15 +98,16 @@ def night(
     steps: int = 5,
     candidates: Sequence[str] = tuple(KL),
     files: tuple[Path, ...] = (),
+    experiment: str = EXPERIMENT,
 ) -> list[RunEvent]:
-    """Return the records of one whole run."""
-    records: list[RunEvent] = [opened(run, at_ms)]
+    """Return the events of one whole run."""
+    events: list[RunEvent] = [started(run, at_ms, experiment)]
     for index, (name, stage) in enumerate(STEPS[:steps]):
-        records += step(run, name, stage, at_ms + 100 * (index + 1), hit=index == 0)
-    records += [candidate(run, name, at_ms + 1000) for name in candidates]
-    records.append(verdict(run, champion, at_ms + 1001))
-    records.append(RunClosed(run, at_ms + 1002, "FINISHED", "**finished**: all is well", tuple(str(f) for f in files)))
-    return records
+        events += step(name, stage, at_ms + 100 * (index + 1), hit=index == 0)
+    events += [candidate(name, at_ms + 1000) for name in candidates]
+    events.append(verdict(champion, at_ms + 1001))
+    note = "**finished**: all is well"
+    return [*events, RunEnded(at_ms=at_ms + 1002, status="FINISHED", note=note, files=tuple(map(str, files)))]
 
 
 def short_night() -> list[RunEvent]:

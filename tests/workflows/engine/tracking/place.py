@@ -1,4 +1,4 @@
-"""A store and its MLflow as the ledger's tests use them, and what else they share."""
+"""A store and its MLflow as the tests of tracking use them, and what else they share."""
 
 import socket
 import time
@@ -8,18 +8,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from workflows.engine.tracking.journal import Journal
-
 from stages.storage import Folder
 from tests.workflows.engine.tracking.nights import EXPERIMENT
-from workflows.engine.events import RunEvent
+from workflows.engine.events import EventLog, RunEvent
 from workflows.engine.tracking.connection import Connection, connect
-from workflows.engine.tracking.publisher import replay
+from workflows.engine.tracking.publisher import mlflow_store, publish_earlier
 from workflows.engine.tracking.tracker import RunTracker
 
 
 class Place:
-    """A store, and the MLflow that its runs are told to."""
+    """A store, and the MLflow that its runs are published to."""
 
     def __init__(self, folder: Path, uri: str) -> None:
         self.folder, self.uri = folder, uri
@@ -30,26 +28,52 @@ class Place:
     def client(self) -> Any:
         return connect(self.uri, self.root).client
 
-    def ledger(self, run: str, uri: str | None = None) -> RunTracker:
+    def tracker(self, run: str, uri: str | None = None) -> RunTracker:
         return RunTracker(tracking_uri=uri or self.uri, artifact_root=self.root, runs=self.runs, run=run)
 
-    def journal(self, run: str, *batches: Sequence[RunEvent]) -> Journal:
-        journal = Journal(self.runs / run / "ledger")
+    def log(self, run: str, *batches: Sequence[RunEvent]) -> EventLog:
+        log = EventLog(self.runs / run / "events")
         for batch in batches:
-            journal.append(batch)
-        return journal
+            log.append(batch)
+        return log
 
-    def replay(self, connecting: Callable[[str, str], Connection] = connect) -> int:
-        return replay(self.runs, tracking_uri=self.uri, artifact_root=self.root, connect=connecting)
+    def catch_up(self, connecting: Callable[[str, str], Connection] = connect) -> list[str]:
+        """Publish what is not wholly in MLflow, as a later run's publisher does."""
+        return list(publish_earlier(self.runs, mlflow_store(self.runs, "later", self.uri, self.root, connecting)))
 
-    def tell(self, run: str, records: Sequence[RunEvent]) -> int:
-        self.journal(run, records)
-        return self.replay()
+    def publish(self, run: str, events: Sequence[RunEvent]) -> list[str]:
+        self.log(run, events)
+        return self.catch_up()
 
-    def mlflow_runs(self, where: str = "") -> list[Any]:
+    def is_published(self, run: str) -> bool:
+        return (self.runs / run).has("published.json")
+
+    def mlflow_runs(self, where: str = "", experiment: str = EXPERIMENT) -> list[Any]:
+        found = self.client.get_experiment_by_name(experiment)
+        return list(self.client.search_runs([found.experiment_id], where, order_by=["attributes.start_time"]))
+
+    def picture(self) -> list[Any]:
+        """Return all that a person sees in MLflow, without ids."""
         client = self.client
-        experiment = client.get_experiment_by_name(EXPERIMENT)
-        return list(client.search_runs([experiment.experiment_id], where, order_by=["attributes.start_time"]))
+        names = {row.info.run_id: row.info.run_name for row in self.mlflow_runs()}
+        seen: list[Any] = []
+        for row in self.mlflow_runs():
+            tags = {key: names.get(value, value) for key, value in row.data.tags.items()}
+            points = {
+                key: [(p.step, p.timestamp, p.value) for p in client.get_metric_history(row.info.run_id, key)]
+                for key in row.data.metrics
+            }
+            files = [file.path for file in client.list_artifacts(row.info.run_id)]
+            outputs = len(row.outputs.model_outputs)
+            times = row.info.start_time, row.info.end_time
+            seen.append((row.info.run_name, row.info.status, times, row.data.params, tags, points, files, outputs))
+        found = client.get_experiment_by_name(EXPERIMENT)
+        for model in client.search_logged_models([found.experiment_id]):
+            metrics = [(metric.key, metric.value) for metric in model.metrics]
+            seen.append((model.name, str(model.status), model.tags, model.params, metrics))
+        for version in client.search_model_versions("name = 'llama-6l'"):
+            seen.append((version.version, version.aliases, version.tags, names[version.run_id]))
+        return sorted(seen, key=repr)
 
 
 def free_port() -> int:
@@ -74,7 +98,3 @@ def wait_until(reached: Callable[[], bool], timeout_seconds: float) -> None:
 
 def by_name(runs: Sequence[Any]) -> dict[str, Any]:
     return {run.info.run_name: run for run in runs}
-
-
-def as_fields(record: Any) -> dict[str, Any]:
-    return {name: getattr(record, name) for name in type(record).__dataclass_fields__}

@@ -4,6 +4,7 @@ import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,24 +13,29 @@ from tests.workflows.engine.tracking.nights import (
     SCORES,
     candidate,
     night,
-    opened,
+    started,
+    step,
 )
-from tests.workflows.engine.tracking.place import Place, as_fields, by_name
+from tests.workflows.engine.tracking.place import Place, by_name
+from workflows.engine.events import CurvePoints
+from workflows.engine.tracking.connection import Connection
+from workflows.engine.tracking.mlflow_store import MlflowStore
 from workflows.engine.tracking.queries import read_candidates, registered_fingerprints
+from workflows.engine.tracking.view import fold
 
 
 @pytest.mark.parametrize("place", ["sqlite", pytest.param("server", marks=pytest.mark.server)], indirect=True)
-def test_ledger_two_nights_stand_in_mlflow_as_described(
+def test_publish_two_nights_stand_in_mlflow_as_described(
     place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "leaderboard.md").write_text("| candidate |")
     (tmp_path / "cwd").mkdir()
     monkeypatch.chdir(tmp_path / "cwd")
-    ledger = place.ledger("night-1")
-    for record in night("night-1", files=(tmp_path / "leaderboard.md", tmp_path / "lost.png")):
-        ledger.record(record)
-    state = ledger.close(60)
-    assert (state.sent, state.waiting, state.refused, state.error) == (len(night("night-1")), 0, 0, None)
+    tracker = place.tracker("night-1")
+    for event in night("night-1", files=(tmp_path / "leaderboard.md", tmp_path / "lost.png")):
+        tracker.record(event)
+    state = tracker.close(60)
+    assert (state.sent, state.waiting, state.error) == (len(night("night-1")), 0, None)
 
     rows = by_name(place.mlflow_runs())
     assert len(place.mlflow_runs()) == 10
@@ -62,7 +68,7 @@ def test_ledger_two_nights_stand_in_mlflow_as_described(
     assert_candidates_stand(place, ["night-1"])
     assert_champion(place, {"1": "student-w8a8"}, "1")
 
-    assert place.tell("night-2", night("night-2", at_ms=900_000)) == len(night("night-2"))
+    assert place.publish("night-2", night("night-2", at_ms=900_000)) == ["night-2"]
     assert_candidates_stand(place, ["night-1", "night-2"])
     assert_champion(place, {"1": "student-w8a8"}, "1")
     assert len(place.mlflow_runs()) == 16
@@ -113,48 +119,46 @@ def assert_champion(place: Place, versions: dict[str, str], champion: str | None
 
 
 def test_verdict_rejected_moves_nothing(sqlite: Place) -> None:
-    sqlite.tell("a", night("a", champion=None))
+    sqlite.publish("a", night("a", champion=None))
     assert sqlite.client.search_registered_models() == []
-    sqlite.tell("b", night("b", at_ms=50_000))
-    sqlite.tell("c", night("c", at_ms=90_000, champion=None))
+    sqlite.publish("b", night("b", at_ms=50_000))
+    sqlite.publish("c", night("c", at_ms=90_000, champion=None))
     assert_champion(sqlite, {"1": "student-w8a8"}, "1")
     assert by_name(sqlite.mlflow_runs())["c"].data.tags["verdict"] == "rejected"
 
 
 def test_verdict_new_champion_remembers_the_one_it_replaced(sqlite: Place) -> None:
-    sqlite.tell("a", night("a"))
-    sqlite.tell("b", night("b", at_ms=50_000, champion="student-w4a16"))
+    sqlite.publish("a", night("a"))
+    sqlite.publish("b", night("b", at_ms=50_000, champion="student-w4a16"))
     assert_champion(sqlite, {"1": "student-w8a8", "2": "student-w4a16"}, "2")
     assert sqlite.client.get_model_version("llama-6l", "2").tags["replaced_version"] == "1"
 
 
-def test_verdict_told_late_does_not_move_the_alias_back(sqlite: Place) -> None:
-    sqlite.tell("b", night("b", at_ms=50_000, champion="student-w4a16"))
-    sqlite.tell("a", night("a", at_ms=1000))
+def test_verdict_published_late_does_not_move_the_alias_back(sqlite: Place) -> None:
+    sqlite.publish("b", night("b", at_ms=50_000, champion="student-w4a16"))
+    sqlite.publish("a", night("a", at_ms=1000))
     assert_champion(sqlite, {"1": "student-w4a16", "2": "student-w8a8"}, "1")
     assert {row.data.tags["run"] for row in sqlite.mlflow_runs("tags.kind = 'candidate'")} == {"b"}
 
 
 def test_candidate_measured_anew_shows_the_new_figure_once(sqlite: Place) -> None:
-    sqlite.tell("a", [opened("a"), candidate("a", "student", 1000)])
-    faster = candidate("b", "student", 2000)
-    changed = type(faster)(**{**as_fields(faster), "metrics": {**faster.metrics, "final/latency_p50_ms": 2.5}})
-    sqlite.tell("b", [opened("b"), changed])
+    sqlite.publish("a", [started("a"), candidate("student", 1000)])
+    sqlite.publish("b", [started("b"), candidate("student", 2000, latency_p50_ms=2.5)])
     (row,) = sqlite.mlflow_runs("tags.kind = 'candidate'")
     history = {key: sqlite.client.get_metric_history(row.info.run_id, key) for key in row.data.metrics}
     assert [point.value for point in history["final/latency_p50_ms"]] == [3.5, 2.5]
     assert [point.value for point in history["final/kl_to_teacher"]] == [0.21]
 
 
-def test_ledger_runs_that_end_at_once_share_their_candidates(sqlite: Place) -> None:
+def test_publish_runs_that_end_at_once_share_their_candidates(sqlite: Place) -> None:
     nights = [f"night-{index}" for index in range(3)]
-    ledgers = [sqlite.ledger(run) for run in nights]
-    for index, (ledger, run) in enumerate(zip(ledgers, nights, strict=True)):
-        for record in night(run, at_ms=1000 + index, steps=0):
-            ledger.record(record)
+    trackers = [sqlite.tracker(run) for run in nights]
+    for index, (tracker, run) in enumerate(zip(trackers, nights, strict=True)):
+        for event in night(run, at_ms=1000 + index, steps=0):
+            tracker.record(event)
     with ThreadPoolExecutor() as pool:
-        states = list(pool.map(lambda ledger: ledger.close(90), ledgers))
-    assert [(state.waiting, state.refused, state.error) for state in states] == [(0, 0, None)] * 3
+        states = list(pool.map(lambda tracker: tracker.close(90), trackers))
+    assert [(state.waiting, state.error) for state in states] == [(0, None)] * 3
     rows = sqlite.mlflow_runs("tags.kind = 'candidate'")
     assert len(rows) == 4
     for row in rows:
@@ -162,3 +166,64 @@ def test_ledger_runs_that_end_at_once_share_their_candidates(sqlite: Place) -> N
         assert (len(history), len(row.outputs.model_outputs)) == (1, 1)
     assert {tuple(found["runs"]) for found in read_candidates(sqlite.uri)} == {tuple(nights)}
     assert len(sqlite.client.search_model_versions("name = 'llama-6l'")) == 1
+
+
+# What is sent -------------------------------------------------------------------------------------------------------
+
+
+class Counting:
+    """A client that remembers what it was asked."""
+
+    def __init__(self, client: Any) -> None:
+        self._client = client
+        self.points: list[int] = []
+        self.calls: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._client, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self.calls.append(name)
+            self.points.append(len(kwargs.get("metrics", ())))
+            return method(*args, **kwargs)
+
+        return call
+
+
+def counting_store(place: Place) -> tuple[MlflowStore, Counting]:
+    client = Counting(place.client)
+    return MlflowStore(lambda: Connection(client, place.uri, place.root)), client
+
+
+def test_publish_growing_run_sends_only_what_is_new(sqlite: Place) -> None:
+    store, client = counting_store(sqlite)
+    begin, curves, end = step("teacher", "Train", 1200)
+    store.publish(fold([started("r"), begin, curves]))
+    assert sum(client.points) == 3
+    client.calls.clear()
+    store.publish(fold([started("r"), begin, curves]))
+    assert client.calls == []
+    more = CurvePoints(step="teacher", attempt=1, points=(("train/loss", 1.0, 3, 1203),))
+    store.publish(fold([started("r"), begin, curves, more, end]))
+    assert sum(client.points) == 3 + 2
+    history = sqlite.client.get_metric_history(by_name(sqlite.mlflow_runs())["teacher"].info.run_id, "train/loss")
+    assert [point.value for point in history] == [5.0, 4.0, 3.0, 1.0]
+
+
+def test_publish_finished_run_again_in_a_new_process_only_looks(sqlite: Place) -> None:
+    sqlite.publish("r", night("r", candidates=[], champion=None))
+    before = sqlite.picture()
+    store, client = counting_store(sqlite)
+    store.publish(fold(night("r", candidates=[], champion=None)))
+    assert set(client.calls) == {"get_experiment_by_name", "search_runs"}
+    assert sqlite.picture() == before
+
+
+def test_publish_many_points_in_one_go_all_stand_in_mlflow(sqlite: Place) -> None:
+    points = tuple(("train/loss", float(k), k, 1000 + k) for k in range(2500))
+    begin, _, end = step("teacher", "Train", 1000)
+    store, client = counting_store(sqlite)
+    store.publish(fold([started("r"), begin, CurvePoints(step="teacher", attempt=1, points=points), end]))
+    assert max(client.points) <= 1000
+    row = by_name(sqlite.mlflow_runs())["teacher"]
+    assert len(sqlite.client.get_metric_history(row.info.run_id, "train/loss")) == 2500

@@ -1,18 +1,22 @@
-"""Journals told to MLflow exactly once, whatever is killed on the way."""
+"""Runs published to MLflow exactly once, whatever is killed on the way; and earlier ones behind the work."""
 
-import os
-from pathlib import Path
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pytest
-from workflows.engine.tracking.journal import Journal
 
-from tests.workflows.engine.tracking.nights import EXPERIMENT, night, opened, short_night, step
-from tests.workflows.engine.tracking.place import Place, by_name
-from workflows.engine.heartbeat import Holder
-from workflows.engine.lease import holder_of
+from stages.errors import ConfigError
+from tests.workflows.engine.tracking.nights import ended, night, short_night, started, step
+from tests.workflows.engine.tracking.place import Place, by_name, free_port
+from workflows.engine.events import EventLog, RunEvent
+from workflows.engine.heartbeat import Holder, Liveness
+from workflows.engine.tracking import publisher
 from workflows.engine.tracking.connection import Connection, connect
-from workflows.engine.tracking.tracking_uri import default_tracking_uri
+from workflows.engine.tracking.mlflow_store import MlflowStore
+from workflows.engine.tracking.publisher import follow, publish_history, publisher_lease
+from workflows.engine.tracking.tracking_uri import TrackingUnavailable, default_tracking_uri
+from workflows.engine.tracking.view import RunView
 
 
 class Killed(BaseException):
@@ -22,7 +26,7 @@ class Killed(BaseException):
 class Mortal:
     """A client in whose n-th call the process is killed: MLflow has done it, and nobody heard of it.
 
-    Killed before a call is killed after the one before it, as far as MLflow and the journal know.
+    Killed before a call is killed after the one before it, as far as MLflow and the store know.
     """
 
     def __init__(self, client: Any, fatal: int) -> None:
@@ -42,39 +46,13 @@ class Mortal:
         return call
 
 
-def picture(place: Place) -> list[Any]:
-    """Return all that a person sees in MLflow, without ids."""
-    client = place.client
-    names = {row.info.run_id: row.info.run_name for row in place.mlflow_runs()}
-    seen: list[Any] = []
-    for row in place.mlflow_runs():
-        tags = {key: names.get(value, value) for key, value in row.data.tags.items()}
-        points = {
-            key: [(p.step, p.timestamp, p.value) for p in client.get_metric_history(row.info.run_id, key)]
-            for key in row.data.metrics
-        }
-        files = [file.path for file in client.list_artifacts(row.info.run_id)]
-        outputs = len(row.outputs.model_outputs)
-        seen.append(
-            (row.info.run_name, row.info.status, row.info.end_time, row.data.params, tags, points, files, outputs)
-        )
-    experiment = client.get_experiment_by_name(EXPERIMENT)
-    for model in client.search_logged_models([experiment.experiment_id]):
-        seen.append(
-            (model.name, str(model.status), model.tags, model.params, [(m.key, m.value) for m in model.metrics])
-        )
-    for version in client.search_model_versions("name = 'llama-6l'"):
-        seen.append((version.version, version.aliases, version.tags, names[version.run_id]))
-    return seen
-
-
-def test_replay_killed_in_any_call_ends_with_the_same_ledger(sqlite: Place, tmp_path: Path) -> None:
-    sqlite.tell("r", short_night())
-    expected = picture(sqlite)
+def test_publish_killed_in_any_call_ends_with_the_same_mlflow(sqlite: Place, tmp_path: Any) -> None:
+    sqlite.publish("r", short_night())
+    expected = sqlite.picture()
     for fatal in range(1, 200):
         folder = tmp_path / str(fatal)
         place = Place(folder, default_tracking_uri(str(folder)))
-        place.journal("r", short_night()[:3], short_night()[3:])
+        place.log("r", short_night()[:3], short_night()[3:])
         made: list[Mortal] = []
 
         def connect_mortal(uri: str, root: str, made: list[Mortal] = made, fatal: int = fatal) -> Connection:
@@ -82,36 +60,37 @@ def test_replay_killed_in_any_call_ends_with_the_same_ledger(sqlite: Place, tmp_
             return Connection(made[0], uri, root)
 
         try:
-            place.replay(connect_mortal)
+            place.catch_up(connect_mortal)
         except Killed:
-            place.replay()
-            assert picture(place) == expected, f"killed in call {fatal}"
-            assert place.replay() == 0
+            place.catch_up()
+            assert place.picture() == expected, f"killed in call {fatal}"
+            assert place.catch_up() == []
         else:
             break
     assert made[0].calls == fatal - 1 > 20
 
 
-def test_replay_killed_before_the_mark_tells_nothing_twice(sqlite: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    sqlite.journal("r", short_night())
+def test_publish_killed_before_the_mark_changes_nothing_the_next_time(
+    sqlite: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sqlite.log("r", short_night())
 
-    def kill(_: Journal, __: int) -> None:
+    def kill(*_: Any) -> None:
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(Journal, "mark_sent", kill)
+        patch.setattr(publisher, "mark_published", kill)
         with pytest.raises(Killed):
-            sqlite.replay()
-    before = picture(sqlite)
-    assert sqlite.replay() == len(short_night())
-    assert picture(sqlite) == before
-    assert sqlite.replay() == 0
+            sqlite.catch_up()
+    before = sqlite.picture()
+    assert sqlite.catch_up() == ["r"]
+    assert sqlite.picture() == before
+    assert sqlite.catch_up() == []
 
 
-def test_replay_dead_run_is_sent_and_ended(sqlite: Place) -> None:
-    unclosed = [opened("r"), *step("r", "corpus", "Prepare", 1100, hit=True), *step("r", "teacher", "Train", 1200)[:2]]
-    sqlite.journal("r", unclosed)
-    assert sqlite.replay() == len(unclosed)
+def test_publish_dead_run_is_sent_and_ended(sqlite: Place) -> None:
+    corpus, teacher = step("corpus", "Prepare", 1100, hit=True), step("teacher", "Train", 1200)[:2]
+    assert sqlite.publish("r", [started("r"), *corpus, *teacher]) == ["r"]
     rows = by_name(sqlite.mlflow_runs())
     assert {name: (row.info.status, row.info.end_time) for name, row in rows.items()} == {
         "r": ("KILLED", 1202),
@@ -120,42 +99,211 @@ def test_replay_dead_run_is_sent_and_ended(sqlite: Place) -> None:
     }
 
 
-def test_replay_run_whose_driver_lives_is_sent_and_stays_open(sqlite: Place) -> None:
-    """Its own teller was killed: what it still journals is sent later, and it is not ended for it."""
-    journal = sqlite.journal("r", short_night()[:4])
+def test_publish_run_whose_driver_lives_is_sent_and_stays_open(sqlite: Place) -> None:
+    """Its own publisher was killed: what it still records is sent later, and it is not ended for it."""
+    log = sqlite.log("r", short_night()[:4])
     beat = sqlite.runs / "r"
     beat.put_json("heartbeat.json", Holder.of_this_process("r").to_json())
-    assert sqlite.replay() == 4
+    assert sqlite.catch_up() == ["r"]
     assert by_name(sqlite.mlflow_runs())["r"].info.status == "RUNNING"
-    journal.append(short_night()[4:])
+    log.append(short_night()[4:])
     beat.delete(["heartbeat.json"])
-    assert sqlite.replay() == len(short_night()) - 4
+    assert sqlite.catch_up() == ["r"]
     assert by_name(sqlite.mlflow_runs())["r"].info.status == "FINISHED"
-    assert journal.finished()
+    assert sqlite.is_published("r")
 
 
-def test_replay_living_sender_is_left_alone(sqlite: Place) -> None:
-    journal = sqlite.journal("r", short_night())
-    term = journal.sender.acquire(holder_of("r", os.getpid()))
+def test_publish_run_with_a_living_publisher_is_left_alone(sqlite: Place) -> None:
+    sqlite.log("r", short_night())
+    lease = publisher_lease(sqlite.runs, "r", Liveness(sqlite.runs))
+    term = lease.acquire(Holder.of_this_process("r"))
     assert isinstance(term, int)
-    assert sqlite.replay() == 0
-    assert journal.sent() == 0
-    journal.sender.release(term)
-    assert sqlite.replay() == len(short_night())
+    assert sqlite.catch_up() == []
+    lease.release(term)
+    assert sqlite.catch_up() == ["r"]
 
 
-def test_replay_nothing_waiting_touches_no_mlflow(sqlite: Place) -> None:
-    sqlite.tell("r", short_night())
+def test_publish_nothing_waiting_touches_no_mlflow(sqlite: Place) -> None:
+    sqlite.publish("r", short_night())
 
     def never(_: str, __: str) -> Connection:
         raise AssertionError("there was nothing to send")
 
-    assert sqlite.replay(never) == 0
+    assert sqlite.catch_up(never) == []
 
 
-def test_replay_flawed_record_is_refused_and_the_rest_is_sent(sqlite: Place, caplog: pytest.LogCaptureFixture) -> None:
-    records = night("r", champion="nobody", candidates=[])
-    assert sqlite.tell("r", records) == len(records) - 1
+def test_publish_flawed_event_is_refused_and_the_rest_is_sent(sqlite: Place, caplog: pytest.LogCaptureFixture) -> None:
+    assert sqlite.publish("r", night("r", champion="nobody", candidates=[])) == ["r"]
     assert "'nobody', which was never found" in caplog.text
     assert by_name(sqlite.mlflow_runs())["r"].info.status == "FINISHED"
-    assert sqlite.replay() == 0
+    assert sqlite.catch_up() == []
+
+
+def test_publish_run_that_does_not_say_how_it_began_holds_up_no_other(
+    sqlite: Place, caplog: pytest.LogCaptureFixture
+) -> None:
+    sqlite.log("a", short_night()[1:])
+    (sqlite.runs / "b" / "events").put("000001.json", b"")
+    assert sqlite.publish("r", short_night()) == ["a", "b", "r"]
+    assert caplog.text.count("how the run began") == 2
+    assert "r" in by_name(sqlite.mlflow_runs())
+
+
+# Beside a driver ----------------------------------------------------------------------------------------------------
+
+
+class FakeStore(MlflowStore):
+    """Remembers the views that it was to publish; fails for the first of them."""
+
+    def __init__(self, *, outages: int = 0) -> None:
+        self.views: list[RunView] = []
+        self.outages = outages
+
+    def publish(self, view: RunView) -> None:
+        if self.outages:
+            self.outages -= 1
+            raise ConnectionError("no answer from https://me:pw@mlflow")
+        self.views.append(view)
+
+
+class Script(threading.Event):
+    """An end of the driver that comes after some looks at it; at each look, what the driver does meanwhile is done."""
+
+    def __init__(self, log: EventLog, *batches: Sequence[RunEvent]) -> None:
+        super().__init__()
+        self._log, self._batches = log, list(batches)
+        self.pauses: list[float | None] = []
+
+    def wait(self, timeout: float | None = None) -> bool:
+        self.pauses.append(timeout)
+        if self._batches:
+            batch = self._batches.pop(0)
+            if batch:
+                self._log.append(batch)
+        else:
+            self.set()
+        return self.is_set()
+
+
+@pytest.fixture(autouse=True)
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(publisher, "CLOSING_PAUSE_SECONDS", 0.0)
+
+
+def run_follow(
+    place: Place, store: FakeStore, *batches: Sequence[RunEvent], earlier: Iterable[str] = ()
+) -> tuple[bool, list[Mapping[str, Any]], Script]:
+    answers: list[Mapping[str, Any]] = []
+    script = Script(place.log("r"), *batches)
+    return follow("r", place.runs, store, script, iter(earlier), answers.append), answers, script
+
+
+def test_follow_publishes_the_whole_run_as_it_grows(sqlite: Place) -> None:
+    store = FakeStore()
+    done, answers, _ = run_follow(sqlite, store, night("r")[:3], night("r")[3:])
+    assert done
+    assert [len(view.rows) for view in store.views] == [2, 6, 6]
+    assert [answer["sent"] for answer in answers] == [3, len(night("r")), len(night("r"))]
+    assert (answers[-1]["error"], answers[-1]["final"]) == (None, True)
+    assert sqlite.is_published("r")
+
+
+def test_follow_outage_is_waited_for_longer_and_longer(sqlite: Place) -> None:
+    store = FakeStore(outages=3)
+    done, answers, script = run_follow(sqlite, store, night("r"), [], [], [])
+    assert done
+    assert [answer["error"] for answer in answers][:4] == ["no answer from https://***@mlflow"] * 3 + [None]
+    assert script.pauses[1:4] == [1.0, 2.0, 5.0]
+    assert answers[-1]["sent"] == len(night("r"))
+
+
+def test_follow_outage_at_the_end_gives_up_and_the_store_keeps_all(sqlite: Place) -> None:
+    done, answers, _ = run_follow(sqlite, FakeStore(outages=99), night("r"))
+    assert not done
+    assert answers[-1] == {"sent": 0, "error": "no answer from https://***@mlflow", "final": True}
+    assert [answer["final"] for answer in answers] == [False] * (len(answers) - 1) + [True]
+    assert not sqlite.is_published("r")
+
+
+def test_follow_killed_driver_leaves_no_row_open(sqlite: Place) -> None:
+    store = FakeStore()
+    run_follow(sqlite, store, night("r")[:6])
+    assert {(row.name, row.status) for row in store.views[-1].rows} == {
+        ("r", "KILLED"),
+        ("corpus", "FINISHED"),
+        ("teacher", "FINISHED"),
+    }
+    assert sqlite.is_published("r")
+
+
+def test_follow_earlier_runs_come_while_there_is_nothing_to_send(sqlite: Place) -> None:
+    order: list[str] = []
+
+    class Noting(FakeStore):
+        def publish(self, view: RunView) -> None:
+            order.append("this run")
+
+    def earlier() -> Iterator[str]:
+        for run in ("a", "b"):
+            order.append(run)
+            yield run
+
+    run_follow(sqlite, Noting(), [], night("r")[:3], [], night("r")[3:], [], earlier=earlier())
+    assert order == ["this run", "a", "this run", "b", "this run"]
+
+
+def test_follow_outage_over_earlier_runs_holds_up_nothing(sqlite: Place) -> None:
+    def earlier() -> Iterator[str]:
+        raise ConnectionError("gone")
+        yield
+
+    store = FakeStore()
+    done, answers, _ = run_follow(sqlite, store, night("r")[:3], [], night("r")[3:], earlier=earlier())
+    assert done
+    assert [answer["error"] for answer in answers] == [None, "gone", None, None]
+
+
+# On command ---------------------------------------------------------------------------------------------------------
+
+
+def test_publish_history_fills_an_empty_mlflow_with_the_same(sqlite: Place) -> None:
+    sqlite.publish("a", night("a"))
+    sqlite.publish("b", night("b", at_ms=50_000, champion="student-w4a16"))
+    sqlite.publish("c", [started("c", 90_000), *step("corpus", "Prepare", 90_100, hit=True)])
+    second = Place(sqlite.folder, f"sqlite:///{sqlite.folder}/second.db")
+    options = {"tracking_uri": second.uri, "artifact_root": second.root}
+    assert publish_history(second.runs, [], **options) == ["a", "b", "c"]
+    assert second.picture() == sqlite.picture()
+    before = rows_of(second)
+    assert publish_history(second.runs, ["b"], **options) == ["b"]
+    assert publish_history(second.runs, [], **options) == ["a", "b", "c"]
+    assert rows_of(second) == before
+
+
+def rows_of(place: Place) -> dict[str, list[Any]]:
+    """Return every row of every table of a sqlite file."""
+    import sqlite3
+    from contextlib import closing
+
+    with closing(sqlite3.connect(place.uri.removeprefix("sqlite:///"))) as database:
+        tables = [name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+        return {name: sorted(database.execute(f'SELECT * FROM "{name}"').fetchall(), key=repr) for name in tables}
+
+
+def test_publish_history_unknown_run_is_a_config_error(sqlite: Place) -> None:
+    with pytest.raises(ConfigError, match="no run 'x'"):
+        publish_history(sqlite.runs, ["x"], tracking_uri=sqlite.uri, artifact_root=sqlite.root)
+
+
+def test_publish_history_dead_server_is_unavailable(sqlite: Place) -> None:
+    sqlite.log("r", short_night())
+    with pytest.raises(TrackingUnavailable):
+        publish_history(sqlite.runs, [], tracking_uri=f"http://127.0.0.1:{free_port()}", artifact_root=sqlite.root)
+
+
+def test_publish_attempt_that_failed_shows_its_error(sqlite: Place) -> None:
+    begin, _, _ = step("teacher", "Train", 1200)
+    failed = ended("teacher", 1, 1300, "FAILED", tags={"error": "worker lost"})
+    sqlite.publish("r", [started("r"), begin, failed])
+    row = by_name(sqlite.mlflow_runs())["teacher"]
+    assert (row.info.status, row.data.tags["error"]) == ("FAILED", "worker lost")

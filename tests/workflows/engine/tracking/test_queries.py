@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.workflows.engine.tracking.nights import candidate, opened, verdict
+from tests.workflows.engine.tracking.nights import candidate, started, verdict
 from tests.workflows.engine.tracking.place import Place, free_port
 from workflows.engine.tracking.queries import read_candidates, registered_fingerprints
 from workflows.engine.tracking.tracking_uri import TrackingUnavailable, default_tracking_uri
 
 
-def test_read_candidates_dead_ledgers_are_unavailable(tmp_path: Path) -> None:
+def test_read_candidates_dead_places_are_unavailable(tmp_path: Path) -> None:
     for uri in (default_tracking_uri(str(tmp_path)), f"http://127.0.0.1:{free_port()}"):
         with pytest.raises(TrackingUnavailable):
             read_candidates(uri)
@@ -20,9 +20,9 @@ def test_read_candidates_dead_ledgers_are_unavailable(tmp_path: Path) -> None:
 
 
 def test_registered_fingerprints_scores_and_models_of_every_version(sqlite: Place) -> None:
-    sqlite.tell("o", [opened("o")])
+    sqlite.publish("o", [started("o")])
     assert registered_fingerprints(sqlite.uri) == set()
-    sqlite.tell("a", [opened("a"), candidate("a", "student", 1000), verdict("a", "student", 1001)])
-    other = [opened("b"), candidate("b", "teacher", 2000, "6" * 64), verdict("b", "teacher", 2001, "6" * 64)]
-    sqlite.tell("b", other)
+    sqlite.publish("a", [started("a"), candidate("student", 1000), verdict("student", 1001)])
+    other = [started("b"), candidate("teacher", 2000, "6" * 64), verdict("teacher", 2001, "6" * 64)]
+    sqlite.publish("b", other)
     assert registered_fingerprints(sqlite.uri) == {"0" * 64, "1" * 64, "5" * 64, "6" * 64}

@@ -1,52 +1,81 @@
-"""What MLflow is told of each record."""
+"""What MLflow shows of a run's events."""
 
 import math
 import posixpath
+from typing import Any
 
 import pytest
 
-from tests.workflows.engine.tracking.nights import night, opened, step
-from workflows.engine.events import StepClosed
-from workflows.engine.tracking.view import Row, candidate_key, coalesce, finite, legal_name, legal_params, legal_tags
+from tests.workflows.engine.tracking.nights import SCORES, candidate, ended, night, started, step, verdict
+from workflows.engine.tracking.view import fold, legal_name
 
 
-def test_coalesce_records_of_one_attempt_become_one_row() -> None:
-    rows = [entry for entry in coalesce(step("r", "teacher", "Train", 100)) if isinstance(entry, Row)]
-    assert [(row.key, row.name, row.opened_ms, row.closed) for row in rows] == [
-        ("r/teacher/1", "teacher", 100, ("FINISHED", 190))
-    ]
-    assert rows[0].points == [
+def test_fold_events_of_one_attempt_become_one_row() -> None:
+    _, row = fold([started("r"), *step("teacher", "Train", 100)]).rows
+    assert (row.key, row.parent, row.name, row.started_ms) == ("r/teacher/1", "r", "teacher", 100)
+    assert (row.status, row.ended_ms) == ("FINISHED", 190)
+    assert row.points == [
         ("train/loss", 5.0, 0, 100),
         ("train/loss", 4.0, 1, 101),
         ("train/loss", 3.0, 2, 102),
         ("seconds", 0.09, 0, 190),
     ]
-    assert rows[0].num_records == 3
+    assert (row.params, row.texts) == ({"seed": "0"}, {"config.json": '{"seed": 0}'})
 
 
-def test_coalesce_whole_run_opens_first_and_closes_last() -> None:
-    entries = coalesce(night("r"))
-    assert isinstance(entries[0], Row)
-    assert isinstance(entries[-1], Row)
-    assert (entries[0].opened_ms, entries[0].closed) == (1000, None)
-    assert entries[-1].closed == ("FINISHED", 2002)
-    assert sum(entry.num_records if isinstance(entry, Row) else 1 for entry in entries) == len(night("r"))
+def test_fold_whole_run_is_a_row_for_each_step_and_its_candidates() -> None:
+    view = fold(night("r"))
+    assert [(row.name, row.status) for row in view.rows] == [
+        (name, "FINISHED") for name in ("r", "corpus", "teacher", "signals", "train.small", "quantize")
+    ]
+    assert (view.rows[0].started_ms, view.rows[0].ended_ms) == (1000, 2002)
+    assert view.rows[0].tags["verdict"] == "champion: student-w8a8"
+    assert [found.name for found in view.candidates] == ["teacher", "student", "student-w8a8", "student-w4a16"]
+    (wish,) = view.registrations
+    assert (wish.registered_name, wish.candidate, wish.at_ms) == ("llama-6l", f"{SCORES}/student-w8a8", 2001)
 
 
-def test_coalesce_second_attempt_has_a_row_of_its_own() -> None:
-    again = StepClosed("r", "teacher", 2, 300, "FAILED", {}, {}, {"error": "lost"}, "")
-    rows = [entry for entry in coalesce([*step("r", "teacher", "Train", 100), again]) if isinstance(entry, Row)]
-    assert [(row.name, row.closed and row.closed[0]) for row in rows] == [
+def test_fold_run_in_its_midst_leaves_open_what_is_open() -> None:
+    events = [started("r"), *step("teacher", "Train", 100)[:2]]
+    assert [row.status for row in fold(events).rows] == ["RUNNING", "RUNNING"]
+    assert [(row.status, row.ended_ms) for row in fold(events, over=True).rows] == [("KILLED", 1000), ("KILLED", 1000)]
+
+
+def test_fold_again_gives_the_same_digests_and_more_events_other_ones() -> None:
+    events = [started("r"), *step("teacher", "Train", 100)]
+    once, again, less = fold(events), fold(events), fold(events[:-1])
+    assert [row.digest for row in once.rows] == [row.digest for row in again.rows]
+    assert once.rows[1].digest != less.rows[1].digest
+    assert once.rows[0].digest == less.rows[0].digest
+
+
+def test_fold_second_attempt_has_a_row_of_its_own() -> None:
+    begin = step("teacher", "Train", 100)[0].model_copy(update={"attempt": 2})
+    failed = ended("teacher", 2, 300, "FAILED", tags={"error": "lost"})
+    view = fold([started("r"), *step("teacher", "Train", 100), begin, failed])
+    assert [(row.name, row.status) for row in view.rows[1:]] == [
         ("teacher", "FINISHED"),
         ("teacher (attempt 2)", "FAILED"),
     ]
 
 
-def test_coalesce_run_tags_fill_mlflows_own_columns() -> None:
-    (row,) = coalesce([opened("r")])
-    assert isinstance(row, Row)
+def test_fold_run_tags_fill_mlflows_own_columns() -> None:
+    (row,) = fold([started("r")]).rows
     assert row.tags["mlflow.source.git.commit"] == "abc123"
     assert row.tags["mlflow.source.name"] == "stillhouse run quickstart"
+    assert row.tags["mlflow.user"] == "me"
+
+
+def test_fold_rejecting_verdict_registers_nothing() -> None:
+    view = fold([started("r"), candidate("student", 1000), verdict(None, 1001)])
+    assert view.registrations == ()
+    assert view.rows[0].tags["verdict"] == "rejected"
+
+
+@pytest.mark.parametrize("events", [[], night("r")[1:]], ids=["none", "without its start"])
+def test_fold_run_without_its_start_is_an_error(events: list[Any]) -> None:
+    with pytest.raises(ValueError, match="how the run began"):
+        fold(events)
 
 
 @pytest.mark.parametrize("name", ["ppl@k=5", "/a//b/", "../x", "a/./b", "é ü", "", "...", "..x", "x" * 400, "a/" * 200])
@@ -61,17 +90,26 @@ def test_legal_name_any_name_is_one_mlflow_takes(name: str) -> None:
     assert legal_name(legal) == legal
 
 
-def test_legal_params_and_tags_long_values_are_cut_at_mlflows_limits() -> None:
-    assert len(legal_params({"p": "x" * 7000})["p"]) == 6000
-    assert len(legal_tags({"t": "x" * 9000})["t"]) == 8000
+def test_fold_long_values_are_cut_at_mlflows_limits() -> None:
+    begin = step("teacher", "Train", 100)[0].model_copy(update={"params": {"p": "x" * 7000}})
+    row = fold([started("r"), begin, ended("teacher", 1, 200, "FAILED", tags={"error": "x" * 9000})]).rows[1]
+    assert (len(row.params["p"]), len(row.tags["error"])) == (6000, 8000)
 
 
-def test_finite_odd_values_become_tags() -> None:
-    good, odd = finite([("a", 1.0, 0, 5), ("b", math.nan, 0, 5), ("c@", math.inf, 0, 5)])
-    assert good == [("a", 1.0, 0, 5)]
-    assert odd == {"not_finite.b": "nan", "not_finite.c_": "inf"}
+def test_fold_values_that_are_not_finite_become_tags() -> None:
+    metrics = {"a": 1.0, "b": math.nan, "c@": math.inf}
+    row = fold([started("r"), step("s", "Train", 100)[0], ended("s", 1, 200, metrics=metrics)]).rows[1]
+    assert row.points == [("a", 1.0, 0, 200)]
+    assert {name: row.tags[name] for name in row.tags if "finite" in name} == {
+        "not_finite.b": "nan",
+        "not_finite.c_": "inf",
+    }
+    found = candidate("student", 1000).model_copy(update={"metrics": metrics})
+    (shown,) = fold([started("r"), found]).candidates
+    assert (shown.metrics, shown.tags["not_finite.b"]) == ({"a": 1.0}, "nan")
 
 
-def test_candidate_key_quote_in_name_cannot_leave_the_filter() -> None:
-    assert "'" not in candidate_key("s", "x' or 'a")
-    assert "`" not in candidate_key("s", "x`y")
+def test_fold_quote_in_a_candidates_name_cannot_leave_the_filter() -> None:
+    found = candidate("student", 1000).model_copy(update={"name": "x' or `a"})
+    (shown,) = fold([started("r"), found]).candidates
+    assert not {"'", "`"} & set(shown.key)

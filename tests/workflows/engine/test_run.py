@@ -1,0 +1,159 @@
+"""One run from its announcement to MLflow, with work that is done in this process."""
+
+import getpass
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stages.contract import Context, Input, Outcome, Stage
+from stages.errors import ConfigError
+from stages.formats.report import Report, ReportedCandidate, Verdict
+from tests.fakes import InlineTasks, SilentWatcher
+from tests.stages_for_tests import Join, Write
+from workflows.engine import run as run_module
+from workflows.engine.events import EventLog
+from workflows.engine.graph import Workflow
+from workflows.engine.heartbeat import Holder
+from workflows.engine.plan import Plan
+from workflows.engine.run import Execution, Settings, execute, silent
+from workflows.engine.store import ArtifactStore
+from workflows.engine.tracking.tracking_uri import known_tracking_uris
+
+
+class Judge(Stage):
+    """Leaves a report with one candidate."""
+
+    KIND = "report"
+    REVISION = "2026-11-25 first"
+    INPUTS = {"scores": Input("dataset")}
+
+    def run(self, context: Context) -> Outcome:
+        fingerprint = context.one("scores").fingerprint
+        candidate = ReportedCandidate(
+            name="student", fingerprint=fingerprint, folder="model", uri="/store/model", kind="distilled", base=None,
+            params={"method": "none"}, metrics={"final/kl_to_teacher": 0.2}, intervals={}, notes={},
+        )  # fmt: skip
+        verdict = Verdict(
+            outcome="accepted",
+            champion="student",
+            registered_name="tiny",
+            reasons=("it is good",),
+            claims=(),
+            checks={},
+        )
+        report = Report(
+            verdict=verdict, reference=None, split="validation", tokens=10, documents=1, candidates=(candidate,)
+        )
+        report.write(context.out)
+        return Outcome()
+
+
+def graph() -> Workflow:
+    flow = Workflow("flow")
+    data = flow.step("data", Write(text="malt"))
+    flow.step("report", Judge(), scores=data)
+    return flow
+
+
+@pytest.fixture
+def tasks(monkeypatch: pytest.MonkeyPatch) -> InlineTasks:
+    """Work that is done in this process, where a run would start Ray."""
+    made = InlineTasks()
+    monkeypatch.setattr(run_module, "RayExecutor", lambda **_: made)
+    return made
+
+
+def run_it(store: Path, flow: Workflow | None = None, watch: Any = silent, **settings: Any) -> Execution:
+    return execute(
+        flow or graph(),
+        Settings(store=str(store), **settings),
+        watch=watch,
+        interrupt=threading.Event(),
+        params={"text": "malt"},
+        command="stillhouse run flow",
+    )
+
+
+def test_execute_keeps_what_happened_in_the_store_and_in_mlflow(tmp_path: Path, tasks: InlineTasks) -> None:
+    execution = run_it(tmp_path / "store")
+    assert execution.result.succeeded
+    assert (execution.ledger.waiting, execution.ledger.error) == (0, None)
+    report = execution.reports["report"]
+    assert report.verdict.champion == "student"
+    assert report.candidates[0].metrics["final/cost_seconds"] >= 0
+    root = ArtifactStore(str(tmp_path / "store")).root
+    happened = [event.type for event in EventLog(root / "runs" / execution.result.run / "events").read_all()]
+    assert happened == [
+        "run_started", "attempt_started", "attempt_ended", "attempt_started", "attempt_ended",
+        "candidate_found", "verdict_reached", "run_ended",
+    ]  # fmt: skip
+    again = run_it(tmp_path / "store")
+    assert {step.outcome for step in again.result.steps.values()} == {"hit"}
+    assert again.ledger.sent == len(happened)
+
+
+def test_execute_announces_itself_before_it_plans(
+    tmp_path: Path, tasks: InlineTasks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[bool] = []
+    plan = run_module.make_plan
+
+    def planning(workflow: Workflow, store: ArtifactStore, **options: Any) -> Plan:
+        (run,) = (store.root / "runs").children()
+        seen.append(store.liveness.run_alive(run))
+        return plan(workflow, store, **options)
+
+    monkeypatch.setattr(run_module, "make_plan", planning)
+    run_it(tmp_path / "store")
+    assert seen == [True]
+
+
+def test_execute_refused_run_leaves_nothing(tmp_path: Path, tasks: InlineTasks) -> None:
+    flow = Workflow("flow")
+    flow.step("joined", Join(), data=flow.step("data", Write(text="malt")))
+    with pytest.raises(ConfigError):
+        run_it(tmp_path / "store", flow, only="nothing")
+    assert not (tmp_path / "store" / "runs").exists() or not list((tmp_path / "store" / "runs").iterdir())
+
+
+def test_execute_store_remembers_where_its_runs_went_without_the_password(tmp_path: Path, tasks: InlineTasks) -> None:
+    uri = f"sqlite:///{tmp_path}/elsewhere.db"
+    run_it(tmp_path / "store", tracking_uri=uri)
+    run_it(tmp_path / "store")
+    root = ArtifactStore(str(tmp_path / "store")).root
+    assert known_tracking_uris(root) == [f"sqlite:///{root.uri}/mlflow/mlflow.db", uri]
+
+
+def test_execute_user_without_a_name_is_a_number(
+    tmp_path: Path, tasks: InlineTasks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nobody() -> str:
+        raise KeyError("getpwuid(): uid not found: 1234")
+
+    monkeypatch.setattr(getpass, "getuser", nobody)
+    monkeypatch.setattr(os, "getuid", lambda: 1234)
+    execution = run_it(tmp_path / "store")
+    events = EventLog(ArtifactStore(str(tmp_path / "store")).root / "runs" / execution.result.run / "events")
+    (started, *_) = events.read_all()
+    assert started.user == "1234"  # type: ignore[union-attr]
+
+
+def test_execute_failing_watcher_still_ends_the_run_for_others(tmp_path: Path, tasks: InlineTasks) -> None:
+    @contextmanager
+    def broken(_: Plan) -> Iterator[SilentWatcher]:
+        raise OSError("the terminal is gone")
+        yield
+
+    with pytest.raises(OSError, match="terminal"):
+        run_it(tmp_path / "store", watch=broken)
+    root = ArtifactStore(str(tmp_path / "store")).root
+    (run,) = (root / "runs").children()
+    assert (root / "runs" / run).has("published.json")
+    holder = Holder.from_json((root / "runs" / run).get_json("heartbeat.json"))
+    assert holder == replace(Holder.of_this_process(run))
