@@ -15,10 +15,11 @@ from pathlib import Path
 
 from stages.contract import Context, Outcome, Stage
 from workflows.engine.graph import Workflow
+from workflows.engine.heartbeat import Heartbeat
 from workflows.engine.plan import make_plan
-from workflows.engine.run import Settings, execute, silent
+from workflows.engine.run import Settings, execute, run_started, silent
 from workflows.engine.store import ArtifactStore
-from workflows.engine.tracking.tracker import Ledger
+from workflows.engine.tracking.tracker import RunTracker
 from workflows.engine.tracking.tracking_uri import default_tracking_uri
 
 STEPS, FRESH_STEPS, PLANNED_STEPS = 200, 20, 1000
@@ -50,23 +51,22 @@ def chain(kind: type[Nothing], num_steps: int, salt: int = 0) -> Workflow:
 
 
 def drive_seconds(flow: Workflow, store: ArtifactStore, tasks, *, mlflow: bool) -> float:
-    """Time a run from its plan to its last commit and, with MLflow, to the ledger's last record."""
+    """Time a run from its plan to its last commit and, with MLflow, to its last event."""
     from workflows.engine.driver import Driver
 
     runs, run = store.root / "runs", f"bench-{time.time_ns()}"
     root = store.root.uri_of("mlflow/artifacts")
     plan = make_plan(flow, store)
     began = time.perf_counter()
-    ledger = None
+    tracker = None
     if mlflow:
-        from workflows.engine.run import _opened
-
-        ledger = Ledger(tracking_uri=default_tracking_uri(store.uri), artifact_root=root, runs=runs, run=run)
-        ledger.record(_opened(run, flow, {}, "bench", store))
-    with silent(plan) as watcher:
-        result = Driver(plan, store, tasks, run, ledger.record if ledger else lambda record: None, watcher).go()
-    if ledger:
-        state = ledger.close(120)
+        tracker = RunTracker(tracking_uri=default_tracking_uri(store.uri), artifact_root=root, runs=runs, run=run)
+        tracker.record(run_started(run, flow, {}, "bench", store))
+    record = tracker.record if tracker else lambda event: None
+    with silent(plan) as watcher, Heartbeat(runs, run):
+        result = Driver(plan, store, tasks, run, record, watcher).go()
+    if tracker:
+        state = tracker.close(120)
         assert not state.waiting, state
     assert result.succeeded
     return time.perf_counter() - began

@@ -71,7 +71,12 @@ def is_remote(uri: str) -> bool:
 
 def cache_root() -> Path:
     """Return the folder for downloads and digest caches: `$STILLHOUSE_CACHE`, else `~/.cache/stillhouse`."""
-    return Path(os.environ.get("STILLHOUSE_CACHE") or Path.home() / ".cache" / "stillhouse")
+    if given := os.environ.get("STILLHOUSE_CACHE"):
+        return Path(given)
+    try:
+        return Path.home() / ".cache" / "stillhouse"
+    except RuntimeError:  # a user id without a passwd entry and without HOME, as containers have
+        return Path(tempfile.gettempdir()) / f"stillhouse-{os.getuid()}"
 
 
 @lru_cache(maxsize=32)

@@ -133,7 +133,7 @@ class SilentWatcher(Watcher):
 def drive(
     workflow: Workflow, store: ArtifactStore, tasks: Executor, *, run: str = "run", **options: Any
 ) -> tuple[RunResult, list[RunEvent]]:
-    """Plan a workflow and drive it to its end; return the result and what the ledger was told."""
+    """Plan a workflow and drive it to its end; return the result and what it recorded."""
     told: list[RunEvent] = []
     plan = make_plan(workflow, store, deep=True, cluster=tasks.cluster_resources(), **options)
     return Driver(plan, store, tasks, run, told.append, SilentWatcher()).go(), told

@@ -109,7 +109,7 @@ def test_ray_is_imported_by_adapters_and_the_engines_tasks_only(path: Path) -> N
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
-def test_mlflow_is_imported_by_the_ledgers_connection_only(path: Path) -> None:
+def test_mlflow_is_imported_by_trackings_connection_only(path: Path) -> None:
     if name_of(path) != "workflows/engine/tracking/connection.py":
         assert not [module for module in imports(path) if module.split(".")[0] == "mlflow"]
 

@@ -10,6 +10,10 @@ from stages.errors import ConfigError
 from stages.measure.device import describe_gpu
 from workflows.cli import run_command
 from workflows.commands.find import find_workflow
+from workflows.engine.heartbeat import Holder
+from workflows.engine.store import ArtifactStore
+from workflows.engine.tracking.connection import connect
+from workflows.engine.tracking.tracking_uri import default_tracking_uri
 
 FLOW = '''
 """A workflow for the tests of the command."""
@@ -338,6 +342,75 @@ def test_doctor_finds_what_is_wrong(capsys: pytest.CaptureFixture[str], tmp_path
     assert found["Ray"] == "wrong"
     assert found["store"] == "wrong"
     assert found["torch"] == "fine"
+
+
+@pytest.mark.parametrize(
+    ("uri", "message"),
+    [
+        ("postgresql+nodriver://reader:hunter2hunter2@127.0.0.1:1/db", "is no database's"),
+        ("http://reader:hunter2hunter2@127.0.0.1:1", "no MLflow server answers at 127.0.0.1:1"),
+        ("foo://reader:hunter2hunter2@127.0.0.1:1", "expected http(s)://host:port or sqlite"),
+        ("sqlite:///mlflow.db", "is relative to the current folder"),
+    ],
+    ids=["database", "server", "unknown", "relative"],
+)
+def test_doctor_finds_what_is_wrong_with_a_tracking_uri_and_never_prints_its_password(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, uri: str, message: str
+) -> None:
+    options = ("--store", str(tmp_path), "--tracking-uri", uri)
+    assert run_command(["doctor", *options, "--json"]) == 1
+    findings = json.loads(capsys.readouterr().out)["findings"]
+    (found,) = [finding for finding in findings if finding["subject"] == "MLflow"]
+    assert found["state"] == "wrong"
+    assert message in found["text"]
+    assert run_command(["doctor", *options]) == 1
+    assert "hunter2" not in json.dumps(findings) + capsys.readouterr().out
+
+
+def test_doctor_of_a_store_in_s3_without_a_tracking_uri_says_to_pass_one(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    monkeypatch.setattr(ArtifactStore, "check_writable", lambda store: None)
+    monkeypatch.setattr(ArtifactStore, "fingerprints", lambda store: [])
+    assert run_command(["doctor", "--store", "s3://bucket/store", "--json"]) == 1
+    findings = {f["subject"]: f for f in json.loads(capsys.readouterr().out)["findings"]}
+    assert "pass a tracking URI" in findings["MLflow"]["text"]
+
+
+@pytest.fixture
+def store_with_garbage(tmp_path: Path) -> ArtifactStore:
+    made = ArtifactStore(str(tmp_path / "store"))
+    made.folder("ab" * 32).put("out/000001/text.txt", b"malt")
+    connect(default_tracking_uri(made.uri), made.uri)
+    return made
+
+
+def test_gc_lists_what_it_would_delete_with_bytes_of_each_kind_and_deletes_with_yes(
+    capsys: pytest.CaptureFixture[str], store_with_garbage: ArtifactStore
+) -> None:
+    gc = ("artifacts", "gc", "--store", store_with_garbage.uri, "--min-age-hours", "0")
+    assert run_command([*gc, "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert (answer["size_bytes"], answer["size_bytes_by_kind"], answer["deleted"]) == (4, {"artifact": 4}, False)
+    assert [(row["kind"], row["fingerprint"]) for row in answer["collected"]] == [("artifact", "ab" * 32)]
+    assert run_command(gc[:-2]) == 0, "it is younger than a day"
+    assert "0 bytes would be deleted" in capsys.readouterr().out.lower()
+    assert run_command([*gc, "--yes"]) == 0
+    assert "1 artifacts, 4 bytes\n4 bytes deleted; 0 artifacts kept" in capsys.readouterr().out
+    assert store_with_garbage.fingerprints() == []
+
+
+def test_gc_while_a_run_is_starting_fails_with_its_name(
+    capsys: pytest.CaptureFixture[str], store_with_garbage: ArtifactStore
+) -> None:
+    run = "20260101-000000-aaaaaa"
+    holder = Holder.of_this_process(run)
+    (store_with_garbage.root / "runs" / run).put_json("heartbeat.json", holder.to_json())
+    assert run_command(["artifacts", "gc", "--store", store_with_garbage.uri, "--yes", "--json"]) == 1
+    error = json.loads(capsys.readouterr().out)["error"]
+    assert error["kind"] == "StoreBusy"
+    assert run in error["message"]
 
 
 def test_find_workflow_file_that_does_not_import_is_told(tmp_path: Path) -> None:

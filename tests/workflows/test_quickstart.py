@@ -45,7 +45,7 @@ def document(command: tuple[str, ...], folder: Path) -> Any:
     return run(*command, cwd=folder)
 
 
-def ledger(folder: Path) -> tuple[MlflowClient, list[Any]]:
+def tracked(folder: Path) -> tuple[MlflowClient, list[Any]]:
     client = MlflowClient(f"sqlite:///{folder}/store/mlflow/mlflow.db")
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
     return client, list(client.search_runs(experiments, max_results=1000))
@@ -78,7 +78,7 @@ def test_quickstart_leaves_nothing_in_the_current_folder_but_the_store(document:
 
 
 def test_quickstart_is_in_mlflow_as_it_was(document: Any, folder: Path) -> None:
-    _, runs = ledger(folder)
+    _, runs = tracked(folder)
     (workflow,) = [found for found in of_kind(runs, "workflow") if found.data.tags[RUN] == document["run"]]
     assert workflow.info.status == "FINISHED"
     steps = [found for found in of_kind(runs, "step") if found.data.tags[RUN] == document["run"]]
@@ -119,14 +119,14 @@ def test_ui_shows_the_candidates_side_by_side_and_ends_when_told(document: Any, 
 def test_second_run_runs_nothing_and_changes_no_candidate(
     document: Any, command: tuple[str, ...], folder: Path
 ) -> None:
-    client, before = ledger(folder)
+    client, before = tracked(folder)
     versions = [version.version for version in client.search_model_versions()]
     again = run(*command, cwd=folder)
     assert again["executed"] == 0
     assert {step["outcome"] for step in again["steps"]} == {"hit"}
     assert fingerprints(again) == fingerprints(document)
     assert again["verdict"] == document["verdict"]
-    client, after = ledger(folder)
+    client, after = tracked(folder)
     assert len(of_kind(after, "candidate")) == len(of_kind(before, "candidate"))
     assert len(of_kind(after, "workflow")) == len(of_kind(before, "workflow")) + 1
     assert [version.version for version in client.search_model_versions()] == versions

@@ -1,6 +1,7 @@
 """`stillhouse doctor`: what is fine here, what is not, and what to do about it."""
 
 import os
+import platform
 import shutil
 import socket
 import sys
@@ -27,6 +28,7 @@ FREE_BYTES_WANTED = 5 * 10**9
 HUB = ("huggingface.co", 443)
 CONNECT_SECONDS = 3.0
 SUPPORTED = {"ray": "2.60", "torch": "2.1", "transformers": "5.1", "mlflow": "3.17", "llmcompressor": "0.14"}
+"""Package → how the versions begin that it is tested with."""
 INSTALL = "pip install -c constraints.txt -e ."
 DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 MARK = {"fine": ("✓", "green"), "note": ("·", "dim"), "wrong": ("✗", "bold red")}
@@ -83,7 +85,7 @@ def examine(settings: Settings) -> list[Finding]:
 
 
 def _python() -> Finding:
-    version = ".".join(map(str, sys.version_info[:3]))
+    version = platform.python_version()
     if (3, 11) <= sys.version_info[:2] <= (3, 13):
         return Finding("Python", "fine", version)
     remedy = "make a virtual environment with another Python"

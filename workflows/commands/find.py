@@ -106,7 +106,7 @@ def find_workflow(text: str) -> FoundWorkflow:
         near = nearest(file.name, [p.name for p in file.parent.glob("*.py")]) if file.parent.is_dir() else ""
         raise ConfigError(f"there is no workflow file {path!r}{near}")
     module = _load(file)
-    return FoundWorkflow(function or file.stem, _function(module, function or _only_function(module, path)), module)
+    return FoundWorkflow(function or file.stem, _function(module, function), module)
 
 
 def _load(file: Path) -> ModuleType:
@@ -127,34 +127,22 @@ def _load(file: Path) -> ModuleType:
     return module
 
 
-def _functions(module: ModuleType) -> dict[str, Callable[..., Workflow]]:
-    """Return the functions of a module that are declared to return a Workflow."""
-    return {
-        name: value
-        for name, value in vars(module).items()
+def _function(module: ModuleType, name: str) -> Callable[..., Workflow]:
+    """Return a module's workflow function of a name, or its only one where the name is empty."""
+    known: dict[str, Callable[..., Workflow]] = {
+        key: value
+        for key, value in vars(module).items()
         if inspect.isfunction(value)
         and value.__module__ == module.__name__
         and value.__annotations__.get("return") in (Workflow, "Workflow")
     }
-
-
-def _only_function(module: ModuleType, path: str) -> str:
-    found = list(_functions(module))
-    if len(found) == 1:
-        return found[0]
-    many = (
-        f"several workflows ({', '.join(found)}); choose one: {path}:{found[0]}"
-        if found
-        else "no function that returns a Workflow (`def name(…) -> Workflow`)"
-    )
-    raise ConfigError(f"{path!r} has {many}")
-
-
-def _function(module: ModuleType, name: str) -> Callable[..., Workflow]:
-    known = _functions(module)
-    if name not in known:
+    file, names = module.__file__, list(known)
+    if not name and not known:
+        raise ConfigError(f"{file!r} has no function that returns a Workflow (`def name(…) -> Workflow`)")
+    if not name and len(known) > 1:
+        raise ConfigError(f"{file!r} has several workflows ({', '.join(names)}); choose one: {file}:{names[0]}")
+    if name and name not in known:
         raise ConfigError(
-            f"{module.__file__} has no workflow function {name!r}{nearest(name, list(known))}; it must be declared `-> "
-            "Workflow`"
+            f"{file} has no workflow function {name!r}{nearest(name, names)}; it must be declared `-> Workflow`"
         )
-    return known[name]
+    return known[name or names[0]]

@@ -119,10 +119,10 @@ def print_execution(out: Console, execution: Execution, options: RunOptions) -> 
     counts += [f"{outcomes[name]} {name}" for name in ("failed", "skipped", "cancelled") if outcomes[name]]
     state = "finished" if result.succeeded else "interrupted" if result.interrupted else "failed"
     out.print(f"\nrun {result.run} {state} in {duration(execution.seconds)}: {', '.join(counts)}", highlight=False)
-    if execution.ledger.waiting:
+    if execution.tracking.waiting:
         text = (
-            f"{execution.ledger.waiting} records wait for MLflow at {redacted(execution.tracking_uri)}: "
-            f"{execution.ledger.error}; the next run sends them"
+            f"{execution.tracking.waiting} events wait for MLflow at {redacted(execution.tracking_uri)}: "
+            f"{execution.tracking.error}; the next run sends them"
         )
         out.print(Text(text, style="yellow"))
     where = "" if options.store == RunOptions.store else f" --store {shlex.quote(options.store)}"

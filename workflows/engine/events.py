@@ -48,12 +48,16 @@ class RunStarted(_Event):
     store: str
 
 
-class AttemptStarted(_Event):
-    """A step's attempt began, or a cached step was found (attempt 0)."""
-
-    type: Literal["attempt_started"] = "attempt_started"
+class _AttemptEvent(_Event):
     step: str
     attempt: int
+    """0 for a step that was found."""
+
+
+class AttemptStarted(_AttemptEvent):
+    """A step's attempt began, or a cached step was found."""
+
+    type: Literal["attempt_started"] = "attempt_started"
     at_ms: int
     stage: str
     fingerprint: str
@@ -64,22 +68,18 @@ class AttemptStarted(_Event):
     """The whole config as JSON."""
 
 
-class CurvePoints(_Event):
+class CurvePoints(_AttemptEvent):
     """A step's curves grew."""
 
     type: Literal["curve_points"] = "curve_points"
-    step: str
-    attempt: int
     points: tuple[tuple[str, float, int, int], ...]
     """(metric name, value, step, at_ms)."""
 
 
-class AttemptEnded(_Event):
+class AttemptEnded(_AttemptEvent):
     """A step's attempt ended."""
 
     type: Literal["attempt_ended"] = "attempt_ended"
-    step: str
-    attempt: int
     at_ms: int
     status: RunStatus
     metrics: Mapping[str, float]

@@ -52,7 +52,8 @@ class Recorder:
 
     def curves(self, name: str, attempt: int, points: list[tuple[str, float, int, int]]) -> None:
         """An attempt's curves grew."""
-        self.record(CurvePoints(step=name, attempt=attempt, points=tuple(points)))
+        whole = tuple((metric, value, int(step), at_ms) for metric, value, step, at_ms in points)
+        self.record(CurvePoints(step=name, attempt=attempt, points=whole))
 
 
 def short_params(stage: Stage) -> dict[str, str]:

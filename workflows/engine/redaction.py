@@ -1,4 +1,4 @@
-"""Secrets never reach the ledger: hides what looks like one, and what this process's environment says is one.
+"""Hides secrets from events, MLflow and logs: what looks like one, and what this process's environment says is one.
 
 Promises: the user name and password of a URI, key ids and tokens of known shape, `password=…` and signed-URL
 parameters, and the value of every environment variable whose name speaks of a token, secret, password or key, are

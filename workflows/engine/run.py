@@ -64,7 +64,7 @@ class Execution:
     store: Folder
     reports: Mapping[str, Report]
     """Step → the report that it left."""
-    ledger: TrackerState
+    tracking: TrackerState
     tracking_uri: str
     seconds: float
 
@@ -154,7 +154,7 @@ def execute(
         root = store.root.uri_of("mlflow/artifacts")
         tracker = RunTracker(tracking_uri=tracking_uri, artifact_root=root, runs=runs, run=run)
         try:
-            tracker.record(_started(run, workflow, params, command, store))
+            tracker.record(run_started(run, workflow, params, command, store))
             with watch(plan) as watcher:
                 result = Driver(plan, store, executor, run, tracker.record, watcher, interrupt).go()
             reports = _reports(store, result)
@@ -216,7 +216,10 @@ def _prepare(
     return plan, executor
 
 
-def _started(run: str, workflow: Workflow, params: Mapping[str, str], command: str, store: ArtifactStore) -> RunStarted:
+def run_started(
+    run: str, workflow: Workflow, params: Mapping[str, str], command: str, store: ArtifactStore
+) -> RunStarted:
+    """Return the event of a run that begins now."""
     return RunStarted(
         run=run,
         workflow=workflow.name,

@@ -14,6 +14,7 @@ import pytest
 from stages.contract import Context, Input, Outcome, Stage
 from stages.errors import ConfigError
 from stages.formats.report import Report, ReportedCandidate, Verdict
+from stages.storage import cache_root
 from tests.fakes import InlineTasks, SilentWatcher
 from tests.stages_for_tests import Join, Write
 from workflows.engine import run as run_module
@@ -83,7 +84,7 @@ def run_it(store: Path, flow: Workflow | None = None, watch: Any = silent, **set
 def test_execute_keeps_what_happened_in_the_store_and_in_mlflow(tmp_path: Path, tasks: InlineTasks) -> None:
     execution = run_it(tmp_path / "store")
     assert execution.result.succeeded
-    assert (execution.ledger.waiting, execution.ledger.error) == (0, None)
+    assert (execution.tracking.waiting, execution.tracking.error) == (0, None)
     report = execution.reports["report"]
     assert report.verdict.champion == "student"
     assert report.candidates[0].metrics["final/cost_seconds"] >= 0
@@ -95,7 +96,7 @@ def test_execute_keeps_what_happened_in_the_store_and_in_mlflow(tmp_path: Path, 
     ]  # fmt: skip
     again = run_it(tmp_path / "store")
     assert {step.outcome for step in again.result.steps.values()} == {"hit"}
-    assert again.ledger.sent == len(happened)
+    assert again.tracking.waiting == 0
 
 
 def test_execute_announces_itself_before_it_plans(
@@ -157,3 +158,12 @@ def test_execute_failing_watcher_still_ends_the_run_for_others(tmp_path: Path, t
     assert (root / "runs" / run).has("published.json")
     holder = Holder.from_json((root / "runs" / run).get_json("heartbeat.json"))
     assert holder == replace(Holder.of_this_process(run))
+
+
+def test_cache_root_user_without_a_home_has_a_place_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("STILLHOUSE_CACHE", raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    assert cache_root().name == f"stillhouse-{os.getuid()}"

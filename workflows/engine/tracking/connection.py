@@ -11,8 +11,9 @@ from contextlib import closing, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
-from stages.storage import cache_root
+from stages.storage import Folder, cache_root
 from workflows.engine.tracking.tracking_uri import (
     TrackingUnavailable,
     check_tracking_uri,
@@ -26,6 +27,8 @@ __all__ = ["Connection", "connect", "pages"]
 
 MAX_METRICS, MAX_OTHERS = 800, 100
 """Metrics, and params or tags, in one `log_batch`: the server takes 1000, 100 and 1000 in all."""
+REACHABLE = ("", "file", "s3", "gs", "az")
+"""Schemes of artifact URIs that are written without MLflow; a server that keeps them has `mlflow-artifacts:/…`."""
 SETTINGS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
@@ -67,6 +70,16 @@ class Connection:
                 tags=[item for item in now if isinstance(item, RunTag)],
             )
             metrics, others = metrics[MAX_METRICS:], others[len(now) :]
+
+    def put(self, run_id: str, artifacts: str, path: str, data: bytes) -> None:
+        """Write a small artifact of an MLflow run: to its URI where that is in reach (0.2 ms, not 4)."""
+        folder, _, name = path.rpartition("/")
+        if urlsplit(artifacts).scheme in REACHABLE:
+            Folder.at(artifacts).put(path, data)
+            return
+        with tempfile.TemporaryDirectory() as temporary:
+            Path(temporary, name).write_bytes(data)
+            self.client.log_artifact(run_id, f"{temporary}/{name}", folder or None)
 
     def link(self, run_id: str, model_id: str) -> None:
         """Make a logged model an output of an MLflow run."""

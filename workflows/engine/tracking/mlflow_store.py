@@ -11,13 +11,11 @@ MLflow is addressed by explicit run ids only: a "current run" would leak between
 
 import logging
 import re
-import tempfile
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
-from urllib.parse import urlsplit
+from functools import cached_property
+from typing import Any, TypeVar
 
 from stages.formats.metrics import PRIMARY_METRIC
 from stages.storage import Folder
@@ -33,12 +31,13 @@ logger = logging.getLogger(__name__)
 CHAMPION = "champion"
 DIGEST = "stillhouse.digest"
 """Tag of an ended row: the digest of what was published, sent after all else but the status."""
-REACHABLE = ("", "file", "s3", "gs", "az")
-"""Schemes of artifact URIs that are written without MLflow; a server that keeps them has `mlflow-artifacts:/…`."""
 REFUSALS = frozenset(
     {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "MALFORMED_REQUEST", "RESOURCE_DOES_NOT_EXIST", "INVALID_STATE"}
 )
 """MLflow's error codes for what it will never take."""
+
+
+P = TypeVar("P", Row, CandidateEntry, Registration)
 
 
 @dataclass(slots=True)
@@ -55,8 +54,8 @@ class _Shown:
 
     @classmethod
     def of(cls, found: Any) -> "_Shown":
-        info, data = found.info, found.data
-        return cls(info.run_id, info.artifact_uri, info.status, dict(data.params), dict(data.tags))
+        info = found.info
+        return cls(info.run_id, info.artifact_uri, info.status, dict(found.data.params), dict(found.data.tags))
 
 
 class MlflowStore:
@@ -72,12 +71,19 @@ class MlflowStore:
             shared: held while what several runs share, candidates and the registry, is published.
         """
         self._connect, self._shared = connect, shared
-        self._mlflow: Connection | None = None
         self._experiments: dict[str, str] = {}
         self._shown: dict[str, dict[str, _Shown]] = {}
         """run → row's key → what MLflow has of it."""
         self._done: dict[tuple[str, str], str] = {}
         """(run, part's key) → the digest with which MLflow has it, or refused it."""
+
+    @cached_property
+    def _mlflow(self) -> Connection:
+        return self._connect()
+
+    @property
+    def _client(self) -> Any:
+        return self._mlflow.client
 
     def publish(self, view: RunView) -> None:
         """Upsert a whole run.
@@ -85,33 +91,31 @@ class MlflowStore:
         Raises:
             Exception: MLflow, or the store, cannot be reached; what MLflow has by then is not sent again.
         """
-        parts: list[Row | CandidateEntry | Registration] = [*view.rows, *view.candidates, *view.registrations]
-        new = [part for part in parts if self._done.get((view.run, part.key)) != part.digest]
-        if not new:
+        rows = self._changed(view, view.rows)
+        candidates, registrations = self._changed(view, view.candidates), self._changed(view, view.registrations)
+        if not (rows or candidates or registrations):
             return
-        self._mlflow = self._mlflow or self._connect()
+        self._client  # noqa: B018  connects: what keeps it from that is no refusal of a part
         try:
-            for row in (part for part in new if isinstance(part, Row)):
-                self._upsert(view, row)
-            shared = [part for part in new if not isinstance(part, Row)]
-            with self._shared() if shared else nullcontext():
-                for part in shared:
-                    self._upsert(view, part)
+            for row in rows:
+                self._upsert(view, row, self._upsert_row)
+            with self._shared() if candidates or registrations else nullcontext():
+                for candidate in candidates:
+                    self._upsert(view, candidate, self._upsert_candidate)
+                for registration in registrations:
+                    self._upsert(view, registration, self._register)
         except Exception:
             self._shown.clear()  # an answer may be lost: look again
             raise
 
-    def _upsert(self, view: RunView, part: Row | CandidateEntry | Registration) -> None:
+    def _changed(self, view: RunView, parts: Iterable[P]) -> list[P]:
+        return [part for part in parts if self._done.get((view.run, part.key)) != part.digest]
+
+    def _upsert(self, view: RunView, part: P, upsert: Callable[[RunView, P], None]) -> None:
         """Upsert a part, or log that MLflow refuses it."""
         for again in (True, False):  # a run of another store may have changed what we share under our hands: look twice
             try:
-                match part:
-                    case Row():
-                        self._upsert_row(view, part)
-                    case CandidateEntry():
-                        self._upsert_candidate(view, part)
-                    case Registration():
-                        self._register(view, part)
+                upsert(view, part)
                 break
             except Exception as error:
                 if not _is_refusal(error):
@@ -120,15 +124,6 @@ class MlflowStore:
                     what = f"the {type(part).__name__.lower()} {part.key} of run {view.run}"
                     logger.warning("MLflow does not take %s: %s", what, redacted(str(error)))
         self._done[view.run, part.key] = part.digest
-
-    @property
-    def _connection(self) -> Connection:
-        assert self._mlflow is not None, "publish connects first"
-        return self._mlflow
-
-    @property
-    def _client(self) -> Any:
-        return self._connection.client
 
     # Runs and steps -------------------------------------------------------------------------------------------------
 
@@ -141,13 +136,13 @@ class MlflowStore:
         if (shown.tags.get(DIGEST), shown.status) == (row.digest, row.status):
             return
         for name, data in _contents(row, shown.files):
-            self._put(shown, name, data)
+            self._mlflow.put(shown.run_id, shown.artifacts, name, data)
             shown.files.add(name)
         params = {name: value for name, value in row.params.items() if name not in shown.params}
         tags = {name: value for name, value in row.tags.items() if shown.tags.get(name) != value}
         if row.status != "RUNNING":
             tags[DIGEST] = row.digest
-        self._connection.log(shown.run_id, points=row.points[shown.num_points :], params=params, tags=tags)
+        self._mlflow.log(shown.run_id, points=row.points[shown.num_points :], params=params, tags=tags)
         if row.status != "RUNNING":
             self._client.set_terminated(shown.run_id, row.status, row.ended_ms)
         shown.params |= params
@@ -178,45 +173,26 @@ class MlflowStore:
         """Return the id of a run's experiment, made where it is missing."""
         name = view.experiment
         if name not in self._experiments:
-            self._experiments[name] = self._find_experiment(name) or self._make_experiment(name)
+            found = self._client.get_experiment_by_name(name) or self._make_experiment(name)
+            if found.lifecycle_stage == "deleted":
+                self._client.restore_experiment(found.experiment_id)
+            if found.tags.get(VIEW) != view_state():
+                self._client.set_experiment_tag(found.experiment_id, VIEW, view_state())
+            self._experiments[name] = str(found.experiment_id)
         return self._experiments[name]
 
-    def _find_experiment(self, name: str) -> str | None:
-        found = self._client.get_experiment_by_name(name)
-        if found is None:
-            return None
-        if found.lifecycle_stage == "deleted":
-            self._client.restore_experiment(found.experiment_id)
-        if found.tags.get(VIEW) != view_state():
-            self._client.set_experiment_tag(found.experiment_id, VIEW, view_state())
-        return str(found.experiment_id)
-
-    def _make_experiment(self, name: str) -> str:
+    def _make_experiment(self, name: str) -> Any:
         tags = {
             "mlflow.experimentKind": "custom_model_development",
             "mlflow.experiment.primaryMetric.name": PRIMARY_METRIC,
             "mlflow.experiment.primaryMetric.greaterIsBetter": "false",
             VIEW: view_state(),
         }
-        root = self._connection.artifact_location
+        root = self._mlflow.artifact_location
         location = root and f"{root}/{re.sub(r'[^A-Za-z0-9._-]+', '-', name)}"
-        try:
-            return str(self._client.create_experiment(name, artifact_location=location, tags=tags))
-        except Exception:  # a run that raced us made it, or MLflow is down, which asking again shows
-            found = self._find_experiment(name)
-            if found is None:
-                raise
-            return found
-
-    def _put(self, shown: _Shown, name: str, data: bytes) -> None:
-        """Write a small artifact: where it lies if that can be reached (0.2 ms, not 4), else by the client."""
-        if urlsplit(shown.artifacts).scheme in REACHABLE:
-            Folder.at(shown.artifacts).put(name, data)
-            return
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder, name.rpartition("/")[2])
-            path.write_bytes(data)
-            self._client.log_artifact(shown.run_id, str(path), name.rpartition("/")[0] or None)
+        with _unless_made_already():
+            self._client.create_experiment(name, artifact_location=location, tags=tags)
+        return self._client.get_experiment_by_name(name)
 
     # Candidates -----------------------------------------------------------------------------------------------------
 
@@ -244,7 +220,7 @@ class MlflowStore:
             for name, value in candidate.metrics.items()
             if shown.metrics.get(name) != value or of_model.get(name) != value
         ]
-        self._connection.log(
+        self._mlflow.log(
             found.info.run_id,
             points=points,
             params={name: value for name, value in candidate.params.items() if name not in shown.params},
@@ -277,7 +253,7 @@ class MlflowStore:
             )
         if str(model.status) != "READY":
             self._client.finalize_logged_model(model.model_id, "READY")
-        self._connection.link(found.info.run_id, model.model_id)
+        self._mlflow.link(found.info.run_id, model.model_id)
         return model
 
     # The registry ---------------------------------------------------------------------------------------------------
@@ -301,19 +277,16 @@ class MlflowStore:
 
     def _registered_model(self, name: str) -> Any:
         if not self._client.search_registered_models(f"name = '{name}'"):
-            about = f"Its alias `{CHAMPION}` follows the verdicts of stillhouse."
-            try:
+            with _unless_made_already():
+                about = f"Its alias `{CHAMPION}` follows the verdicts of stillhouse."
                 self._client.create_registered_model(name, description=about)
-            except Exception as error:
-                if getattr(error, "error_code", "") != "RESOURCE_ALREADY_EXISTS":
-                    raise
         return self._client.get_registered_model(name)
 
     def _version(self, name: str, key: str, found: Any) -> str:
         """Return the one version of a candidate, made where it is missing; of several, by racing writers, one stays."""
         versions = self._versions(name, key)
         if not versions:
-            self._connection.set_globals()  # the sqlite registry looks for the logged model in the global store
+            self._mlflow.set_globals()  # the sqlite registry looks for the logged model in the global store
             (model_id, *_), shown = _model_ids(found), found.data.tags
             copied = ("artifact", "fingerprint", "scores", "candidate", "made_by_run")
             tags = {KEY: key} | {tag: shown[tag] for tag in copied if tag in shown}
@@ -330,22 +303,29 @@ class MlflowStore:
         return sorted(int(version.version) for version in found if version.tags.get(KEY) == key)
 
 
+@contextmanager
+def _unless_made_already() -> Iterator[None]:
+    """Make something that a run which races us may have made a moment ago."""
+    try:
+        yield
+    except Exception as error:
+        if getattr(error, "error_code", "") != "RESOURCE_ALREADY_EXISTS":
+            raise
+
+
 def _model_ids(found: Any) -> list[str]:
     """Return the ids of the logged models that are linked to an MLflow run."""
     return [output.model_id for output in (found.outputs.model_outputs if found.outputs else [])]
 
 
-def _contents(row: Row, known: set[str]) -> Iterable[tuple[str, bytes]]:
+def _contents(row: Row, known: set[str]) -> Iterator[tuple[str, bytes]]:
     """Yield the small artifacts of a row that are not known, by path."""
-    yield from ((name, text.encode()) for name, text in row.texts.items() if name not in known)
-    taken: set[str] = set()
-    for uri in row.files:
-        parent, _, name = uri.rpartition("/")
-        shown = name if name not in taken else f"{len(taken)}/{name}"
-        taken.add(shown)
+    yield from ((path, text.encode()) for path, text in row.texts.items() if path not in known)
+    for path, uri in row.files.items():
+        folder, _, name = uri.rpartition("/")
         try:
-            if shown not in known:
-                yield shown, Folder.at(parent).get(name)
+            if path not in known:
+                yield path, Folder.at(folder).get(name)
         except FileNotFoundError:
             logger.warning("%s is left out of MLflow, since there is no such file", uri)
 

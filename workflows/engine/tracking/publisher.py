@@ -9,15 +9,15 @@ Does not: decide what is recorded.
 
 import json
 import logging
+import os
 import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
-from typing import Any
 
 from stages.errors import ConfigError, StillhouseError
 from stages.storage import AlreadyExists, Folder
@@ -47,8 +47,6 @@ LOOKS_AT_ONCE = 16
 """Requests at once when old runs are looked through: an object store takes some 30 ms for each."""
 PUBLISHED = "published.json"
 """Object of a run that is over and wholly in MLflow: nothing is left to do for it."""
-
-Answer = Callable[[Mapping[str, Any]], None]
 
 
 def publisher_lease(runs: Folder, run: str, liveness: Liveness) -> Lease:
@@ -143,9 +141,7 @@ def mark_published(runs: Folder, run: str) -> None:
         (runs / run).put_json(PUBLISHED, {}, create=True)
 
 
-def follow(
-    run: str, runs: Folder, store: MlflowStore, over: threading.Event, earlier: Iterator[str], answer: Answer
-) -> bool:
+def follow(run: str, runs: Folder, store: MlflowStore, over: threading.Event, earlier: Iterator[str]) -> str | None:
     """Publish a run as its events come, until its driver is gone; then try a few times more.
 
     Args:
@@ -154,71 +150,73 @@ def follow(
         store: MLflow.
         over: set when the driver is gone, and so no more events come.
         earlier: advanced while there is nothing to send: publishes an earlier run.
-        answer: gets how many events MLflow has, why the last try failed, and whether it was the last.
 
     Returns:
-        Whether MLflow has all.
+        Why MLflow lacks something in the end, or None.
     """
     log, events = EventLog(runs / run / "events"), list[RunEvent]()
-    num_batches = sent = failures = tries = 0
+    num_batches = num_sent = failures = tries = 0
     pause = POLL_SECONDS
-    while tries < CLOSING_TRIES:
+    while True:
         over.wait(pause)
         ended, began, error = over.is_set(), time.monotonic(), None
         try:
             for batch in log.read_from(num_batches + 1):
                 events += batch
                 num_batches += 1
-            if len(events) > sent or (ended and events):
+            if len(events) > num_sent or (ended and events):
                 store.publish(fold(events, over=ended))
-                sent = len(events)
-                if ended:
-                    mark_published(runs, run)
-            elif sent:
+                num_sent = len(events)
+            elif events:
                 next(earlier, None)
+            if ended and events:
+                mark_published(runs, run)
         except Exception as caught:  # noqa: BLE001  the border of the publisher's process: the store keeps everything
             error = redacted(str(caught)) or type(caught).__name__
+        if error and not failures:
+            logger.warning("MLflow cannot be written (%s); work goes on, and the store keeps the events", error)
         failures = failures + 1 if error else 0
-        tries = CLOSING_TRIES if ended and not error else tries + ended
-        answer({"sent": sent, "error": error, "final": tries == CLOSING_TRIES})
+        tries += ended
+        if ended and (not error or tries == CLOSING_TRIES):
+            return error
+        if ended:
+            time.sleep(CLOSING_PAUSE_SECONDS)
         pause = BACKOFF_SECONDS[min(failures, len(BACKOFF_SECONDS)) - 1] if failures else POLL_SECONDS
         pause = max(pause, (time.monotonic() - began) / SHARE_OF_TIME)
-        if ended and tries < CLOSING_TRIES:
-            time.sleep(CLOSING_PAUSE_SECONDS)
-    return not failures
 
 
 class _Forwarding(logging.Handler):
-    """Passes warnings on to the driver, in whose log they belong."""
+    """Passes warnings on to the driver, in whose log they belong: one JSON string a line."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        _answer({"warning": record.getMessage()})
+        with suppress(OSError):  # a driver that is gone does not listen
+            print(json.dumps(record.getMessage()), flush=True)  # noqa: T201
 
 
-def _answer(value: Mapping[str, Any]) -> None:
-    with suppress(OSError):  # a driver that is gone does not listen
-        sys.stdout.write(json.dumps(value) + "\n")
-        sys.stdout.flush()
+def main(artifact_root: str, runs_uri: str, run: str) -> None:
+    """Be the process beside a driver: standard input gives the tracking URI, and ends with the driver.
 
-
-def main(artifact_root: str, runs: str, run: str) -> None:
-    """Be the process beside a driver: standard input gives the tracking URI, and ends with the driver."""
+    Standard output ends once the run is in MLflow or given up, for which the driver waits; earlier runs come after it.
+    """
     logging.basicConfig(level=logging.WARNING, handlers=[_Forwarding()])
-    tracking_uri, over = sys.stdin.readline().rstrip("\n"), threading.Event()
+    tracking_uri, over, runs = sys.stdin.readline().rstrip("\n"), threading.Event(), Folder(runs_uri)
 
     def wait_for_driver() -> None:
         sys.stdin.read()
         over.set()
 
     threading.Thread(target=wait_for_driver, name="driver", daemon=True).start()
-    folder = Folder(runs)
-    store = mlflow_store(folder, run, tracking_uri, artifact_root)
-    earlier = publish_earlier(folder, store, run)
-    with publisher_lease(folder, run, Liveness(folder)).held(Holder.of_this_process(run)):
-        done = follow(run, folder, store, over, earlier, _answer)
-    if done:
-        with suppress(Exception):  # out of reach again: they wait for a later run
-            deque(earlier, maxlen=0)
+    store = mlflow_store(runs, run, tracking_uri, artifact_root)
+    earlier = publish_earlier(runs, store, run)
+    with publisher_lease(runs, run, Liveness(runs)).held(Holder.of_this_process(run)):
+        error = follow(run, runs, store, over, earlier)
+    if error:
+        sys.exit(error)  # its last words
+    sys.stdout.flush()
+    for descriptor in (1, 2):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+    with suppress(Exception):  # out of reach again: they wait for a later run
+        deque(earlier, maxlen=0)
 
 
 if __name__ == "__main__":

@@ -13,11 +13,11 @@ import sys
 import threading
 from collections import deque
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from stages.storage import Folder
 from workflows.engine.events import EventLog, RunEvent
-from workflows.engine.redaction import redacted
+from workflows.engine.tracking.publisher import PUBLISHED
 from workflows.engine.tracking.tracking_uri import TrackingUnavailable, check_tracking_uri
 
 __all__ = ["PUBLISHER", "RunTracker", "TrackerState"]
@@ -32,14 +32,12 @@ FLUSH_SECONDS = 1.0
 
 @dataclass(frozen=True, slots=True)
 class TrackerState:
-    """How far tracking is, in events."""
+    """What of a run MLflow lacks when the run is over."""
 
-    sent: int
-    """MLflow has them, or will never take them, which was logged."""
     waiting: int
-    """In the store, or about to be, and not sent yet."""
+    """Events of a run that is not wholly in MLflow; a later run's publisher sends them."""
     error: str | None
-    """Why MLflow, or the store, cannot be written right now."""
+    """Why."""
 
 
 class RunTracker:
@@ -61,44 +59,38 @@ class RunTracker:
         Raises:
             ConfigError: the tracking URI is none that can be used.
         """
-        self._uri = tracking_uri
-        self._inbox: deque[RunEvent] = deque()
-        self._stored = self._sent = 0
-        self._error: str | None = None
-        try:
+        with suppress(TrackingUnavailable):  # the publisher says so, and goes on asking
             check_tracking_uri(tracking_uri)
-        except TrackingUnavailable as error:
-            self._report(str(error))
-        self._log = EventLog(runs / run / "events")
+        self._folder, self._log = runs / run, EventLog(runs / run / "events")
+        self._inbox: deque[RunEvent] = deque()
+        self._num_events = 0
+        self._last_words = ""
+        self._flushing = threading.Lock()
+        self._closing, self._silent = threading.Event(), threading.Event()
         self._child = _start_publisher(tracking_uri, artifact_root, runs, run)
-        self._storing = threading.Lock()
-        self._closing, self._final = threading.Event(), threading.Event()
-        threading.Thread(target=self._listen, name="publisher-answers", daemon=True).start()
+        threading.Thread(target=self._listen, name="publisher", daemon=True).start()
         threading.Thread(target=self._flush_until_closing, name="events", daemon=True).start()
-
-    @property
-    def state(self) -> TrackerState:
-        """Return how far tracking is."""
-        return TrackerState(self._sent, len(self._inbox) + self._stored - self._sent, self._error)
 
     def record(self, event: RunEvent) -> None:
         """Take an event. Never blocks, never raises."""
+        self._num_events += 1
         self._inbox.append(event)
 
     def close(self, timeout_seconds: float) -> TrackerState:
-        """Store what is at hand and wait until it is sent; what is not in time waits for a later run's publisher."""
+        """Store what is at hand, and wait until the publisher has sent all or given up, or the time is over."""
         self._closing.set()
         self._flush()
         assert self._child.stdin is not None
         with suppress(OSError):
             self._child.stdin.close()
-        if not self._final.wait(timeout_seconds):
+        if not self._silent.wait(timeout_seconds):
             self._child.kill()
-        state = self.state
-        if state.waiting:
-            reason = state.error or f"MLflow did not take them within {timeout_seconds:g} s"
-            state = replace(state, error=reason)
-            logger.warning("%d events wait in the store (%s); the next run sends them", state.waiting, reason)
+            self._last_words = f"MLflow did not take them within {timeout_seconds:g} s"
+        with suppress(Exception):  # a store that cannot be read now: then nobody knows
+            if self._folder.has(PUBLISHED) and not self._inbox:
+                return TrackerState(0, None)
+        state = TrackerState(self._num_events, self._last_words)
+        logger.warning("%d events wait in the store (%s); the next run sends them", state.waiting, state.error)
         return state
 
     def _flush_until_closing(self) -> None:
@@ -106,50 +98,27 @@ class RunTracker:
             self._flush()
 
     def _flush(self) -> None:
-        with self._storing:
+        with self._flushing:
             batch = list(self._inbox)
-            if not batch:
-                return
             try:
                 self._log.append(batch)
             except Exception as error:  # noqa: BLE001  a store that cannot be written now must not end the run
-                self._report(f"the run's events cannot be stored: {error}")
+                logger.warning("the run's events cannot be stored (%s); they are kept until they can", error)
                 return
-            self._stored += len(batch)
             for _ in batch:
                 self._inbox.popleft()
 
     def _listen(self) -> None:
-        """Take what the publisher answers: how far it is, and warnings; anything else is its last words."""
+        """Log the publisher's warnings; anything else that it writes is its last words, which it ends with its work."""
         assert self._child.stdout is not None
-        words = ""
         for line in self._child.stdout:
             try:
-                answer = json.loads(line)
+                self._last_words = json.loads(line)
+                logger.warning("%s", self._last_words)
             except ValueError:
-                words = line.strip() or words
-                continue
-            if "warning" in answer:
-                logger.warning("%s", answer["warning"])
-                continue
-            self._sent = answer["sent"]
-            if answer["error"]:
-                self._report(answer["error"])
-            elif self._error is not None:
-                self._error = None
-                logger.info("MLflow at %s is written again", redacted(self._uri))
-            if answer["final"]:
-                self._final.set()
-        code = self._child.wait()
-        if code and not self._final.is_set():
-            self._report(f"the publisher ended with {code}: {words}")
-        self._final.set()
-
-    def _report(self, reason: str) -> None:
-        if self._error is None:
-            shown = redacted(self._uri), redacted(reason)
-            logger.warning("MLflow at %s cannot be written (%s); work goes on, and the store keeps the events", *shown)
-        self._error = redacted(reason)
+                self._last_words = line.strip() or self._last_words
+        self._silent.set()
+        self._child.wait()
 
 
 def _start_publisher(tracking_uri: str, artifact_root: str, runs: Folder, run: str) -> "subprocess.Popen[str]":

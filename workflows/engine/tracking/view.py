@@ -64,9 +64,9 @@ class Row(_Entry):
     params: dict[str, str]
     points: list[MetricPoint] = field(default_factory=list)
     texts: dict[str, str] = field(default_factory=dict)
-    """Small artifacts, by their path."""
-    files: tuple[str, ...] = ()
-    """URIs of files that become artifacts."""
+    """Small artifacts: path → what it says."""
+    files: dict[str, str] = field(default_factory=dict)
+    """Path → URI of a file that becomes an artifact."""
     status: Literal["RUNNING", RunStatus] = "RUNNING"
     ended_ms: int | None = None
 
@@ -138,7 +138,7 @@ def fold(events: Sequence[RunEvent], *, over: bool = False) -> RunView:
                     registrations[event.registered_name] = _registration(event, event.champion)
             case RunEnded():
                 top.tags.update(_legal_tags({"mlflow.note.content": event.note}))
-                top = replace(top, files=event.files, status=event.status, ended_ms=event.at_ms)
+                top = replace(top, files=_by_path(event.files), status=event.status, ended_ms=event.at_ms)
                 ended = True
         last_ms = max([last_ms, *_times(event)])
     rows = [top, *steps.values()]
@@ -153,6 +153,15 @@ def _run_row(event: RunStarted) -> Row:
     tags |= {"kind": "workflow", RUN: event.run, "mlflow.source.type": "LOCAL", "mlflow.source.name": event.command}
     tags |= {"mlflow.source.git.commit": event.commit, "mlflow.user": event.user}  # MLflow's own columns
     return Row(event.run, None, event.run, event.at_ms, _legal_tags(tags), _legal_params(event.params))
+
+
+def _by_path(uris: Sequence[str]) -> dict[str, str]:
+    """Return files by their names; one whose name is taken, as another report's, gets a folder."""
+    paths: dict[str, str] = {}
+    for uri in uris:
+        name = uri.rpartition("/")[2]
+        paths[f"{len(paths)}/{name}" if name in paths else name] = uri
+    return paths
 
 
 def _step_key(run: RunStarted, event: AttemptStarted | CurvePoints | AttemptEnded) -> str:
