@@ -65,7 +65,7 @@ class File:
 
 
 def is_remote(uri: str) -> bool:
-    """Tell whether a URI points to an object store rather than to a path on a disk."""
+    """Return whether a URI points to an object store rather than to a path on a disk."""
     return "://" in uri and not uri.startswith("file://")
 
 
@@ -167,7 +167,7 @@ class Folder:
         return None
 
     def has(self, name: str) -> bool:
-        """Tell whether there is such an object."""
+        """Return whether there is such an object."""
         store, key = self._key(name)
         try:
             obstore.head(store, key)

@@ -53,10 +53,8 @@ class ResolvedStep:
             ExternalDataError: the data is out of reach.
         """
         for name, source in self.planned.step.sources():
-            if not isinstance(source, ExternalHandle):
-                continue
-            external = self.externals[source]
-            if external.checkpoint.revision is not None and not hub:
+            external = self.externals[source] if isinstance(source, ExternalHandle) else None
+            if external is None or (external.checkpoint.revision is not None and not hub):
                 continue
             if external_identity(external).fingerprint != self.planned.inputs[name]:
                 return _changed(f"the checkpoint {external.checkpoint.source!r}")

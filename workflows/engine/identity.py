@@ -106,9 +106,8 @@ def step_identity(step: Step, inputs: Mapping[str, Any]) -> Identity:
     """Return a step's identity from its stage and the fingerprints of its inputs."""
     config = canonical(step.stage)
     stage = config.pop("type")
-    return _hash(
-        {"schema": SCHEMA, "stage": stage, "revision": step.stage.REVISION, "config": config, "inputs": dict(inputs)}
-    )
+    revision = step.stage.REVISION
+    return _hash({"schema": SCHEMA, "stage": stage, "revision": revision, "config": config, "inputs": dict(inputs)})
 
 
 def identities(workflow: Workflow) -> dict[str, Identity | Unknown]:
@@ -123,26 +122,20 @@ def identities(workflow: Workflow) -> dict[str, Identity | Unknown]:
             return Unknown(str(error), own=True)
 
     for step in workflow.in_order():
-        found[step.name] = _identify(
-            step,
-            {
-                name: found[source.step] if isinstance(source, Handle) else external(source)
-                for name, source in step.sources()
-            },
-        )
+        known = {name: found[s.step] if isinstance(s, Handle) else external(s) for name, s in step.sources()}
+        found[step.name] = _identify(step, known)
     return found
 
 
 def _identify(step: Step, inputs: Mapping[str, Identity | Unknown]) -> Identity | Unknown:
-    for (_, source), known in zip(step.sources(), inputs.values(), strict=True):
+    fingerprints = {}
+    for name, source in step.sources():
+        known = inputs[name]
         if isinstance(known, Unknown):
-            if isinstance(source, Handle):
-                return Unknown(f"waits for {source.step}", own=False)
-            return known
+            return Unknown(f"waits for {source.step}", own=False) if isinstance(source, Handle) else known
+        fingerprints[name] = known.fingerprint
     try:
-        return step_identity(
-            step, {name: known.fingerprint for name, known in inputs.items() if isinstance(known, Identity)}
-        )
+        return step_identity(step, fingerprints)
     except ExternalDataError as error:
         return Unknown(str(error), own=True)
 
@@ -157,9 +150,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
         if isinstance(before, Mapping) and isinstance(after, Mapping):
             found += differences(before, after, f"{name}.")
         elif isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
-            first, second = (
-                {f"[{index}]": value for index, value in enumerate(entries)} for entries in (before, after)
-            )
+            first, second = ({f"[{i}]": value for i, value in enumerate(each)} for each in (before, after))
             found += differences(first, second, name)
         elif key not in old or key not in new:
             found.append(f"{name} {'added' if key not in old else 'removed'}")

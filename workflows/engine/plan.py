@@ -194,9 +194,7 @@ def _plan_step(
         return StepPlan(step, "HIT", reason, identity, found.commit, estimate)
     seen = found.commit.generation if found.commit else 0
     lack = _lacking(step.resources, cluster) if cluster else None
-    if lack:
-        return StepPlan(step, "BLOCKED", lack, identity, None, estimate, seen)
-    return StepPlan(step, "MISS", miss or "never run", identity, None, estimate, seen)
+    return StepPlan(step, "BLOCKED" if lack else "MISS", lack or miss or "never run", identity, None, estimate, seen)
 
 
 def _why_miss(

@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import resource
+import shutil
 import socket
 import tempfile
 import time
@@ -191,4 +192,4 @@ def _log(attempt: Attempt) -> Iterator[TextIO]:
                 log.flush()
                 with contextlib.suppress(Exception):  # a log that cannot be stored must not hide how the attempt ended
                     attempt.logs.upload(path, name)
-                os.unlink(path)
+                shutil.rmtree(path.parent)

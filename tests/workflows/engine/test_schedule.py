@@ -18,6 +18,7 @@ from workflows.engine.schedule import (
     Held,
     Interrupted,
     Launch,
+    Overtaken,
     Phase,
     Schedule,
     Stop,
@@ -160,6 +161,18 @@ def test_advance_held_step_waits_and_spends_no_attempt() -> None:
     assert [d for d in decisions if isinstance(d, Launch)] == [Launch("a", 1, Resources())]
 
 
+def test_advance_step_that_another_run_took_over_is_stopped_once_and_tried_again_as_such() -> None:
+    state, _ = advance(schedule(step("a")), Tick(0))
+    state, decisions = advance(state, Overtaken("a", 1))
+    assert decisions == [Stop("a", "another run took it over while it ran")]
+    assert advance(state, Overtaken("a", 2))[1] == []
+    state, _ = advance(state, Failed("a", 3, BROKEN))
+    assert state.steps["a"].phase is Phase.BACKING_OFF
+    assert "was overtaken by another run at attempt 1 of 3" in state.steps["a"].reason
+    state, decisions = advance(state, Overtaken("a", 4))
+    assert (decisions, state.steps["a"].phase) == ([], Phase.BACKING_OFF), "of what does not run nothing is stopped"
+
+
 def test_advance_interruption_stops_what_runs_and_launches_nothing_more() -> None:
     state, _ = advance(schedule(step("a"), step("b", "a")), Tick(0))
     state, decisions = advance(state, Interrupted(1))
@@ -214,7 +227,13 @@ class World:
                 continue
             name = data.draw(st.sampled_from(sorted(running)), label="ends")
             running.discard(name)
-            if self.failures_left and data.draw(st.integers(0, 4), label="fails") == 4:
+            if self.failures_left and data.draw(st.integers(0, 9), label="overtaken") == 9:
+                self.failures_left -= 1
+                state, stopped = advance(state, Overtaken(name, self.now))
+                assert Stop(name, "another run took it over while it ran") in stopped
+                state, decisions = advance(state, Failed(name, self.now, LOST))
+                decisions = stopped + decisions
+            elif self.failures_left and data.draw(st.integers(0, 4), label="fails") == 4:
                 self.failures_left -= 1
                 failure = data.draw(st.sampled_from([LOST, Failure(FailureKind.PREEMPTED, "p")]))
                 state, decisions = advance(state, Failed(name, self.now, failure))
