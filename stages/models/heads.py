@@ -1,8 +1,8 @@
 """A model's output head, replayed: from what the backbone computes at a position to the model's logits there.
 
 Logits of a vocabulary of 128,256 are 31 times larger than the vectors of width 4,096 that they come from. So stages run
-the backbone, keep its vectors (the *states*), and make logits of some positions at a time; any other process that is
-handed the head makes the same ones later.
+the backbone, keep its vectors (the *states*), and make logits of some positions at a time; another process makes the
+same ones later, from the states and the head.
 
 The one rule: `observe_head` runs the model on real tokens and replays the head on the backbone's output. Where that
 gives the model's own logits bit for bit, the head is replayed; where not (a head that is no plain linear map, a factor
@@ -114,7 +114,7 @@ class Head:
         return self.logits(states_NX).float().log_softmax(-1)
 
     def pack(self) -> "PackedHead":
-        """Return the head as another process can be handed it."""
+        """Return the head in a form that travels between processes."""
         weight = None if self.weight_VD is None else PackedTensor.of(self.weight_VD)
         bias = None if self.bias_V is None else PackedTensor.of(self.bias_V)
         return PackedHead(self.vocabulary_size, weight, bias, self.scale, self.divisor, self.softcap)

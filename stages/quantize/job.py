@@ -1,4 +1,4 @@
-"""What every process of a search is handed, and what a survey finds: plain values, without torch.
+"""What every process of a search is given, and what a survey finds: plain values, without torch.
 
 Shape letters: R rows, T tokens of a row.
 """
@@ -13,7 +13,7 @@ from stages.storage import Folder
 
 @dataclass(frozen=True, slots=True)
 class SearchJob:
-    """What every process of a search is handed."""
+    """What every process of a search is given."""
 
     model: Artifact
     resume: Folder

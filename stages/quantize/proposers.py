@@ -3,7 +3,7 @@
 Promises: a proposer is part of the stage's config, and what it proposes depends on its fields and on the trials that it
 is given, so that an attempt that goes on after a crash proposes the same schemes and finds their receipts.
 
-A new one is a subclass here (or in a user's own workflow file), handed to `Quantize(proposer=…)`.
+A new one is a subclass here (or in a user's own workflow file), given to `Quantize(proposer=…)`.
 """
 
 from abc import ABC, abstractmethod

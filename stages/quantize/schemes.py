@@ -139,7 +139,7 @@ class Scheme(Config):
         grain = f"g{self.group_size}" if self.group_size else "channel"
         sign = "sym" if self.symmetric else "asym"
         if self.activation_bits:
-            # The channel-wise symmetric form is what every runtime calls W8A8: its name leaves those two words out.
+            # The channel-wise symmetric form is what every runtime calls W8A8: its name leaves those two parts out.
             plain = [part for part, usual in ((grain, "channel"), (sign, "sym")) if part != usual]
             parts = [f"w{self.weight_bits}a{self.activation_bits}", f"int{self.weight_bits}", *plain, self.algorithm]
         else:

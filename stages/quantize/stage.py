@@ -109,7 +109,10 @@ class Quantize(Stage):
         survey_ref, base = survey_task.remote(job, evaluation)
         survey = fetch_result(survey_ref)
         if not survey.replays_head:
-            context.reporter.note("the model's output head cannot be replayed, so that its whole logits are kept")
+            context.reporter.note(
+                "the model's output head cannot be replayed, so all logits of the measured tokens are kept; "
+                "evaluation_rows bounds them"
+            )
         receipts = self._search(context, job, survey, base)
         trials = [receipt.trial for receipt in receipts.values()]
         front = pareto_front(points_of(trials))

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from stages.contract import Artifact, Shards
+from stages.errors import StageFailed
 from stages.formats.dataset import DatasetInfo
 from stages.formats.signal_shards import signals_name
 from stages.models.checkpoints import load_model
@@ -42,8 +43,18 @@ class ShardFacts:
 
 
 def read_facts(shards: Shards) -> dict[str, ShardFacts]:
-    """Return the facts of every signal shard that is written, by logical name."""
-    return {name: ShardFacts(**facts) for name, facts in shards.done().items()}
+    """Return the facts of every signal shard that is written, by logical name.
+
+    Raises:
+        StageFailed: another version wrote their receipts.
+    """
+    try:
+        return {name: ShardFacts(**facts) for name, facts in shards.done().items()}
+    except TypeError as error:
+        raise StageFailed(
+            f"the receipts of signal shards in {shards.resume.uri} are of another version of stillhouse ({error}); run "
+            "with this version into another store"
+        ) from error
 
 
 class ShardTeacher:

@@ -11,6 +11,7 @@ from stages.measure.device import describe_gpu
 from workflows.cli import run_command
 from workflows.commands.find import find_workflow
 from workflows.engine.heartbeat import Holder
+from workflows.engine.plan import PlanInterrupted
 from workflows.engine.store import ArtifactStore
 from workflows.engine.tracking.connection import connect
 from workflows.engine.tracking.tracking_uri import default_tracking_uri
@@ -309,8 +310,31 @@ def test_run_help_lists_parameters_with_defaults(capsys: pytest.CaptureFixture[s
     assert "optimizer steps of the teacher" in " ".join(text.split())
 
 
+@pytest.mark.parametrize("argv", [("run", "quickstart"), ("plan", "quickstart"), ("explain", "quickstart", "teacher")])
+def test_help_after_a_workflow_lists_its_parameters(capsys: pytest.CaptureFixture[str], argv: tuple[str, ...]) -> None:
+    assert run_command([*argv, "--help"]) == 0
+    after = capsys.readouterr().out
+    assert "--teacher-steps" in after
+    assert "--store" in after
+    assert run_command([argv[0], "--help"]) == 0
+    before = capsys.readouterr().out
+    assert "WORKFLOW" in before
+    assert "--teacher-steps" not in before
+
+
+def test_plan_interrupted_while_it_verifies_exits_as_interrupted(
+    capsys: pytest.CaptureFixture[str], flow: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise PlanInterrupted("interrupted while text.txt of data was verified; nothing was started")
+
+    monkeypatch.setattr("workflows.commands.plan.plan_only", interrupted)
+    assert run_command(["plan", flow, "--json"]) == 130
+    assert json.loads(capsys.readouterr().out)["error"]["kind"] == "Interrupted"
+
+
 @pytest.mark.parametrize("argv", [["--help"], ["run", "--help"], ["plan"], ["workflows"], ["--version"]])
-def test_command_that_only_tells_succeeds(capsys: pytest.CaptureFixture[str], argv: list[str]) -> None:
+def test_command_that_only_prints_succeeds(capsys: pytest.CaptureFixture[str], argv: list[str]) -> None:
     assert run_command(argv) == 0
     assert capsys.readouterr().out.strip()
 
@@ -413,7 +437,7 @@ def test_gc_while_a_run_is_starting_fails_with_its_name(
     assert run in error["message"]
 
 
-def test_find_workflow_file_that_does_not_import_is_told(tmp_path: Path) -> None:
+def test_find_workflow_file_that_does_not_import_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "broken.py"
     path.write_text("import no_such_package")
     with pytest.raises(ConfigError, match="cannot be imported: ModuleNotFoundError"):

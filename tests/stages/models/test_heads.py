@@ -126,7 +126,7 @@ def test_teach_quantize_and_evaluate_agree_with_the_models_own_logits(
     assert found.kl == pytest.approx(expected_kl, rel=tolerance["rtol"])
     assert found.num_tokens == mask_BT.sum()
 
-    batches = [TokenRows(rows.ids_RT, np.zeros(ids_BT.shape, np.int64), mask_BT)]
+    batches = [rows]
     sums, head = DocumentSums(), observe_head(model, ids_BT, VOCABULARY)
     (states_NX,) = score_batches(model, head, batches, references={}, sums=sums, name="model")
     nll = -log_p_NV.gather(1, ids_BT[:, 1:][torch.from_numpy(mask_BT[:, 1:])][:, None]).sum()

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ from stages.contract import Artifact, Context, Outcome
 from stages.errors import OutOfMemory, StageFailed, Transient
 from stages.formats.search import DoneTrial, Trial
 from stages.quantize import stage as quantize_stage
-from stages.quantize.job import Layers, Survey
+from stages.quantize.job import Layers, SearchJob, Survey
 from stages.quantize.proposers import Grid, Proposer
+from stages.quantize.records import Receipt, write_receipt
 from stages.quantize.schemes import Scheme
 from stages.quantize.stage import Quantize
 from tests.fakes import RecordingReporter, fake_context
@@ -22,6 +24,7 @@ from tests.fakes import RecordingReporter, fake_context
 INT8 = Scheme(weight_bits=8)
 W8A8 = Scheme(weight_bits=8, activation_bits=8)
 GPTQ4 = Scheme(weight_bits=4, group_size=32, algorithm="gptq")
+INT4 = Scheme(weight_bits=4)
 TOO_WIDE = Scheme(weight_bits=4, group_size=96)
 SCHEMES = (INT8, W8A8, GPTQ4, TOO_WIDE)
 STAGE = Quantize(
@@ -137,38 +140,60 @@ def test_search_behind_receipts_runs_no_trial_again_and_rejects_what_its_files_d
     assert {entry.name.split("/")[1] for entry in context.out.entries("finalists")} == {INT8.name}
 
 
+def survey_little(job: object, evaluation: object) -> tuple[Survey, None]:
+    return Survey(Layers({"layer": 64}, 64 * 64, ()), 64 * 64, 8, replays_head=True), None
+
+
 class Coarser(Proposer):
-    """Halves the bits of what went well, in rounds, and stops."""
+    """Halves the bits of the smallest down to 4, round by round."""
 
     def propose(self, trials: Sequence[Trial]) -> Sequence[Scheme]:
         if not trials:
             return (Scheme(weight_bits=8), TOO_WIDE)
         done = [trial for trial in trials if isinstance(trial, DoneTrial)]
-        best = Scheme.model_validate(min(done, key=lambda trial: trial.kl).config)
-        return [best, best.model_copy(update={"weight_bits": best.weight_bits // 2})]
+        smallest = Scheme.model_validate(min(done, key=lambda trial: trial.size_bytes).config)
+        return [Scheme(weight_bits=max(4, smallest.weight_bits // 2))]
 
 
-def test_search_asks_its_proposer_again_with_what_the_first_round_found(
-    local_ray: None, model: Artifact, data: Artifact, tmp_path: Path
+def try_quickly(
+    config: Mapping[str, Any], *, schemes: Mapping[str, Scheme], job: SearchJob, **_: object
+) -> dict[str, None]:
+    scheme = schemes[config["scheme"]]
+    trial = DoneTrial(
+        scheme=scheme.name, config=scheme.model_dump(mode="json"), seconds=time.monotonic(), kl=1 / scheme.weight_bits,
+        kl_p99=1.0, agreement=0.5, num_tokens=1, size_bytes=scheme.weight_bits, bits_per_weight=1.0,
+        linear_bits_per_weight=1.0,
+    )  # fmt: skip
+    write_receipt(job.resume, Receipt(trial=trial, folder=scheme.name))
+    return {"out_of_memory": None}
+
+
+def remeasure_quickly(names: Sequence[str], *_: object) -> dict[str, float]:
+    return {scheme.name: 1 / scheme.weight_bits for scheme in (INT8, INT4) if scheme.name in names}
+
+
+def test_search_asks_its_proposer_again_with_what_it_found_and_the_same_after_a_crash(
+    local_ray: None, model: Artifact, data: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And once more behind its receipts: the same proposals, no trial."""
+    """The second context has the first round's receipt only, as after a crash within the second."""
+    for name, fake in {"_survey": survey_little, "_trial": try_quickly, "_remeasure": remeasure_quickly}.items():
+        monkeypatch.setattr(quantize_stage, name, fake)
     stage = STAGE.model_copy(update={"proposer": Coarser()})
     search = Search(stage, fake_context(tmp_path / "one", {"model": model, "data": data}, workers=2))
-    int4 = Scheme(weight_bits=4)
-    assert list(search.trials) == [INT8.name, TOO_WIDE.name, int4.name]
+    assert list(search.trials) == [INT8.name, TOO_WIDE.name, INT4.name]
     assert [trial["status"] for trial in search.json["trials"]] == ["done", "failed", "done"]
+    assert search.json["chosen"] == INT4.name
     reporter = search.context.reporter
     assert isinstance(reporter, RecordingReporter)
-    assert reporter.progressed == [(1, 2, "trials"), (2, 2, "trials"), (3, 3, "trials")]
+    assert sorted(reporter.progressed) == [(1, 2, "trials"), (2, 2, "trials"), (3, 3, "trials")]
 
     context = fake_context(tmp_path / "two", {"model": model, "data": data}, workers=2)
-    again = Search(stage, going_on(search, context, {f"trials/{int4.name}.json": {"seconds": 12345.0}}))
-    assert again.trials == search.trials | {int4.name: search.trials[int4.name] | {"seconds": 12345.0}}
-    assert again.json["chosen"] == search.json["chosen"]
-
-
-def survey_little(job: object, evaluation: object) -> tuple[Survey, None]:
-    return Survey(Layers({"layer": 64}, 64 * 64, ()), 64 * 64, 8, replays_head=True), None
+    receipt = f"trials/{INT8.name}.json"
+    context.resume.put(receipt, search.context.resume.get(receipt))
+    again = Search(stage, context)
+    assert list(again.trials) == list(search.trials)
+    assert again.trials[INT8.name] == search.trials[INT8.name]
+    assert again.trials[INT4.name]["seconds"] > search.trials[INT4.name]["seconds"]
 
 
 def try_in_vain(config: Mapping[str, Any], **_: object) -> dict[str, str]:

@@ -117,6 +117,13 @@ def test_teach_with_another_tokenizer_is_refused(local_ray: None, tmp_path: Path
         Teach().run(fake_context(tmp_path / "step", inputs))
 
 
+def test_teach_with_receipts_of_another_version_says_so(tmp_path: Path) -> None:
+    context = fake_context(tmp_path / "step", _inputs(tmp_path))
+    Shards(context.out, context.resume).write("signals/train-00001.parquet", b"kept", {"rows": 7, "bytes": 4})
+    with pytest.raises(StageFailed, match=r"receipts of signal shards .* of another version .* into another store"):
+        Teach().run(context)
+
+
 def test_teach_with_k_above_the_vocabulary_is_refused(tmp_path: Path) -> None:
     with pytest.raises(StageFailed, match="k is 97, expected at most"):
         Teach(method=TopK(k=97)).run(fake_context(tmp_path / "step", _inputs(tmp_path)))

@@ -10,7 +10,7 @@ from rich.console import Console
 from tests.stages_for_tests import Join, Write
 from workflows.commands.output import LastingConsole, console, print_json
 from workflows.commands.plan import plan_table
-from workflows.commands.terminal import LiveWatcher
+from workflows.commands.terminal import LiveWatcher, planning
 from workflows.engine.graph import Workflow
 from workflows.engine.plan import Plan, make_plan
 from workflows.engine.schedule import Phase
@@ -71,7 +71,7 @@ def test_json_document_whose_reader_went_away_is_no_error(monkeypatch: pytest.Mo
         print_json({"steps": []})
 
 
-def test_waiting_for_another_run_is_told_once_where_lines_stay(tmp_path: Path) -> None:
+def test_waiting_for_another_run_is_printed_once_where_lines_stay(tmp_path: Path) -> None:
     plan, _ = plan_of(tmp_path)
     out = Console(width=80, file=io.StringIO())
     watcher = LiveWatcher(out, plan)
@@ -79,6 +79,15 @@ def test_waiting_for_another_run_is_told_once_where_lines_stay(tmp_path: Path) -
         watcher.step("data", Phase.HELD, "run a is at it")
     watcher.step("data", Phase.RUNNING, "")
     assert out.file.getvalue().count("run a is at it") == 1  # type: ignore[attr-defined]
+
+
+def test_verifying_prints_a_line_now_and_then_where_lines_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    out = Console(width=80, file=io.StringIO())
+    with planning(out) as show:
+        show("verifying data: text.txt (8 MB read)")
+        monkeypatch.setattr("workflows.commands.terminal.LINE_SECONDS", -1.0)
+        show("verifying data: text.txt (16 MB read)")
+    assert out.file.getvalue() == "verifying data: text.txt (16 MB read)\n"  # type: ignore[attr-defined]
 
 
 def test_plan_shows_the_brackets_of_an_input_as_they_are(tmp_path: Path) -> None:
