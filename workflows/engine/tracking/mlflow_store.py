@@ -64,12 +64,7 @@ class MlflowStore:
     def __init__(
         self, connect: Callable[[], Connection], shared: Callable[[], AbstractContextManager[object]] = nullcontext
     ) -> None:
-        """Stand ready.
-
-        Args:
-            connect: connects to MLflow; asked when there is something to publish.
-            shared: held while what several runs share, candidates and the registry, is published.
-        """
+        """Connect by `connect` once there is something to publish; hold `shared` over what several runs share."""
         self._connect, self._shared = connect, shared
         self._experiments: dict[str, str] = {}
         self._shown: dict[str, dict[str, _Shown]] = {}
