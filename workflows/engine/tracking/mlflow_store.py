@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 CHAMPION = "champion"
 DIGEST = "stillhouse.digest"
-"""Tag of an ended row: the digest of what was published, sent after all else but the status."""
+"""Tag of an ended row: the digest of what is published; the row's status, which is sent last, makes it valid."""
 REFUSALS = frozenset(
     {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "MALFORMED_REQUEST", "RESOURCE_DOES_NOT_EXIST", "INVALID_STATE"}
 )
@@ -64,12 +64,7 @@ class MlflowStore:
     def __init__(
         self, connect: Callable[[], Connection], shared: Callable[[], AbstractContextManager[object]] = nullcontext
     ) -> None:
-        """Stand ready.
-
-        Args:
-            connect: connects to MLflow; asked when there is something to publish.
-            shared: held while what several runs share, candidates and the registry, is published.
-        """
+        """Connect by `connect` once there is something to publish; hold `shared` over what several runs share."""
         self._connect, self._shared = connect, shared
         self._experiments: dict[str, str] = {}
         self._shown: dict[str, dict[str, _Shown]] = {}
@@ -129,21 +124,20 @@ class MlflowStore:
 
     def _upsert_row(self, view: RunView, row: Row) -> None:
         rows = self._rows(view)
-        shown = rows.get(row.key)
+        shown, ended = rows.get(row.key), row.status != "RUNNING"
+        wanted = row.tags | ({DIGEST: row.digest} if ended else {})
         if shown is None:
             parent = {"mlflow.parentRunId": rows[row.parent].run_id} if row.parent in rows else {}
-            shown = rows[row.key] = _Shown.of(self._create(view, row.key, row.name, row.tags | parent, row.started_ms))
-        if (shown.tags.get(DIGEST), shown.status) == (row.digest, row.status):
+            shown = rows[row.key] = _Shown.of(self._create(view, row.key, row.name, wanted | parent, row.started_ms))
+        if ended and (shown.tags.get(DIGEST), shown.status) == (row.digest, row.status):
             return
         for name, data in _contents(row, shown.files):
             self._mlflow.put(shown.run_id, shown.artifacts, name, data)
             shown.files.add(name)
         params = {name: value for name, value in row.params.items() if name not in shown.params}
-        tags = {name: value for name, value in row.tags.items() if shown.tags.get(name) != value}
-        if row.status != "RUNNING":
-            tags[DIGEST] = row.digest
+        tags = {name: value for name, value in wanted.items() if shown.tags.get(name) != value}
         self._mlflow.log(shown.run_id, points=row.points[shown.num_points :], params=params, tags=tags)
-        if row.status != "RUNNING":
+        if ended:  # the last thing: a row that has its digest and its status has all
             self._client.set_terminated(shown.run_id, row.status, row.ended_ms)
         shown.params |= params
         shown.tags |= tags
@@ -161,8 +155,8 @@ class MlflowStore:
 
     def _search(self, view: RunView, where: str) -> list[Any]:
         """Return the MLflow runs of the run's experiment that a filter names, oldest first."""
-        experiments = [self._experiment(view)]
-        found = pages(lambda token: self._client.search_runs(experiments, where, page_token=token))
+        among = [self._experiment(view)]
+        found = pages(lambda token: self._client.search_runs(among, where, page_token=token))
         return sorted(found, key=lambda item: (item.info.start_time, item.info.run_id))
 
     def _create(self, view: RunView, key: str, name: str, tags: Mapping[str, str], at_ms: int) -> Any:
@@ -227,20 +221,17 @@ class MlflowStore:
             tags={name: value for name, value in tags.items() if shown.tags.get(name) != value},
             model_id=model.model_id,
         )
-        missing = {name: value for name, value in tags.items() if model.tags.get(name) != value}
-        if missing:
+        if missing := {name: value for name, value in tags.items() if model.tags.get(name) != value}:
             self._client.set_logged_model_tags(model.model_id, missing)
         if found.info.status == "RUNNING":
             self._client.set_terminated(found.info.run_id, "FINISHED", candidate.at_ms)
 
     def _model(self, view: RunView, candidate: CandidateEntry, found: Any, tags: Mapping[str, str]) -> Any:
         """Return the logged model of a candidate, made and linked to its MLflow run where it is missing."""
-        linked = _model_ids(found)
-        if linked:
+        if linked := _model_ids(found):
             return self._client.get_logged_model(linked[0])
         experiment = self._experiment(view)
-        models = self._client.search_logged_models([experiment], f"tags.`{KEY}` = '{candidate.key}'")
-        if models:
+        if models := self._client.search_logged_models([experiment], f"tags.`{KEY}` = '{candidate.key}'"):
             model = min(models, key=lambda item: (item.creation_timestamp, item.model_id))
         else:
             model = self._client.create_logged_model(
@@ -268,10 +259,10 @@ class MlflowStore:
         version = self._version(name, wish.candidate, found)
         if int(registered.tags.get("stillhouse.decided_ms", 0)) >= wish.at_ms:
             return
-        before = registered.aliases.get(CHAMPION)
-        if before is None or str(before) != version:
-            if before is not None:
-                self._client.set_model_version_tag(name, version, "replaced_version", str(before))
+        before = str(registered.aliases.get(CHAMPION, ""))
+        if before != version:
+            if before:
+                self._client.set_model_version_tag(name, version, "replaced_version", before)
             self._client.set_registered_model_alias(name, CHAMPION, version)
         self._client.set_registered_model_tag(name, "stillhouse.decided_ms", str(wish.at_ms))
 
@@ -284,8 +275,12 @@ class MlflowStore:
 
     def _version(self, name: str, key: str, found: Any) -> str:
         """Return the one version of a candidate, made where it is missing; of several, by racing writers, one stays."""
-        versions = self._versions(name, key)
-        if not versions:
+
+        def versions() -> list[int]:
+            all_versions = self._client.search_model_versions(f"name = '{name}'", max_results=1000)
+            return sorted(int(version.version) for version in all_versions if version.tags.get(KEY) == key)
+
+        if not (standing := versions()):
             self._mlflow.set_globals()  # the sqlite registry looks for the logged model in the global store
             (model_id, *_), shown = _model_ids(found), found.data.tags
             copied = ("artifact", "fingerprint", "scores", "candidate", "made_by_run")
@@ -293,14 +288,10 @@ class MlflowStore:
             self._client.create_model_version(
                 name, f"models:/{model_id}", found.info.run_id, tags=tags, model_id=model_id
             )
-            versions = self._versions(name, key)
-        for extra in versions[1:]:
+            standing = versions()
+        for extra in standing[1:]:
             self._client.delete_model_version(name, str(extra))
-        return str(versions[0])
-
-    def _versions(self, name: str, key: str) -> list[int]:
-        found = self._client.search_model_versions(f"name = '{name}'", max_results=1000)
-        return sorted(int(version.version) for version in found if version.tags.get(KEY) == key)
+        return str(standing[0])
 
 
 @contextmanager

@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 POLL_SECONDS = 1.0
 """How long events gather in the store before they are published together."""
 SHARE_OF_TIME = 0.2
-"""Of one core: what folding and upserting a run with very many points may take."""
+"""Of one core: what folding a run of very many events anew each time may take."""
 BACKOFF_SECONDS = (1.0, 2.0, 5.0, 15.0, 60.0)
 """Pauses after the first, second, … failure while the run goes on."""
 CLOSING_TRIES = 3
@@ -159,13 +159,16 @@ def follow(run: str, runs: Folder, store: MlflowStore, over: threading.Event, ea
     pause = POLL_SECONDS
     while True:
         over.wait(pause)
-        ended, began, error = over.is_set(), time.monotonic(), None
+        ended, fold_seconds, error = over.is_set(), 0.0, None
         try:
             for batch in log.read_from(num_batches + 1):
                 events += batch
                 num_batches += 1
             if len(events) > num_sent or (ended and events):
-                store.publish(fold(events, over=ended))
+                began = time.monotonic()
+                view = fold(events, over=ended)
+                fold_seconds = time.monotonic() - began
+                store.publish(view)
                 num_sent = len(events)
             elif events:
                 next(earlier, None)
@@ -182,7 +185,7 @@ def follow(run: str, runs: Folder, store: MlflowStore, over: threading.Event, ea
         if ended:
             time.sleep(CLOSING_PAUSE_SECONDS)
         pause = BACKOFF_SECONDS[min(failures, len(BACKOFF_SECONDS)) - 1] if failures else POLL_SECONDS
-        pause = max(pause, (time.monotonic() - began) / SHARE_OF_TIME)
+        pause = max(pause, fold_seconds / SHARE_OF_TIME)
 
 
 class _Forwarding(logging.Handler):

@@ -78,11 +78,10 @@ def remember_tracking_uri(root: Folder, uri: str) -> None:
 
 def known_tracking_uris(root: Folder) -> list[str]:
     """Return the tracking URIs that a store was used with, without user and password; the store's own file first."""
-    own = None if is_remote(root.uri) else default_tracking_uri(root.uri)
-    path = sqlite_path(own) if own is not None else None
+    has_own = not is_remote(root.uri) and root.has("mlflow/mlflow.db")
     known = root / "mlflow" / "known"
     found = [value["tracking_uri"] for entry in known.entries() if (value := known.find_json(entry.name))]
-    return [*([own] if own is not None and path is not None and path.exists() else []), *sorted(found)]
+    return [*([default_tracking_uri(root.uri)] if has_own else []), *sorted(found)]
 
 
 def check_tracking_uri(uri: str) -> None:

@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Literal
 
 from workflows.engine.events import (
@@ -43,7 +43,7 @@ MetricPoint = tuple[str, float, int, int]
 
 
 class _Entry:
-    @property
+    @cached_property
     def digest(self) -> str:
         """Return what changes when anything of it does; of points, which only grow, their number counts."""
         fields = {name: len(value) if name == "points" else value for name, value in vars(self).items()}
