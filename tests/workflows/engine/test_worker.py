@@ -23,8 +23,8 @@ class Talking(Stage):
 
     def run(self, context: Context) -> Outcome:
         print("printed", URI)
-        logging.getLogger("mlflow").warning("logged %s with token %s", URI, "hf_abcdefghijklmnopqrst")
-        logging.getLogger("mlflow").warning("of the environment: %s", "a-very-secret-value")
+        logging.getLogger("talking").warning("logged %s with token %s", URI, "hf_abcdefghijklmnopqrst")
+        logging.getLogger("talking").warning("of the environment: %s", "a-very-secret-value")
         if self.fails:
             raise OSError(f"cannot connect to {URI}")
         context.out.put("x.txt", b"x")
