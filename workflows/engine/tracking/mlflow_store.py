@@ -80,8 +80,8 @@ class MlflowStore:
     def _client(self) -> Any:
         return self._mlflow.client
 
-    def publish(self, view: RunView) -> None:
-        """Upsert a whole run.
+    def publish(self, view: RunView, unless: Callable[[], bool] = lambda: False) -> bool:
+        """Upsert a whole run, and return True; return False as soon as `unless` holds, which more urgent work sets.
 
         Raises:
             Exception: MLflow, or the store, cannot be reached; what MLflow has by then is not sent again.
@@ -89,10 +89,12 @@ class MlflowStore:
         rows = self._changed(view, view.rows)
         candidates, registrations = self._changed(view, view.candidates), self._changed(view, view.registrations)
         if not (rows or candidates or registrations):
-            return
+            return True
         self._client  # noqa: B018  connects: what keeps it from that is no refusal of a part
         try:
             for row in rows:
+                if unless():
+                    return False
                 self._upsert(view, row, self._upsert_row)
             with self._shared() if candidates or registrations else nullcontext():
                 for candidate in candidates:
@@ -102,6 +104,7 @@ class MlflowStore:
         except Exception:
             self._shown.clear()  # an answer may be lost: look again
             raise
+        return True
 
     def _changed(self, view: RunView, parts: Iterable[P]) -> list[P]:
         return [part for part in parts if self._done.get((view.run, part.key)) != part.digest]

@@ -62,11 +62,13 @@ def mlflow_store(
     return MlflowStore(partial(connect, tracking_uri, artifact_root), lambda: shared.held(Holder.of_this_process(run)))
 
 
-def publish_run(runs: Folder, run: str, store: MlflowStore, liveness: Liveness) -> bool | None:
-    """Publish all that there is of a run.
+def publish_run(
+    runs: Folder, run: str, store: MlflowStore, liveness: Liveness, unless: Callable[[], bool] = lambda: False
+) -> bool | None:
+    """Publish all that there is of a run, unless something more urgent comes.
 
     Returns:
-        Whether the run is over; None where it was left out: it has no events, or another process publishes it.
+        Whether the run is over; None where it was left: it has no events, another process publishes it, or `unless`.
 
     Raises:
         Exception: MLflow or the store cannot be reached.
@@ -82,19 +84,23 @@ def publish_run(runs: Folder, run: str, store: MlflowStore, liveness: Liveness) 
         except ValueError as error:
             logger.warning("run %s cannot be published: %s", run, error)
         else:
-            store.publish(view)
+            if not store.publish(view, unless):
+                return None
         return over
     finally:
         lease.release(term)
 
 
-def publish_earlier(runs: Folder, store: MlflowStore, run: str = "") -> Iterator[str]:
+def publish_earlier(
+    runs: Folder, store: MlflowStore, run: str = "", unless: Callable[[], bool] = lambda: False
+) -> Iterator[str]:
     """Publish the runs that are not wholly in MLflow, oldest first, one each time that the iterator is advanced.
 
     Args:
         runs: the store's folder of runs.
         store: MLflow.
         run: this one is left out.
+        unless: once it holds, what is left is left to another call.
 
     Yields:
         The runs that were published.
@@ -106,7 +112,9 @@ def publish_earlier(runs: Folder, store: MlflowStore, run: str = "") -> Iterator
     with ThreadPoolExecutor(LOOKS_AT_ONCE) as pool:
         done = list(pool.map(lambda name: (runs / name).has(PUBLISHED), names))
     for name in (name for name, published in zip(names, done, strict=True) if not published):
-        over = publish_run(runs, name, store, liveness)
+        if unless():
+            return
+        over = publish_run(runs, name, store, liveness, unless)
         if over:
             mark_published(runs, name)
         if over is not None:
@@ -210,7 +218,7 @@ def main(artifact_root: str, runs_uri: str, run: str) -> None:
 
     threading.Thread(target=wait_for_driver, name="driver", daemon=True).start()
     store = mlflow_store(runs, run, tracking_uri, artifact_root)
-    earlier = publish_earlier(runs, store, run)
+    earlier = publish_earlier(runs, store, run, unless=over.is_set)
     with publisher_lease(runs, run, Liveness(runs)).held(Holder.of_this_process(run)):
         error = follow(run, runs, store, over, earlier)
     if error:
@@ -219,7 +227,7 @@ def main(artifact_root: str, runs_uri: str, run: str) -> None:
     for descriptor in (1, 2):
         os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
     with suppress(Exception):  # out of reach again: they wait for a later run
-        deque(earlier, maxlen=0)
+        deque(publish_earlier(runs, store, run), maxlen=0)
 
 
 if __name__ == "__main__":

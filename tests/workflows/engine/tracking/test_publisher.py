@@ -1,7 +1,7 @@
 """Runs published to MLflow exactly once, whatever is killed on the way; and earlier ones behind the work."""
 
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -14,7 +14,7 @@ from workflows.engine.heartbeat import Holder, Liveness
 from workflows.engine.tracking import publisher
 from workflows.engine.tracking.connection import Connection, connect
 from workflows.engine.tracking.mlflow_store import MlflowStore
-from workflows.engine.tracking.publisher import follow, publish_history, publisher_lease
+from workflows.engine.tracking.publisher import follow, mlflow_store, publish_earlier, publish_history, publisher_lease
 from workflows.engine.tracking.tracking_uri import TrackingUnavailable, default_tracking_uri
 from workflows.engine.tracking.view import RunView
 
@@ -159,11 +159,12 @@ class FakeStore(MlflowStore):
         self.views: list[RunView] = []
         self.outages = outages
 
-    def publish(self, view: RunView) -> None:
+    def publish(self, view: RunView, unless: Callable[[], bool] = lambda: False) -> bool:
         if self.outages:
             self.outages -= 1
             raise ConnectionError("no answer from https://me:pw@mlflow")
         self.views.append(view)
+        return True
 
 
 class Script(threading.Event):
@@ -237,8 +238,9 @@ def test_follow_earlier_runs_come_while_there_is_nothing_to_send(sqlite: Place) 
     order: list[str] = []
 
     class Noting(FakeStore):
-        def publish(self, view: RunView) -> None:
+        def publish(self, view: RunView, unless: Callable[[], bool] = lambda: False) -> bool:
             order.append("this run")
+            return True
 
     def earlier() -> Iterator[str]:
         for run in ("a", "b"):
@@ -258,6 +260,21 @@ def test_follow_outage_over_earlier_runs_holds_up_nothing(sqlite: Place) -> None
     error, _ = run_follow(sqlite, store, night("r")[:3], [], night("r")[3:], earlier=earlier())
     assert error is None
     assert [len(view.rows) for view in store.views] == [2, 6, 6]
+
+
+def test_publish_earlier_makes_way_in_the_midst_of_a_run_and_is_done_later(sqlite: Place) -> None:
+    sqlite.log("a", night("a"))
+    asked: list[bool] = []
+
+    def urgent() -> bool:
+        asked.append(len(asked) >= 4)
+        return asked[-1]
+
+    store = mlflow_store(sqlite.runs, "later", sqlite.uri, sqlite.root)
+    assert list(publish_earlier(sqlite.runs, store, unless=urgent)) == []
+    assert not sqlite.is_published("a")
+    assert sqlite.catch_up() == ["a"]
+    assert {row.info.status for row in sqlite.mlflow_runs()} == {"FINISHED"}
 
 
 # On command ---------------------------------------------------------------------------------------------------------
