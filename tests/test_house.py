@@ -53,7 +53,6 @@ BANNED = {"utils", "helpers", "misc", "common", "base", "manager", "handler", "t
 PURE = ("graph", "check", "identity", "plan", "schedule", "failures")
 RAY_IMPORTERS = {
     "workflows/engine/ray_executor.py",
-    "workflows/engine/ray_workarounds.py",
     "stages/runtime/ray_workarounds.py",
     "stages/runtime/workers.py",
 }

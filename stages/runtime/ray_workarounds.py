@@ -1,16 +1,26 @@
-"""What Ray gives stages no public way to do: each here alone, with its reason and the version that it was seen in.
+"""What Ray gives no public way to do: each here alone, with its reason, seen in Ray 2.60.
 
-`tests/stages/runtime/test_ray_workarounds.py` fails when Ray moves past that version or a name vanishes; each of these
-can go where the reason that it gives has gone.
+`tests/stages/runtime/test_ray_workarounds.py` fails when Ray's version or one of these names changes: then look whether
+the reason still holds, and delete what has none.
 """
 
+import contextlib
+import logging
+import os
+import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
+import psutil
+
+from stages.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
 RAY_VERSION = "2.60"
-"""Of Ray, that the reasons below were seen in (2026-11-21)."""
+"""The version in which all of this was seen."""
 TRAIN_ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",  # the end of training is noticed at the next check; 2 s by default
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # one actor less to start; a lost worker is the engine's to handle
@@ -19,13 +29,94 @@ TRAIN_ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_WORKER_STRUCTURED_LOGGING": "0",
 }
 """Settings of Ray Train that exist as environment variables only."""
+MAX_SOCKET_PATH_BYTES = 103 if sys.platform == "darwin" else 107
+"""What the kernel takes as the path of a socket, and Ray checks."""
+SESSION = "/session_2026-11-25_00-00-00_000000_4194304/sockets/plasma_store"
+"""What Ray appends to its folder, at its longest."""
+
+
+# The engine's ---------------------------------------------------------------------------------------------------------
+
+
+def silence_ray_stdout() -> None:
+    """Send what raylets print through this driver to its log: `log_to_driver=False` still lets it through."""
+    from ray._private import worker
+
+    worker.print_to_stdstream = lambda data, ignore_prefix: logger.info("%s", "\n".join(map(str, data["lines"])))
+
+
+def remove_orphaned_groups() -> None:
+    """Remove this run's placement groups whose creator died: Ray keeps what they reserve until the job ends.
+
+    Ray Train's controller and Tune make them inside a step's process. Ray Train has a cleaner of its own for them,
+    which the train stage switches off: it asks Ray's dashboard whether its controller lives, and where there is none,
+    as in a Ray started here, each question and so the end of each training waits for 10 s (12 s of a 27 s fit); nor
+    does it know of Tune's. The public table of placement groups does not name the creator.
+    """
+    import ray
+    from ray._private.state import state
+    from ray.core.generated.gcs_pb2 import PlacementGroupTableData as Group
+    from ray.util.placement_group import PlacementGroup
+
+    for raw in state._connect_and_get_accessor().get_placement_group_table():
+        group = Group.FromString(raw)
+        if (
+            group.creator_actor_dead  # also of those that no actor made
+            and group.creator_actor_id != ray.ActorID.nil().binary()
+            and not group.is_detached
+            and group.state != Group.REMOVED
+            and group.ray_namespace == ray.get_runtime_context().namespace
+        ):
+            handle = PlacementGroup(ray.PlacementGroupID(group.placement_group_id))
+            ray.util.remove_placement_group(handle)
+            logger.info("deciding to remove placement group %s, since what made it died", handle.id.hex())
+
+
+@contextlib.contextmanager
+def killing_workers_left_behind(*, local: bool) -> Iterator[None]:
+    """Shut a Ray down inside; a worker of one that was started here hangs at its exit now and then, for ever."""
+    workers = []
+    with contextlib.suppress(psutil.Error):
+        children = psutil.Process().children() if local else []
+        raylets = [child for child in children if child.name() == "raylet"]
+        workers = [worker for raylet in raylets for worker in raylet.children(recursive=True)]
+    yield
+    for worker in workers:
+        with contextlib.suppress(psutil.Error):
+            worker.kill()
+
+
+def short_temp_dir(environ: Mapping[str, str]) -> str | None:
+    """Return a folder for Ray's sockets where its own, below a long `TMPDIR`, makes paths that no socket may have.
+
+    Raises:
+        ConfigError: no folder is short enough and writable.
+    """
+    usual = environ.get("RAY_TMPDIR") or environ.get("TMPDIR") or "/tmp"
+    if _fits(f"{usual}/ray"):
+        return None
+    for folder in (environ.get("XDG_RUNTIME_DIR"), "/tmp", "/var/tmp"):
+        if folder and _fits(short := f"{folder}/ray-{os.getuid()}") and os.access(folder, os.W_OK):
+            logger.info("deciding to put Ray's files below %s, since paths below %s are too long", short, usual)
+            return short
+    raise ConfigError(
+        f"Ray cannot put its sockets below {usual!r}: their paths would have "
+        f"{len(os.fsencode(f'{usual}/ray{SESSION}'))} bytes, and a socket's may have {MAX_SOCKET_PATH_BYTES}; set "
+        "RAY_TMPDIR to a short folder that can be written, such as /tmp"
+    )
+
+
+def _fits(folder: str) -> bool:
+    return len(os.fsencode(str(Path(folder)) + SESSION)) <= MAX_SOCKET_PATH_BYTES
+
+
+# The stages' ---------------------------------------------------------------------------------------------------------
 
 
 def trainer_class() -> Any:
     """Return Ray Train's trainer without two of its callbacks, which cost time and give nothing here.
 
-    Its placement-group cleaner asks Ray's dashboard whether the controller lives; where there is none, each question
-    waits for 10 s and so does the end of training (12 s of a 27 s fit). The engine removes what a lost attempt leaves.
+    Its placement-group cleaner's work is done by `remove_orphaned_groups`, for the reasons given there.
     The datasets' callback starts an actor that imports Ray Data (1.3 s); the reader is ours.
     """
     from ray.train.torch import TorchTrainer
@@ -40,7 +131,7 @@ def trainer_class() -> Any:
     return Trainer
 
 
-@contextmanager
+@contextlib.contextmanager
 def deprecated_options() -> Iterator[None]:
     """Let Ray Data be told not to retry: it deprecates every way to pass `max_retries` and `max_restarts`.
 

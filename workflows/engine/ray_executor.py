@@ -1,5 +1,4 @@
-"""Steps as Ray tasks: start a cluster or join one, submit, poll, cancel. With
-`ray_workarounds.py` the only engine file that imports ray.
+"""Steps as Ray tasks: start a cluster or join one, submit, poll, cancel. The only engine file that imports ray.
 
 A step's task holds no CPU and no GPU: the library inside it (Ray Data, Train, Tune) takes the real ones. Retries are
 the engine's, so Ray's are off. What a stage reports goes to one actor without CPUs that the driver drains.
@@ -19,16 +18,16 @@ from typing import Any
 
 from stages.errors import ConfigError
 from stages.runtime.processes import preserve_signal_handlers
-from stages.storage import Folder, is_remote
-from workflows.engine.executor import Attempt, AttemptResult, ProgressUpdates
-from workflows.engine.failures import Failure, FailureKind
-from workflows.engine.plan import ClusterResources
-from workflows.engine.ray_workarounds import (
+from stages.runtime.ray_workarounds import (
     killing_workers_left_behind,
     remove_orphaned_groups,
     short_temp_dir,
     silence_ray_stdout,
 )
+from stages.storage import Folder, is_remote
+from workflows.engine.executor import Attempt, AttemptResult, ProgressUpdates
+from workflows.engine.failures import Failure, FailureKind
+from workflows.engine.plan import ClusterResources
 from workflows.engine.retrying import brief
 
 logger = logging.getLogger(__name__)

@@ -1,18 +1,82 @@
 """When a workaround for Ray can go: these fail where its reason, or what it leans on, may have gone."""
 
+import inspect
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import ray
 
-from stages.runtime.ray_workarounds import RAY_VERSION, deprecated_options, trainer_class
+from stages.errors import ConfigError
+from stages.runtime.ray_workarounds import (
+    MAX_SOCKET_PATH_BYTES,
+    RAY_VERSION,
+    SESSION,
+    deprecated_options,
+    short_temp_dir,
+    trainer_class,
+)
 
 
-def test_ray_is_of_the_version_that_the_workarounds_were_seen_in() -> None:
-    assert ray.__version__.startswith(f"{RAY_VERSION}."), (
-        f"Ray is {ray.__version__}, and stages/runtime/ray_workarounds.py was written for {RAY_VERSION}: look at the "
-        "reason of each workaround, delete those that have none left, and set RAY_VERSION"
+def test_workarounds_were_looked_at_for_this_version_of_ray() -> None:
+    """When this fails, read `ray_workarounds.py`, delete what has lost its reason, and raise RAY_VERSION."""
+    from ray._private import node, worker
+    from ray._private.state import GlobalState, state
+    from ray.core.generated.gcs_pb2 import PlacementGroupTableData as Group
+
+    assert ray.__version__.startswith(RAY_VERSION)
+    assert list(inspect.signature(worker.print_to_stdstream).parameters) == ["data", "ignore_prefix"]
+    assert callable(state._connect_and_get_accessor)
+    assert {"creator_actor_dead", "creator_actor_id", "is_detached"} <= set(Group.DESCRIPTOR.fields_by_name)
+    assert "creator" not in inspect.getsource(GlobalState._gen_placement_group_info), (
+        "the public table names the creator: use it"
     )
+    assert 'f"session_{date_str}_{os.getpid()}"' in inspect.getsource(node.Node)
+
+
+def test_cleaner_of_ray_train_needs_the_dashboard_still() -> None:
+    """When this fails, Ray Train's own cleaner may do, and ours may serve Tune alone."""
+    from ray.train.v2._internal.execution.controller import placement_group_cleaner as cleaner
+
+    assert "RayStateApiException" in inspect.getsource(cleaner)
+
+
+def test_short_temp_dir_where_the_usual_one_is_short_is_ray_s_own() -> None:
+    assert short_temp_dir({}) is None
+    assert short_temp_dir({"TMPDIR": "/tmp"}) is None
+    longest = "/" + "x" * (MAX_SOCKET_PATH_BYTES - len(SESSION) - len("/ray") - 1)
+    assert short_temp_dir({"TMPDIR": longest}) is None
+    assert short_temp_dir({"TMPDIR": longest + "x"}) is not None
+
+
+@pytest.mark.parametrize("name", ["TMPDIR", "RAY_TMPDIR"])
+def test_short_temp_dir_below_a_long_folder_is_a_short_one(name: str) -> None:
+    long = f"/tmp/{'folder-of-a-job/' * 10}"
+    assert short_temp_dir({name: long}) == f"/tmp/ray-{os.getuid()}"
+    assert short_temp_dir({name: long, "XDG_RUNTIME_DIR": "/dev/shm"}) == f"/dev/shm/ray-{os.getuid()}"
+
+
+def test_short_temp_dir_where_none_can_be_written_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(ConfigError, match=r"a socket's may have \d+; set RAY_TMPDIR to a short folder"):
+        short_temp_dir({"TMPDIR": "/tmp/" + "x" * 90})
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(120)
+def test_ray_under_a_long_temp_dir_starts(tmp_path: Path) -> None:
+    long = tmp_path / ("x" * 60) / ("y" * 60)
+    long.mkdir(parents=True)
+    code = (
+        "from workflows.engine.ray_executor import RayExecutor\n"
+        "executor = RayExecutor()\nprint(executor.cluster_resources().cpus > 0)\nexecutor.close()\n"
+    )
+    environment = {**os.environ, "TMPDIR": str(long)}
+    environment.pop("RAY_TMPDIR", None)
+    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert found.stdout.strip().endswith("True"), found.stderr[-2000:]
 
 
 @pytest.mark.ray
