@@ -13,7 +13,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from threading import Event as Flag
 
 from stages.contract import Artifact
@@ -25,6 +25,7 @@ from workflows.engine.external import ResolvedStep, ResolvedSteps
 from workflows.engine.failures import Failure, FailureKind
 from workflows.engine.graph import Handle, Source, Wiring
 from workflows.engine.heartbeat import Holder
+from workflows.engine.identity import Identity
 from workflows.engine.manifest import InputCommit, Manifest, Provenance
 from workflows.engine.plan import Plan, StepPlan, input_commits
 from workflows.engine.provenance import code_evidence
@@ -173,16 +174,17 @@ class Driver:
         self._recorder.opened(name, launch.attempt, "miss")
         try:
             attempt = self._attempt(launch, claim)
+        except ExternalDataError as error:  # what is out of reach may come back
+            return self._failed(name, launch.attempt, Failure(FailureKind.TRANSIENT, str(error)))
         except Exception as error:  # noqa: BLE001  data from outside, its own code included: one step's trouble
-            return self._failed(name, launch.attempt, _of_external(error))
+            return self._failed(name, launch.attempt, classify(error))
         self._show(self.watcher.step, name, Phase.RUNNING, f"attempt {launch.attempt}" if launch.attempt > 1 else "")
         self.executor.submit(attempt)
         return []
 
     def _claim(self, launch: Launch) -> Claim | list[Event]:
         """Return the right to run a step, or what stands in the way of it: another run's claim or commit."""
-        name, fingerprint = launch.step, self.plan.steps[launch.step].fingerprint
-        assert fingerprint is not None
+        name, fingerprint = launch.step, self._identity(launch.step).fingerprint
         if shared := self._share(launch):
             return shared
         claim = self.store.claim(fingerprint, self.run)
@@ -227,20 +229,21 @@ class Driver:
     def _share(self, launch: Launch) -> list[Event]:
         """Take the commit that another run has made since this run was planned, if there is one."""
         name, planned = launch.step, self.plan.steps[launch.step]
-        fingerprint = planned.fingerprint
-        assert fingerprint is not None
-        newest = self.store.newest(fingerprint)
+        newest = self.store.newest(self._identity(name).fingerprint)
         if newest is None or newest.generation <= planned.seen_generation:
             return []
         if newest.manifest.outdated_input(self._inputs(planned)):
             return []
         self._commits[name] = newest
         self._shared.add(name)
-        made_by = newest.manifest.run
-        self._recorder.opened(name, launch.attempt, "hit")
-        self._recorder.closed(name, launch.attempt, "FINISHED", newest.artifact.metrics, {"made_by_run": made_by})
-        self._show(self.watcher.step, name, Phase.COMMITTED, f"shared with run {made_by}")
+        self._recorder.hit(name, newest, launch.attempt)
+        self._show(self.watcher.step, name, Phase.COMMITTED, f"shared with run {newest.manifest.run}")
         return [Committed(name, self.clock())]
+
+    def _identity(self, name: str) -> Identity:
+        identity = self.plan.steps[name].identity
+        assert identity is not None
+        return identity
 
     def _inputs(self, planned: StepPlan) -> dict[str, InputCommit]:
         return input_commits(planned.step, planned.inputs, self._commits)
@@ -253,7 +256,7 @@ class Driver:
 
     def _ended(self, name: str, result: AttemptResult | Failure) -> list[Event]:
         state = self._schedule.steps[name]
-        ended = self._commit(name, result) if isinstance(result, AttemptResult) else result
+        ended = result if isinstance(result, Failure) else self._commit(name, result)
         if isinstance(ended, Failure):
             return self._failed(name, state.attempt, ended, "KILLED" if state.phase is Phase.STOPPING else "FAILED")
         claim, manifest = self._claims[name], ended.manifest
@@ -280,12 +283,9 @@ class Driver:
         planned, claim = self.plan.steps[name], self._claims[name]
         if changed := self._resolved.of(planned).changed():
             return Failure(FailureKind.PERMANENT, changed)
-        assert planned.identity is not None
         stage = planned.step.stage
         manifest = Manifest(
-            fingerprint=claim.fingerprint,
-            generation=claim.generation,
-            epoch=claim.epoch,
+            **asdict(claim),
             kind=stage.KIND,
             stage=type(stage).__name__,
             step=name,
@@ -293,7 +293,7 @@ class Driver:
             run=self.run,
             files=result.files,
             metrics=dict(result.metrics),
-            identity=dict(planned.identity.record),
+            identity=dict(self._identity(name).record),
             inputs=self._inputs(planned),
             resources=self._schedule.steps[name].resources,
             provenance=Provenance(**result.environment, **self._code[name]),
@@ -344,12 +344,7 @@ class Driver:
         return RunResult(self.run, results, self._schedule.succeeded, self._schedule.interrupted)
 
 
-def _of_external(error: Exception) -> Failure:
-    """Return the failure that an error with data from outside is: what is out of reach may come back."""
-    return Failure(FailureKind.TRANSIENT, str(error)) if isinstance(error, ExternalDataError) else classify(error)
-
-
 def _of_store(error: Exception) -> Failure:
     """Return the failure that the store's is: what it refuses for good is an error of ours, all else is transient."""
-    transient = Failure(FailureKind.TRANSIENT, f"the store failed: {brief(error)}")
-    return classify(error) if isinstance(error, StillhouseError) else transient
+    ours = isinstance(error, StillhouseError)
+    return classify(error) if ours else Failure(FailureKind.TRANSIENT, f"the store failed: {brief(error)}")
