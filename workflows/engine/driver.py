@@ -19,6 +19,7 @@ from threading import Event as Flag
 from stages.contract import Artifact
 from stages.errors import ExternalDataError, StageFailed, StillhouseError
 from stages.storage import STORE_ERRORS, Folder
+from workflows.engine import schedule
 from workflows.engine.events import RunEvent, RunStatus
 from workflows.engine.executor import Attempt, AttemptResult, Executor, ProgressUpdates
 from workflows.engine.external import ResolvedStep, ResolvedSteps
@@ -32,25 +33,7 @@ from workflows.engine.provenance import code_evidence
 from workflows.engine.recorder import Recorder
 from workflows.engine.results import STATUS_OF, RunResult, StepResult, StepStatus, Watcher
 from workflows.engine.retrying import PAUSES_SECONDS, attempt_once, brief, persist
-from workflows.engine.schedule import (
-    Began,
-    Capacity,
-    Committed,
-    Decision,
-    Event,
-    Failed,
-    Interrupted,
-    Launch,
-    Overtaken,
-    Phase,
-    Postponed,
-    Schedule,
-    Stop,
-    Tick,
-    Transition,
-    advance,
-    new_schedule,
-)  # fmt: skip
+from workflows.engine.schedule import Decision, Event, Launch, Phase, Schedule, Stop, Transition
 from workflows.engine.store import ArtifactStore, Claim, Commit, Fenced
 from workflows.engine.worker import classify
 
@@ -87,10 +70,8 @@ class Driver:
     _commits: dict[str, Commit] = field(init=False, default_factory=dict)
     _resolved: ResolvedSteps = field(init=False, default_factory=ResolvedSteps)
     _shared: set[str] = field(init=False, default_factory=set)
-    _outages: Counter[str] = field(init=False, default_factory=Counter)
-    """Step → how often in a row the store failed as it was to be launched."""
-    _code: dict[str, dict[str, str]] = field(init=False)
-    """Step → the code that its stage has now: files may be edited while it runs."""
+    _outages: Counter[str] = field(init=False, default_factory=Counter)  # launches in a row that the store failed
+    _code: dict[str, dict[str, str]] = field(init=False)  # as the run begins: files may be edited meanwhile
     _next_reports: float = field(init=False, default=0.0)
     _next_lease_check: float = field(init=False, default=0.0)
 
@@ -103,10 +84,10 @@ class Driver:
             planned.step.name: code_evidence(type(planned.step.stage)) for planned in self.plan.having("MISS")
         }
         cluster = self.executor.cluster_resources()
-        self._schedule = new_schedule(
+        self._schedule = schedule.new_schedule(
             {name: planned.step for name, planned in self.plan.steps.items()},
             committed=frozenset(self._commits),
-            capacity=Capacity(cluster.cpus, cluster.gpus),
+            capacity=schedule.Capacity(cluster.cpus, cluster.gpus),
             blocked={planned.step.name: planned.reason for planned in self.plan.having("BLOCKED")},
         )
 
@@ -119,10 +100,10 @@ class Driver:
         for planned in self.plan.having("MISS"):
             with suppress(Exception):  # reported when the step is launched, if it is still so then
                 self._resolved.of(planned)
-        self._take(Tick(self.clock()))
+        self._take(schedule.Tick(self.clock()))
         while not self._schedule.over:
             if self.interrupt.is_set() and not self._schedule.interrupted:
-                self._take(Interrupted(self.clock()))
+                self._take(schedule.Interrupted(self.clock()))
             self._turn()
         return self._result()
 
@@ -137,13 +118,13 @@ class Driver:
         if running and self.clock() >= self._next_lease_check:
             self._next_lease_check = self.clock() + LEASE_SECONDS
             self._take(*self._overtaken())
-        self._take(Tick(self.clock()))
+        self._take(schedule.Tick(self.clock()))
 
     def _take(self, *events: Event) -> None:
         """Advance the schedule by events and act on what it decides, then by the events that this brings."""
         queue = deque(events)
         while queue:
-            self._schedule, decisions = advance(self._schedule, queue.popleft())
+            self._schedule, decisions = schedule.advance(self._schedule, queue.popleft())
             for decision in decisions:
                 queue.extend(self._act(decision))
 
@@ -190,7 +171,7 @@ class Driver:
         claim = self.store.claim(fingerprint, self.run)
         if isinstance(claim, Holder):
             reason = f"run {claim.run} on {claim.host} is running this step; waiting for its result"
-            return [Postponed(name, self.clock(), Phase.HELD, reason, HELD_POLL_SECONDS)]
+            return [schedule.Postponed(name, self.clock(), Phase.HELD, reason, HELD_POLL_SECONDS)]
         self._claims[name] = claim
         if shared := self._share(launch):  # committed between our look and our claim
             self._release(name)
@@ -202,7 +183,7 @@ class Driver:
         if failure.kind is FailureKind.TRANSIENT and pauses:
             self._outages[name] += 1
             reason = f"{failure.message}; trying again in {pauses[0]:g} s"
-            return [Postponed(name, self.clock(), Phase.BACKING_OFF, reason, pauses[0])]
+            return [schedule.Postponed(name, self.clock(), Phase.BACKING_OFF, reason, pauses[0])]
         self._outages[name] = 0
         self._recorder.opened(name, launch.attempt, "miss")
         return self._failed(name, launch.attempt, failure)
@@ -230,15 +211,14 @@ class Driver:
         """Take the commit that another run has made since this run was planned, if there is one."""
         name, planned = launch.step, self.plan.steps[launch.step]
         newest = self.store.newest(self._identity(name).fingerprint)
-        if newest is None or newest.generation <= planned.seen_generation:
-            return []
-        if newest.manifest.outdated_input(self._inputs(planned)):
+        seen = planned.seen_generation
+        if newest is None or newest.generation <= seen or newest.manifest.outdated_input(self._inputs(planned)):
             return []
         self._commits[name] = newest
         self._shared.add(name)
         self._recorder.hit(name, newest, launch.attempt)
         self._show(self.watcher.step, name, Phase.COMMITTED, f"shared with run {newest.manifest.run}")
-        return [Committed(name, self.clock())]
+        return [schedule.Committed(name, self.clock())]
 
     def _identity(self, name: str) -> Identity:
         identity = self.plan.steps[name].identity
@@ -268,11 +248,11 @@ class Driver:
         metrics, tags = {**ended.artifact.metrics, **took}, {"artifact": self.store.out(claim).uri}
         self._recorder.closed(name, state.attempt, "FINISHED", metrics, tags)
         self._show(self.watcher.step, name, Phase.COMMITTED, f"{ended.seconds:.1f} s")
-        return [Committed(name, self.clock())]
+        return [schedule.Committed(name, self.clock())]
 
     def _failed(self, name: str, attempt: int, failure: Failure, status: RunStatus = "FAILED") -> list[Event]:
         self._recorder.closed(name, attempt, status, {}, {"error": failure.message[:500]})
-        return [Failed(name, self.clock(), failure)]
+        return [schedule.Failed(name, self.clock(), failure)]
 
     def _release(self, name: str) -> None:
         """Let other runs have a step's claim without waiting for this run's end."""
@@ -312,7 +292,8 @@ class Driver:
         """Find the running steps that another run took over, as it may while this process is paused."""
         running = [name for name, state in self._schedule.steps.items() if state.phase is Phase.RUNNING]
         with suppress(*STORE_ERRORS):  # looked at again soon; the commit looks in any case
-            return [Overtaken(name, self.clock()) for name in running if self.store.overtaken(self._claims[name])]
+            taken = [name for name in running if self.store.overtaken(self._claims[name])]
+            return [schedule.Overtaken(name, self.clock()) for name in taken]
         return []
 
     def _pass_on(self, reports: ProgressUpdates) -> list[Event]:
@@ -320,7 +301,7 @@ class Driver:
         for name, attempt in sorted(reports.started | reports.curves.keys()):
             state = self._schedule.steps.get(name)  # an executor may have served another run, whose steps started too
             if state and state.phase is Phase.RUNNING and state.attempt == attempt and state.began_at is None:
-                began.append(Began(name, self.clock()))
+                began.append(schedule.Began(name, self.clock()))
         for (name, _), (done, total, unit) in reports.progress.items():
             self._show(self.watcher.progress, name, done, total, unit)
         for (name, attempt), points in reports.curves.items():
@@ -338,8 +319,7 @@ class Driver:
         for name, state in self._schedule.steps.items():
             hit, shared = self.plan.steps[name].status == "HIT", name in self._shared
             outcome: StepStatus = "hit" if hit else "shared" if shared else STATUS_OF[state.phase]
-            ran = state.attempt and not shared
-            log = self._folder.uri_of(f"logs/{name}.{state.attempt}.log") if ran else None
+            log = self._folder.uri_of(f"logs/{name}.{state.attempt}.log") if state.attempt and not shared else None
             results[name] = StepResult(name, outcome, state.reason, self._commits.get(name), log, state.attempt)
         return RunResult(self.run, results, self._schedule.succeeded, self._schedule.interrupted)
 
