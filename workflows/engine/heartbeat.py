@@ -135,7 +135,9 @@ class Heartbeat:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.stop()
+        """Stop beating; the last beat stays."""
+        self._stop.set()
+        self._thread.join(timeout=BEAT_SECONDS)
 
     def _beat(self) -> None:
         self._folder.put_json("heartbeat.json", Holder.of_this_process(self._run).to_json())
@@ -146,8 +148,3 @@ class Heartbeat:
                 self._beat()
             except Exception:  # noqa: BLE001  a missed beat is what the others' patience (STALE_SECONDS) is for
                 continue
-
-    def stop(self) -> None:
-        """Stop beating; the last beat stays."""
-        self._stop.set()
-        self._thread.join(timeout=BEAT_SECONDS)
