@@ -42,9 +42,9 @@ logger = logging.getLogger(__name__)
 OBSERVED_TOKENS = 64
 """Tokens of the first row that a head is observed on: 64 × 262,144 logits in float32 are 67 MB."""
 CHUNK_BYTES = 256 * 1024 * 1024
-"""Memory for the log-probabilities of one chunk of positions: float32 `[N, V]`, one of each model and `WORK_TENSORS`."""
+"""Memory for one chunk of positions: a float32 `[N, V]` of each model that is compared, and `WORK_TENSORS` besides."""
 WORK_TENSORS = 4
-"""`[N, V]` float32 tensors that live at once besides: logits before their softmax, and the terms of a divergence."""
+"""`[N, V]` float32 tensors that live at once: logits before their softmax, and the terms of a divergence."""
 MIN_CHUNK_POSITIONS = 256
 """Positions of a chunk, whatever its memory: with fewer, each product with the head reads more than it computes."""
 
@@ -101,7 +101,8 @@ class Head:
         output, in most families the last one's after the final norm.
         """
         network = model.base_model if self.is_replayed else model
-        found = network(input_ids=input_ids_BT, use_cache=False, output_hidden_states=hidden_states)
+        options = {"output_hidden_states": True} if hidden_states else {}
+        found = network(input_ids=input_ids_BT, use_cache=False, **options)
         # Flattened before it is cut: the other way round a padded head's logits would be copied.
         states_NX = found.last_hidden_state.flatten(0, 1) if self.is_replayed else self._cut(found.logits)
         return states_NX, tuple(state.flatten(0, 1) for state in found.hidden_states) if hidden_states else ()
