@@ -39,7 +39,7 @@ class Candidate:
     base_fingerprint: str | None = None
     """Fingerprint of the artifact that it was derived from, if any."""
     base: str | None = None
-    """Name of that candidate, where it is among those given."""
+    """Name of that candidate, where it is among those given or is the reference."""
     method: str | None = None
     """How it was derived, e.g. a scheme's name."""
 

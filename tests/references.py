@@ -33,8 +33,9 @@ def dense_kl(teacher_NV: Array, student_NV: Array, temperature: float) -> tuple[
 
 
 def reverse_kl(teacher_NV: Array, student_NV: Array, temperature: float) -> tuple[Array, Array]:
-    """KL(softmax(s/τ) ‖ softmax(t/τ)) per token, and its gradient q (log q − log p − KL) / τ with regard to s."""
-    log_p, log_q = log_softmax(teacher_NV / temperature), log_softmax(student_NV / temperature)
+    """Σ q (log q − log p) per token, log p at least −30, and its gradient q (log q − log p − KL) / τ with regard to s."""
+    log_p = np.maximum(log_softmax(teacher_NV / temperature), -30.0)
+    log_q = log_softmax(student_NV / temperature)
     kl = (np.exp(log_q) * (log_q - log_p)).sum(-1)
     return kl, np.exp(log_q) * (log_q - log_p - kl[..., None]) / temperature
 

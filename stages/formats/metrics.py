@@ -61,7 +61,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("final/perplexity", "perplexity", "", "lower", _perplexity, 0),
     Metric("final/kl_to_teacher", "KL to teacher", "nats/token", "lower", _fixed(4), 0),
     Metric("final/agreement", "agreement %", "fraction", "higher", _percent, 0),
-    Metric("final/kl_to_student", "KL to student", "nats/token", "lower", _fixed(4), 3),
+    Metric("final/kl_to_base", "KL to base", "nats/token", "lower", _fixed(4), 3),
     Metric("final/latency_p50_ms", "ms/token p50", "ms", "lower", _fixed(2), 1),
     Metric("final/latency_p95_ms", "ms/token p95", "ms", "lower", _fixed(2), 6),
     Metric("final/tokens_per_second", "tokens/s", "tokens/s", "higher", _fixed(0), 5),
@@ -69,13 +69,13 @@ METRICS: tuple[Metric, ...] = (
     Metric("final/cost_seconds", "cost s", "seconds", "lower", _fixed(0), 4),
     Metric("final/cross_entropy", "cross-entropy", "nats/token", "lower", _fixed(4)),
     Metric("final/parameters", "parameters", "", None, _fixed(0)),
-    Metric("final/agreement_with_student", "agreement with student %", "fraction", "higher", _percent),
+    Metric("final/agreement_with_base", "agreement with base %", "fraction", "higher", _percent),
     Metric("final/perplexity_delta_to_teacher", "perplexity over teacher's", "", "lower", _perplexity),
-    Metric("final/perplexity_delta_to_student", "perplexity over student's", "", "lower", _perplexity),
+    Metric("final/perplexity_delta_to_base", "perplexity over base's", "", "lower", _perplexity),
     Metric("final/prefill_p50_ms", "prefill ms p50", "ms", "lower", _fixed(2)),
 )
-"""Every metric that a candidate may have, the columns of tables in their order first. The student of `…_student` is
-the candidate that another was derived from; `final/cost_seconds` is what all steps before a candidate took."""
+"""Every metric that a candidate may have, the columns of tables in their order first. The base of `…_base` is
+the model that a candidate was derived from; `final/cost_seconds` is what all steps before a candidate took."""
 
 
 def known_columns(candidates: Iterable[Mapping[str, float]]) -> list[Metric]:

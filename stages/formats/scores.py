@@ -23,7 +23,7 @@ class CandidateScores(FormatModel):
     kind: str
     """How it was made: `model`, `quantized`, `pruned`, …; for people, nothing depends on it."""
     base: str | None
-    """Name of the candidate that it was derived from, where that is among those scored."""
+    """Name of the candidate that it was derived from, or `REFERENCE`, where that was scored."""
     base_fingerprint: str | None
     """Fingerprint of the artifact that it was derived from, if any."""
     method: str | None
@@ -43,6 +43,7 @@ class CandidateScores(FormatModel):
     agreement: float
     """Fraction of tokens where candidate and reference find the same token likeliest."""
     kl_to_base: float | None
+    """Mean KL(base ‖ candidate), nats per token; None where no base was scored."""
     agreement_with_base: float | None
 
 

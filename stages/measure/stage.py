@@ -29,7 +29,7 @@ class Measure(Stage):
     """Speed and memory of each model on one kind of machine."""
 
     KIND: ClassVar[Kind] = "speed"
-    REVISION: ClassVar[str] = "2026-11-25 speed in a typed file"
+    REVISION: ClassVar[str] = "2026-11-21 first"
     PLACES_WORKERS: ClassVar = True
     INPUTS: ClassVar[Mapping[str, Input]] = {"models": Input(("model", "search"), many=True)}
 

@@ -4,11 +4,12 @@ Logits of a vocabulary of 128,256 are 31 times larger than the vectors of width 
 the backbone, keep its vectors (the *states*), and make logits of some positions at a time; another process makes the
 same ones later, from the states and the head.
 
-The one rule: `observe_head` runs the model on real tokens and replays the head on the backbone's output. Where that
-gives the model's own logits bit for bit, the head is replayed; where not (a head that is no plain linear map, a factor
-that is not known here, a step between backbone and head), the states are the logits themselves. There is no tolerance:
+The one rule: `observe_head` runs the model on real tokens, then its backbone, and replays the head on what that gives.
+Where these are the model's own logits bit for bit, the head is replayed; where not (a head that is no plain linear map,
+a factor that is not known here, a step, a projection or a cast between backbone and head, a backbone that cannot be run
+by itself), the states are the logits themselves. There is no tolerance:
 the replay does what the model does in the same shape and order, so that equal is equal (0 differing bits in float32,
-bfloat16 and float16 on CPU, for Llama, GPT-2, Gemma 2, Cohere and Granite), while a bound that leaves room for
+bfloat16 and float16 on CPU, for Llama, GPT-2, Gemma 2, Cohere, Granite and OPT), while a bound that leaves room for
 bfloat16's rounding (3 % of the largest logit) overlooks a soft cap that is four times as large as the logits.
 
 Promises: every causal language model of transformers has a path that works; logits are over the dataset's vocabulary
@@ -31,7 +32,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from stages.runtime.translation import within_memory
+from stages.errors import OutOfMemory, Transient
+from stages.runtime.translation import one_line, translate, within_memory
 
 __all__ = ["Head", "PackedHead", "PackedTensor", "log_prob_chunks", "observe_head"]
 
@@ -40,7 +42,11 @@ logger = logging.getLogger(__name__)
 OBSERVED_TOKENS = 64
 """Tokens of the first row that a head is observed on: 64 × 262,144 logits in float32 are 67 MB."""
 CHUNK_BYTES = 256 * 1024 * 1024
-"""Memory for the log-probabilities of one chunk of positions; about six `[N, V]` float32 tensors live at once."""
+"""Memory for one chunk of positions: a float32 `[N, V]` of each model that is compared, and `WORK_TENSORS` besides."""
+WORK_TENSORS = 4
+"""`[N, V]` float32 tensors that live at once: logits before their softmax, and the terms of a divergence."""
+MIN_CHUNK_POSITIONS = 256
+"""Positions of a chunk, whatever its memory: with fewer, each product with the head reads more than it computes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,12 +89,26 @@ class Head:
 
     def states(self, model: Any, input_ids_BT: Tensor, chosen_BT: Tensor | None = None) -> Tensor:
         """Run a model over rows and return its states `[N, X]` at the chosen positions, at all where none are given."""
-        if self.is_replayed:
-            states_BTX = model.base_model(input_ids=input_ids_BT, use_cache=False).last_hidden_state
-        else:
-            states_BTX = model(input_ids=input_ids_BT, use_cache=False).logits[..., : self.vocabulary_size]
-        chosen_NX: Tensor = states_BTX.flatten(0, 1) if chosen_BT is None else states_BTX[chosen_BT]
-        return chosen_NX
+        states_NX, _ = self.run(model, input_ids_BT)
+        return states_NX if chosen_BT is None else states_NX[chosen_BT.flatten()]
+
+    def run(
+        self, model: Any, input_ids_BT: Tensor, *, hidden_states: bool = False
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Run a model over rows and return its states `[N, X]` at all positions, and its hidden states `[N, D]`.
+
+        Hidden states, where they are asked for, are what transformers calls so: the embeddings, then each layer's
+        output, in most families the last one's after the final norm.
+        """
+        network = model.base_model if self.is_replayed else model
+        options = {"output_hidden_states": True} if hidden_states else {}
+        found = network(input_ids=input_ids_BT, use_cache=False, **options)
+        # Flattened before it is cut: the other way round a padded head's logits would be copied.
+        states_NX = found.last_hidden_state.flatten(0, 1) if self.is_replayed else self._cut(found.logits)
+        return states_NX, tuple(state.flatten(0, 1) for state in found.hidden_states) if hidden_states else ()
+
+    def _cut(self, logits_BTV: Tensor) -> Tensor:
+        return logits_BTV.flatten(0, 1)[:, : self.vocabulary_size]
 
     def logits(self, states_NX: Tensor, out: Tensor | None = None) -> Tensor:
         """Return logits `[N, V]` in the states' dtype; into `out` [N, V] where it is given and the head is replayed."""
@@ -142,7 +162,8 @@ class PackedHead:
 def observe_head(model: Any, input_ids_BT: Tensor, vocabulary_size: int) -> Head:
     """Return a loaded model's head, as it is to be replayed, or one that keeps whole logits.
 
-    Runs one short forward pass, which also makes a compressed checkpoint unpack its weights.
+    Runs two short forward passes, of the model and of its backbone alone, as `Head.run` runs it; the first also makes a
+    compressed checkpoint unpack its weights.
 
     Args:
         model: a causal language model in evaluation mode.
@@ -152,31 +173,30 @@ def observe_head(model: Any, input_ids_BT: Tensor, vocabulary_size: int) -> Head
     Raises:
         OutOfMemory: not even those tokens fit.
     """
-    seen: list[Tensor | None] = []
+    first_BT = input_ids_BT[:1, :OBSERVED_TOKENS]
+    with within_memory(f"observing the output head of {type(model).__name__}"):
+        logits_BTV = model(input_ids=first_BT, use_cache=False).logits
+        whole = _read_head(model, logits_BTV.shape[-1])
+        if whole is None or not _gives(whole, model, first_BT, logits_BTV.flatten(0, 1)):
+            logger.info("deciding to take whole logits, since %s's head cannot be replayed", type(model).__name__)
+            return Head(vocabulary_size)
+    logger.info("deciding to replay the output head, since it gives the model's logits bit for bit")
+    assert whole.weight_VD is not None, "a head that was read has one"
+    bias_V = None if whole.bias_V is None else whole.bias_V[:vocabulary_size]
+    weight_VD = whole.weight_VD[:vocabulary_size]
+    return Head(vocabulary_size, weight_VD, bias_V, whole.scale, whole.divisor, whole.softcap)
 
-    def keep(_: nn.Module, __: Any, output: Any) -> None:
-        seen.append(getattr(output, "last_hidden_state", None))
 
-    hook = model.base_model.register_forward_hook(keep)
+def _gives(head: Head, model: Any, input_ids_BT: Tensor, logits_NV: Tensor) -> bool:
+    """Whether a head, replayed on what the backbone alone computes, gives the model's own logits bit for bit."""
     try:
-        with within_memory(f"observing the output head of {type(model).__name__}"):
-            logits_BTV = model(input_ids=input_ids_BT[:1, :OBSERVED_TOKENS], use_cache=False).logits
-    finally:
-        hook.remove()
-    states_BTD = seen[0] if len(seen) == 1 else None
-    whole = _read_head(model, logits_BTV.shape[-1])
-    if (
-        states_BTD is not None
-        and whole is not None
-        and whole.weight_VD is not None
-        and torch.equal(whole.logits(states_BTD).to(logits_BTV.dtype), logits_BTV)
-    ):
-        bias_V = None if whole.bias_V is None else whole.bias_V[:vocabulary_size]
-        logger.info("deciding to replay the output head, since it gives the model's logits bit for bit")
-        weight_VD = whole.weight_VD[:vocabulary_size]
-        return Head(vocabulary_size, weight_VD, bias_V, whole.scale, whole.divisor, whole.softcap)
-    logger.info("deciding to take whole logits, since %s's output head cannot be replayed", type(model).__name__)
-    return Head(vocabulary_size)
+        states_NX, _ = head.run(model, input_ids_BT)
+        return torch.equal(head.logits(states_NX).to(logits_NV.dtype), logits_NV)
+    except Exception as error:  # any model's code runs here: what it cannot do by itself is not replayed
+        if isinstance(translate(error), OutOfMemory | Transient) or isinstance(error, torch.AcceleratorError):
+            raise
+        logger.info("the head cannot be replayed: %s", one_line(error))
+        return False
 
 
 def _read_head(model: Any, num_entries: int) -> Head | None:
@@ -198,7 +218,7 @@ def log_prob_chunks(*models: tuple[Head, Tensor]) -> Iterator[tuple[slice, Seque
         models: heads over one vocabulary, each with its states at the same positions.
     """
     head, states_NX = models[0]
-    size = max(1, CHUNK_BYTES // (head.vocabulary_size * 4 * 6))
+    size = max(MIN_CHUNK_POSITIONS, CHUNK_BYTES // (head.vocabulary_size * 4 * (len(models) + WORK_TENSORS)))
     for start in range(0, len(states_NX), size):
         chunk = slice(start, start + size)
         yield chunk, [each.log_probs(states[chunk]) for each, states in models]

@@ -99,13 +99,13 @@ def _check_quality(limit: str, bound: float, bootstrap: PairedBootstrap, name: s
         raise StageFailed(f"{rule.what} of {name!r} has no interval: {error}; its figures are broken") from error
     at_most = limit.startswith("max")
     excess = found.high - bound if at_most else bound - found.low
-    shown = f"{rule.what} {found.estimate:.4g}{rule.unit} (95% interval {found.low:.4g} to {found.high:.4g})"
+    unit = rule.unit
+    shown = f"{rule.what} {found.estimate:.4g}{unit} (95% interval {found.low:.4g} to {found.high:.4g}{unit})"
     if excess <= 0:
-        text = f"{shown}, within the limit of {'at most' if at_most else 'at least'} {bound:g}"
-    elif at_most:
-        text = f"{shown}, its upper end is {excess:.3g} above the limit of {bound:g}"
+        text = f"{shown}, within the limit of {'at most' if at_most else 'at least'} {bound:g}{unit}"
     else:
-        text = f"{shown}, its lower end is {excess:.3g} below the limit of {bound:g}"
+        end, side = ("upper", "above") if at_most else ("lower", "below")
+        text = f"{shown}, its {end} end is {excess:.3g}{unit} {side} the limit of {bound:g}{unit}"
     interval = (found.low, found.high)
     return Check(limit=limit, bound=bound, value=found.estimate, interval=interval, passed=excess <= 0, text=text)
 

@@ -69,7 +69,7 @@ def _legend(report: Report) -> list[str]:
         "## What the figures mean",
         "",
         f"- Quality: {report.tokens:,} tokens of {report.documents:,} documents of the {report.split} split. "
-        "KL in nats per token, from the teacher (or from the student that it was derived from) to the candidate.",
+        "KL in nats per token, from the teacher (or from the base that it was derived from) to the candidate.",
         "- Intervals: 95 %, paired bootstrap over documents. A limit is kept if the unfavorable end keeps it.",
         "- Size: bytes of the weights on disk; bits/weight: these over the architecture's parameters. MB: 10⁶ bytes.",
     ]

@@ -31,7 +31,7 @@ def _candidate(evidence: Evidence, name: str) -> ReportedCandidate:
     quality = _quality_metrics(scores)
     quality["final/perplexity_delta_to_teacher"] = scores.perplexity - evidence.perplexity(evidence.teacher)
     if scores.base is not None:
-        quality["final/perplexity_delta_to_student"] = scores.perplexity - evidence.models[scores.base].perplexity
+        quality["final/perplexity_delta_to_base"] = scores.perplexity - evidence.perplexity(scores.base)
     reason = evidence.speed(name).reason
     return ReportedCandidate(
         name=name,
@@ -57,8 +57,8 @@ def _quality_metrics(scores: CandidateScores) -> dict[str, float | None]:
         "final/compression_x": scores.compression_x,
         "final/bits_per_weight": scores.bits_per_weight,
         "final/parameters": scores.parameters,
-        "final/kl_to_student": scores.kl_to_base,
-        "final/agreement_with_student": scores.agreement_with_base,
+        "final/kl_to_base": scores.kl_to_base,
+        "final/agreement_with_base": scores.agreement_with_base,
     }
 
 

@@ -102,7 +102,8 @@ def _promotion(evidence: Evidence, champion: str) -> str:
         f"({change:+.1%}), the same top-1 token for {scores.agreement:.1%} of tokens"
     )
     if scores.base is not None:
-        increase = scores.perplexity / evidence.models[scores.base].perplexity - 1
-        text += f"; of that, deriving it from {scores.base} ({scores.kind}) moved it by {scores.kl_to_base:.3g} "
+        increase = scores.perplexity / evidence.perplexity(scores.base) - 1
+        base = "the teacher" if scores.base == evidence.teacher else scores.base
+        text += f"; of that, deriving it from {base} ({scores.kind}) moved it by {scores.kl_to_base:.3g} "
         text += f"nats/token KL and changed perplexity by {increase:+.1%}"
     return text

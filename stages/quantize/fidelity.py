@@ -82,8 +82,15 @@ def predict(model: Any, rows: TokenRows, *, vocabulary_size: int, micro_batch: i
         device: where the model is.
     """
     head = observe_head(model, torch.tensor(rows.ids_RT[:1], dtype=torch.long, device=device), vocabulary_size)
-    states = [head.states(model, ids_BT, chosen_BT).cpu() for ids_BT, chosen_BT in _batches(rows, micro_batch, device)]
-    return BasePredictions(rows, head.pack(), PackedTensor.of(torch.cat(states)))
+    num_positions, at = int(predicts(rows.mask_RT).sum()), 0
+    states_NX = torch.empty(0)
+    for ids_BT, chosen_BT in _batches(rows, micro_batch, device):
+        part_NX = head.states(model, ids_BT, chosen_BT)
+        if at == 0:  # at once, since joining parts at the end would hold everything twice
+            states_NX = torch.empty(num_positions, part_NX.shape[1], dtype=part_NX.dtype)
+        states_NX[at : at + len(part_NX)] = part_NX
+        at += len(part_NX)
+    return BasePredictions(rows, head.pack(), PackedTensor.of(states_NX))
 
 
 @torch.inference_mode()
@@ -97,14 +104,15 @@ def measure_fidelity(model: Any, base: BasePredictions, *, micro_batch: int, dev
     ids_BT = torch.tensor(rows.ids_RT[:1], dtype=torch.long, device=device)
     head = observe_head(model, ids_BT, base_head.vocabulary_size)
     kls: list[Tensor] = []
-    num_agreed = at = 0
+    agreed: list[Tensor] = []  # on the device, as `kls`: reading a figure would wait for it
+    at = 0
     for ids_BT, chosen_BT in _batches(rows, micro_batch, device):
         states_NX = head.states(model, ids_BT, chosen_BT)
         base_NX = base.states.tensor(device, slice(at, at + len(states_NX)))
         at += len(states_NX)
         for _, (log_q_NV, log_p_NV) in log_prob_chunks((head, states_NX), (base_head, base_NX)):
             kls.append(kl_divergence(log_p_NV, log_q_NV))
-            num_agreed += int((log_p_NV.argmax(-1) == log_q_NV.argmax(-1)).sum())
+            agreed.append(log_p_NV.argmax(-1) == log_q_NV.argmax(-1))
     kl_N = torch.cat(kls).double()
     mean = float(kl_N.mean())
     if not math.isfinite(mean):
@@ -113,4 +121,5 @@ def measure_fidelity(model: Any, base: BasePredictions, *, micro_batch: int, dev
             f"the KL to the unquantized model is {mean} ({wrong} of {len(kl_N)} tokens); expected a finite number"
         )
     # `numpy.percentile` since `torch.quantile` refuses more than 16 million values.
-    return Fidelity(mean, float(np.percentile(kl_N.cpu().numpy(), 99)), num_agreed / len(kl_N), len(kl_N))
+    agreement = int(torch.cat(agreed).sum()) / len(kl_N)
+    return Fidelity(mean, float(np.percentile(kl_N.cpu().numpy(), 99)), agreement, len(kl_N))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from stages.contract import Artifact
+from stages.formats.dataset import DatasetInfo
 from stages.storage import Folder
 
 
@@ -19,8 +20,8 @@ class SearchJob:
     resume: Folder
     calibration_RT: np.ndarray
     """Token ids that schemes are calibrated on."""
-    vocabulary_size: int
-    """Entries of the dataset's vocabulary, over which the KL is normalized."""
+    dataset: DatasetInfo
+    """What the model must fit; the KL is normalized over its vocabulary."""
     micro_batch: int | None
     device: str
     num_threads: int

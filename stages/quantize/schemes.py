@@ -103,6 +103,18 @@ class Scheme(Config):
         return self
 
     @model_validator(mode="after")
+    def _last_rule_changes_something(self) -> Self:
+        # An earlier rule may repeat the scheme's settings: it excepts layers from the rules after it.
+        usual = _Grain(self.weight_bits, self.group_size)
+        if self.rules and self._grain_of(self.rules[-1]) == usual:
+            raise ValueError(
+                f"the last rule, for {self.rules[-1].layers!r}, changes nothing: weight_bits={usual.weight_bits} and "
+                f"group_size={usual.group_size} are the scheme's own, and the same trial would have another name; "
+                "leave the rule out, or change it"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _smoothing_needs_activations(self) -> Self:
         if self.smooth is not None and self.activation_bits is None:
             raise ValueError(
@@ -124,12 +136,13 @@ class Scheme(Config):
         """The scheme's name, e.g. `int4-g64-sym-gptq`; schemes are equal exactly when their names are.
 
         It has all that differs from the defaults where that is short; where not, or where there are rules, as much as
-        fits and a digest of all fields, e.g. `int4-g64-sym-gptq-mixed-0f3a52c1d9`.
+        fits and a digest of the fields, e.g. `int4-g64-sym-gptq-mixed-0f3a52c1d9`.
         """
         parts = [*self._name_parts(), *(["mixed"] if self.rules else [])]
         if not self.rules and len("-".join(parts)) <= MAX_NAME_CHARACTERS:
             return "-".join(parts)
-        fields = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        # Without defaults, so that a field that is added later does not rename every scheme.
+        fields = json.dumps(self.model_dump(mode="json", exclude_defaults=True), sort_keys=True)
         digest = hashlib.sha256(fields.encode()).hexdigest()[:DIGEST_CHARACTERS]
         while len("-".join([*parts, digest])) > MAX_NAME_CHARACTERS:
             parts.pop()
@@ -157,8 +170,9 @@ class Scheme(Config):
     def _grain(self, layer: str) -> _Grain | None:
         """Return how a layer's weights are rounded; None where they stay as they are."""
         rule = next((rule for rule in self.rules if fnmatchcase(layer, rule.layers)), None)
-        if rule is None:
-            return _Grain(self.weight_bits, self.group_size)
+        return _Grain(self.weight_bits, self.group_size) if rule is None else self._grain_of(rule)
+
+    def _grain_of(self, rule: LayerRule) -> _Grain | None:
         if rule.skip:
             return None
         group_size = self.group_size if rule.group_size is None else rule.group_size

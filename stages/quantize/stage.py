@@ -141,7 +141,7 @@ class Quantize(Stage):
             model=context.one("model"),
             resume=context.resume,
             calibration_RT=calibration.ids_RT,
-            vocabulary_size=DatasetInfo.read(context.one("data")).vocabulary_size,
+            dataset=DatasetInfo.read(context.one("data")),
             micro_batch=resources.micro_batch,
             device=device_of(resources),
             num_threads=num_threads(resources),

@@ -20,6 +20,7 @@ from stages.errors import OutOfMemory, Transient
 from stages.formats.search import DoneTrial
 from stages.formats.tokens import TokenRows
 from stages.models.checkpoints import load_model, save_checkpoint
+from stages.models.compatibility import check_compatible
 from stages.quantize.compress import find_layers, linear_bytes, quantize_model, quiet
 from stages.quantize.fidelity import BasePredictions, fitting_micro_batch, measure_fidelity, predict
 from stages.quantize.job import SearchJob, Survey
@@ -30,9 +31,15 @@ from stages.storage import Folder
 
 
 def survey_model(job: SearchJob, rows: TokenRows) -> tuple[Survey, BasePredictions]:
-    """Load the unquantized model once: its layers, and its predictions on the rows that are measured."""
+    """Load the unquantized model once: its layers, and its predictions on the rows that are measured.
+
+    Raises:
+        StageFailed: the model does not fit the dataset: a smaller vocabulary, a shorter context, another tokenizer.
+        OutOfMemory: a smaller micro-batch may do.
+    """
     torch.set_num_threads(job.num_threads)
     folder = job.model.folder("model")
+    check_compatible("the model", folder, job.dataset)
     with quiet():
         model = load_model(folder, dtype="auto", device=job.device)
         micro_batch = fitting_micro_batch(
@@ -41,7 +48,9 @@ def survey_model(job: SearchJob, rows: TokenRows) -> tuple[Survey, BasePredictio
             vocabulary_size=model.config.get_text_config().vocab_size,
         )
         with within_memory("the unquantized model", micro_batch=micro_batch):
-            base = predict(model, rows, vocabulary_size=job.vocabulary_size, micro_batch=micro_batch, device=job.device)
+            base = predict(
+                model, rows, vocabulary_size=job.dataset.vocabulary_size, micro_batch=micro_batch, device=job.device
+            )
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     replays_head = base.head.weight is not None
     return Survey(find_layers(model), num_parameters, micro_batch, replays_head), base

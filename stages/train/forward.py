@@ -1,10 +1,12 @@
 """One micro-batch: the student's forward pass, a live teacher's where an objective asks one, and the sums of losses.
 
 Promise: logits beyond the dataset's vocabulary are cut off before any softmax, the teacher's too; a teacher is asked
-in inference mode and never changed, and its outputs live as long as one micro-batch; hidden states are asked for only
-where an objective needs them.
+in inference mode and never changed, and its outputs live as long as one micro-batch; its logits are made from its
+states where the loss is computed, a chunk of targets at a time, so that no second [N, V] tensor lies beside the
+student's (they are whole only where its head cannot be replayed, see `stages.models.heads`); hidden states are asked
+for only where an objective needs them.
 
-Shapes: B rows, T tokens, N = B · T, V vocabulary, D width, M targets.
+Shapes: B rows, T tokens, N = B · T, V vocabulary, D width, M targets, X width of a teacher's states.
 """
 
 from collections.abc import Sequence
@@ -14,37 +16,40 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stages.models.heads import Head, observe_head
 from stages.ops.divergences import chunked_sum
 from stages.train.batches import MicroBatch
 from stages.train.objectives.loss import Loss, Targets
 
 
 @dataclass(frozen=True, slots=True)
-class Outputs:
-    """What a model returns for a micro-batch."""
+class TeacherOutputs:
+    """What a live teacher says at the targets of a micro-batch."""
 
-    logits_NV: Tensor
-    hidden_states_ND: tuple[Tensor, ...]
-    """The embeddings, then each layer's output; empty where none was asked for."""
+    head: Head
+    states_MX: Tensor
+    """From which `head` makes its logits."""
+    hidden_states_MD: tuple[Tensor, ...]
+    """Empty where none was asked for."""
 
 
 class LiveTeacher:
-    """A frozen model that is asked as the student trains."""
+    """A frozen model that is asked as the student trains; its logits are over the dataset's vocabulary."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, vocabulary: int) -> None:
         self._model = model.requires_grad_(False).eval()
+        self._vocabulary = vocabulary
+        self._head: Head | None = None
 
-    @torch.inference_mode()
-    def outputs(self, input_ids_BT: Tensor, *, hidden_states: bool) -> Outputs:
-        """Return its outputs for rows of tokens."""
-        return run_model(self._model, input_ids_BT, hidden_states=hidden_states)
-
-
-def run_model(model: Any, input_ids_BT: Tensor, *, hidden_states: bool) -> Outputs:
-    """Run a model over rows of tokens."""
-    found = model(input_ids=input_ids_BT, use_cache=False, output_hidden_states=hidden_states)
-    states = found.hidden_states if hidden_states else ()
-    return Outputs(found.logits.flatten(0, 1), tuple(state.flatten(0, 1) for state in states))
+    def outputs(self, batch: MicroBatch, *, hidden_states: bool) -> TeacherOutputs:
+        """Return its outputs at the targets of a micro-batch."""
+        if self._head is None:
+            self._head = observe_head(self._model, batch.input_ids_BT, self._vocabulary)
+        with torch.inference_mode():
+            states_NX, hidden_ND = self._head.run(self._model, batch.input_ids_BT, hidden_states=hidden_states)
+        # Outside of inference mode: autograd takes what is selected here as the constants of a loss.
+        states_MX, *hidden_MD = (each.index_select(0, batch.positions_M) for each in (states_NX, *hidden_ND))
+        return TeacherOutputs(self._head, states_MX, tuple(hidden_MD))
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,10 +77,10 @@ class LossSum:
             batch: on the network's device.
         """
         hidden = any(objective.NEEDS.hidden_states for objective in self.objectives)
-        asked = self.teacher.outputs(batch.input_ids_BT, hidden_states=hidden) if self.teacher else None
+        asked = self.teacher.outputs(batch, hidden_states=hidden) if self.teacher else None
         device = batch.input_ids_BT.device.type
         with torch.autocast(device, dtype=torch.bfloat16, enabled=self.dtype == "bfloat16"):
-            student = run_model(network, batch.input_ids_BT, hidden_states=hidden)
+            student = network(input_ids=batch.input_ids_BT, use_cache=False, output_hidden_states=hidden)
 
         def term(values: tuple[Tensor, ...], rows: slice) -> tuple[Tensor, ...]:
             seen = self._seen(values, asked, batch, rows)
@@ -83,19 +88,19 @@ class LossSum:
             weighted = sum(o.scale * part for o, part in zip(self.objectives, parts, strict=True))
             return (weighted, *parts)  # type: ignore[arg-type]
 
-        return chunked_sum((student.logits_NV, *student.hidden_states_ND), batch.positions_M, term)
+        values = (student.logits, *(student.hidden_states if hidden else ()))
+        return chunked_sum([value.flatten(0, 1) for value in values], batch.positions_M, term)
 
-    def _seen(self, values: tuple[Tensor, ...], asked: Outputs | None, batch: MicroBatch, rows: slice) -> Targets:
+    def _seen(
+        self, values: tuple[Tensor, ...], asked: TeacherOutputs | None, batch: MicroBatch, rows: slice
+    ) -> Targets:
         """Return what objectives see of some targets: the student's values there, and the teacher's beside them."""
-
-        def beside(whole: Tensor) -> Tensor:
-            return whole.index_select(0, batch.positions_M[rows]).float()
-
+        hidden_MD = asked.hidden_states_MD if asked else ()
         return Targets(
             logits_NV=values[0][:, : self.vocabulary],
             tokens_N=batch.targets_M[rows],
             signals=batch.signals.at(rows) if batch.signals else None,
-            teacher_logits_NV=beside(asked.logits_NV)[:, : self.vocabulary] if asked else None,
+            teacher_logits_NV=asked.head.logits(asked.states_MX[rows]).float() if asked else None,
             hidden_states_ND=values[1:] or None,
-            teacher_hidden_states_ND=tuple(map(beside, asked.hidden_states_ND)) or None if asked else None,
+            teacher_hidden_states_ND=tuple(state_MD[rows].float() for state_MD in hidden_MD) or None,
         )

@@ -126,7 +126,8 @@ def _teacher(job: TrainJob, ranks: Ranks, dataset: DatasetInfo) -> LiveTeacher |
         return None
     folder = job.context.one("teacher").folder("model")
     check_compatible("the teacher", folder, dataset)
-    return LiveTeacher(load_model(folder, dtype=job.recipe.dtype, device=str(ranks.device)))
+    model = load_model(folder, dtype=job.recipe.dtype, device=str(ranks.device))
+    return LiveTeacher(model, dataset.vocabulary_size)
 
 
 def _reader(job: TrainJob, ranks: Ranks, length: int) -> Reader:

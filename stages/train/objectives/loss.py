@@ -52,9 +52,10 @@ class Targets:
     signals: "StoredSignals | None" = None
     """The columns that some objective needs."""
     teacher_logits_NV: "Tensor | None" = None
-    """A live teacher's, float32, without gradient."""
+    """A live teacher's, float32, without gradient, made for these targets only."""
     hidden_states_ND: "tuple[Tensor, ...] | None" = None
-    """The student's, float32: the embeddings, then each layer's output."""
+    """The student's, float32, as transformers gives them: the embeddings, then each layer's output, of which in most
+    families the last is the one after the final norm."""
     teacher_hidden_states_ND: "tuple[Tensor, ...] | None" = None
     """A live teacher's, without gradient; its width is its own."""
 

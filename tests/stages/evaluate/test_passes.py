@@ -37,6 +37,26 @@ def test_passes_score_the_reference_once_where_it_is_a_candidate_and_a_base():
     assert [(one.candidate.name, one.against) for one in passes] == [("big", ()), ("half", ("big",))]
 
 
+def test_pass_of_a_model_derived_from_what_is_only_the_reference_has_it_as_its_base():
+    pruned = Candidate("half", model("half"), "model", "pruned", "big", None, "w50")
+    passes = plan_passes([pruned, candidate("other")], model("big"))
+    assert [(one.candidate.name, one.candidate.base, one.against) for one in passes] == [
+        (REFERENCE, None, ()),
+        ("half", REFERENCE, (REFERENCE,)),
+        ("other", None, (REFERENCE,)),
+    ]
+
+
+def test_passes_score_a_reference_with_a_base_of_its_own_once_and_first():
+    models = [candidate("big"), candidate("teacher", "big", "merged"), candidate("half", "teacher", "pruned")]
+    passes = plan_passes(models, model("teacher"))
+    assert [(one.candidate.name, one.candidate.base, one.against, one.keep) for one in passes] == [
+        ("teacher", None, (), True),
+        ("big", None, ("teacher",), False),
+        ("half", "teacher", ("teacher",), False),
+    ]
+
+
 def test_passes_of_bases_that_cannot_be_put_in_order_are_refused():
     with pytest.raises(StageFailed, match="a is derived from b, b is derived from a"):
         plan_passes([candidate("a", "b"), candidate("b", "a")], model("teacher"))

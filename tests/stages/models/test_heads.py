@@ -7,8 +7,14 @@ import numpy as np
 import pytest
 import torch
 from transformers import (
+    BartConfig,
+    BartForCausalLM,
     CohereConfig,
     CohereForCausalLM,
+    ElectraConfig,
+    ElectraForCausalLM,
+    FalconMambaConfig,
+    FalconMambaForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     GPT2Config,
@@ -17,8 +23,17 @@ from transformers import (
     GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    RemBertConfig,
+    RemBertForCausalLM,
+    RoFormerConfig,
+    RoFormerForCausalLM,
 )
 
+from stages.errors import OutOfMemory
 from stages.evaluate.scoring import DocumentSums, Reference, score_batches
 from stages.formats.tokens import TokenRows, predicts
 from stages.models.heads import Head, PackedTensor, log_prob_chunks, observe_head
@@ -52,6 +67,24 @@ class BiasedLlama(LlamaForCausalLM):
         torch.nn.init.normal_(self.lm_head.bias)
 
 
+BERT = {key: SHAPE[key] for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")} | {
+    "num_attention_heads": 2, "is_decoder": True, "initializer_range": 1.0,
+}  # fmt: skip
+MAMBA = {"vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 1, "state_size": 4}
+BART = {"vocab_size": VOCABULARY, "d_model": 16, "decoder_layers": 1, "decoder_ffn_dim": 32, "pad_token_id": 0}
+
+
+def opt() -> Any:
+    shape = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 16,
+        "ffn_dim": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    return OPTForCausalLM(OPTConfig(**shape, word_embed_proj_dim=16, max_position_embeddings=16))
+
+
 def gated_head() -> Any:
     """A model whose head is no plain linear map."""
     model = LlamaForCausalLM(LlamaConfig(**SHAPE))
@@ -68,6 +101,16 @@ FAMILIES: dict[str, tuple[Callable[[], Any], bool]] = {
     "gemma2 with a soft cap": (lambda: Gemma2ForCausalLM(Gemma2Config(**SHAPE, final_logit_softcapping=3.0)), True),
     "granite with a divisor": (lambda: GraniteForCausalLM(GraniteConfig(**SHAPE, logits_scaling=6.0)), True),
     "cohere with a factor": (lambda: CohereForCausalLM(CohereConfig(**SHAPE, logit_scale=0.3)), True),
+    # Their own forward calls a part of the backbone, so that a hook on the backbone sees nothing.
+    "opt": (opt, True),
+    "bart's decoder": (lambda: BartForCausalLM(BartConfig(**BART, decoder_attention_heads=2)), True),
+    # What lies between backbone and head: a projection to another width.
+    "electra": (lambda: ElectraForCausalLM(ElectraConfig(**BERT, embedding_size=8)), False),
+    "roformer": (lambda: RoFormerForCausalLM(RoFormerConfig(**BERT, embedding_size=8)), False),
+    "rembert": (
+        lambda: RemBertForCausalLM(RemBertConfig(**BERT, input_embedding_size=8, output_embedding_size=24)),
+        False,
+    ),
     "clamped logits": (lambda: ClampedLlama(LlamaConfig(**SHAPE)), False),
     "no linear head": (gated_head, False),
 }
@@ -138,6 +181,47 @@ def test_teach_quantize_and_evaluate_agree_with_the_models_own_logits(
     assert sums.arrays()["kl/model"][0] / mask_BT.sum() == pytest.approx(expected_kl, rel=tolerance["rtol"])
 
 
+@pytest.mark.parametrize("family", [(MambaForCausalLM, MambaConfig), (FalconMambaForCausalLM, FalconMambaConfig)])
+def test_head_after_a_residual_stream_in_another_dtype_is_not_replayed(family: Any, ids_BT: torch.Tensor) -> None:
+    torch.manual_seed(0)
+    model = family[0](family[1](**MAMBA)).to(torch.bfloat16).eval()
+    head = observe_head(model, ids_BT, VOCABULARY)
+    assert not head.is_replayed
+    with torch.inference_mode():
+        assert torch.equal(head.logits(head.states(model, ids_BT)), model(input_ids=ids_BT).logits.flatten(0, 1))
+
+
+def test_head_whose_backbone_has_no_memory_left_is_an_error_not_whole_logits(ids_BT: torch.Tensor) -> None:
+    model = build("llama", torch.float32)
+    calls = iter([None, torch.OutOfMemoryError("CUDA out of memory")])
+
+    def refuse(*_: Any) -> None:
+        if error := next(calls):
+            raise error
+
+    model.base_model.register_forward_pre_hook(refuse)
+    with pytest.raises(OutOfMemory, match="observing the output head of LlamaForCausalLM"):
+        observe_head(model, ids_BT, VOCABULARY)
+
+
+def test_states_of_a_padded_head_that_is_not_replayed_are_no_copy(ids_BT: torch.Tensor) -> None:
+    model = build("no linear head", torch.float32)
+    with torch.inference_mode():
+        states_NX = observe_head(model, ids_BT, VOCABULARY - 8).states(model, ids_BT)
+    assert states_NX.shape == (ids_BT.numel(), VOCABULARY - 8)
+    assert states_NX.stride(0) == VOCABULARY
+
+
+def test_hidden_states_are_the_models_own_whether_the_head_is_replayed_or_not(ids_BT: torch.Tensor) -> None:
+    for family in ("llama", "no linear head"):
+        model = build(family, torch.float32)
+        with torch.inference_mode():
+            expected = model(input_ids=ids_BT, output_hidden_states=True).hidden_states
+            _, found = observe_head(model, ids_BT, VOCABULARY).run(model, ids_BT, hidden_states=True)
+        assert len(found) == len(expected) == 2
+        assert all(torch.equal(a_ND, b_BTD.flatten(0, 1)) for a_ND, b_BTD in zip(found, expected, strict=True))
+
+
 def test_head_whose_config_says_another_factor_is_not_replayed(ids_BT: torch.Tensor) -> None:
     model = build("cohere with a factor", torch.float32)
     model.config.logit_scale = 1.0  # the model itself goes on to multiply by 0.3
@@ -171,8 +255,18 @@ def test_log_probs_of_padded_entries_are_cut_before_the_normalization(ids_BT: to
 
 def test_log_prob_chunks_cover_every_position_once_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("stages.models.heads.CHUNK_BYTES", 4 * 6 * 5 * 3)
+    monkeypatch.setattr("stages.models.heads.MIN_CHUNK_POSITIONS", 1)
     states_NX = torch.randn(8, 5)
     chunks = list(log_prob_chunks((Head(5), states_NX), (Head(5), -states_NX)))
     assert [len(p) for _, (p, _) in chunks] == [3, 3, 2]
     torch.testing.assert_close(torch.cat([p for _, (p, _) in chunks]), states_NX.log_softmax(-1))
     torch.testing.assert_close(torch.cat([q for _, (_, q) in chunks]), (-states_NX).log_softmax(-1))
+
+
+def test_log_prob_chunks_are_smaller_for_more_models_but_not_tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = (Head(5), torch.randn(900, 5))
+    sizes = []
+    for num_models, memory in ((1, 600), (4, 600), (4, 1)):
+        monkeypatch.setattr("stages.models.heads.CHUNK_BYTES", 4 * 5 * 5 * memory)
+        sizes.append(len(next(log_prob_chunks(*[one] * num_models))[1][0]))
+    assert sizes == [600, 375, 256]

@@ -74,6 +74,17 @@ def test_reverse_kl_divergence_equals_the_reference_with_its_gradient(temperatur
     np.testing.assert_allclose(_gradient(loss, student), gradient, atol=atol)
 
 
+@pytest.mark.parametrize("ruled_out", [float("-inf"), torch.finfo(torch.float32).min, -60.0])
+def test_reverse_kl_divergence_where_the_teacher_rules_entries_out_is_finite(ruled_out: float) -> None:
+    teacher, student = _logits(0), _student(_logits(1))
+    teacher[:, 5] = ruled_out
+    loss = reverse_kl_divergence(student, torch.tensor(teacher, dtype=torch.float32), 1.0)
+    expected, gradient = references.reverse_kl(teacher, student.detach().double().numpy(), 1.0)
+    assert np.isfinite(expected).all()
+    np.testing.assert_allclose(loss.detach().numpy(), expected, rtol=1e-5)
+    np.testing.assert_allclose(_gradient(loss, student), gradient, atol=1e-5)
+
+
 def test_reverse_kl_divergence_to_itself_is_zero() -> None:
     student = _student(_logits(0))
     loss = reverse_kl_divergence(student, student.detach(), 2.0)

@@ -61,7 +61,7 @@ def write_scores(
                 folder=f"finalists/{name}" if made.base else "model",
                 uri_prefix=f"s3://bucket/{name}",
                 kind=made.kind if made.base else "model",
-                base=made.base if made.base in models else None,
+                base=made.base if made.base in everything else None,
                 base_fingerprint=fingerprint_of(made.base) if made.base else None,
                 method=name.rpartition(".")[2] if made.base else None,
                 axes={"layers": "4", **({"bits": "4"} if made.base else {})},

@@ -48,7 +48,7 @@ def test_champion_is_the_smallest_candidate_that_keeps_every_limit(tmp_path):
     assert context.reporter.notes == [verdict.reasons[0]]
     (out,) = (reason for reason in verdict.reasons if reason.startswith("distilled.w2a16 is out"))
     assert "KL to its base" in out
-    assert "above the limit of 0.1" in out
+    assert "nats/token above the limit of 0.1 nats/token" in out
 
 
 def test_teacher_is_no_candidate_for_promotion(tmp_path):
@@ -100,7 +100,7 @@ def test_students_without_quantization_are_judged_against_the_teacher_alone(tmp_
     models = {"teacher": TEACHER, "student": Made(excess=0.1)}
     report, *_ = promote(tmp_path, models, speed=False)
     assert report.verdict.champion == "student"
-    assert "final/kl_to_student" not in report.candidates[1].metrics
+    assert "final/kl_to_base" not in report.candidates[1].metrics
     assert "final/latency_p50_ms" not in report.candidates[1].metrics
 
 
@@ -116,6 +116,43 @@ def test_limits_against_the_base_hold_for_a_candidate_derived_in_any_way(tmp_pat
     assert not checks["max_kl_to_base"].passed
     assert not checks["max_perplexity_increase_fraction"].passed
     assert report.verdict.champion == "distilled.w4a16"
+
+
+def test_limits_to_a_base_that_is_only_the_reference_are_judged_by_the_references_figures(tmp_path):
+    models = {
+        "half": Made(0.02, 0.02, 5_000_000, "@reference", "pruned", kl_to_base=0.02),
+        "quarter": Made(0.4, 0.4, 3_000_000, "@reference", "pruned", kl_to_base=0.4),
+    }
+    report, *_ = promote(tmp_path, models, reference=None)
+    checks = {name: {c.limit: c.passed for c in found} for name, found in report.verdict.checks.items()}
+    assert checks["half"]["max_kl_to_base"]
+    assert not checks["quarter"]["max_kl_to_base"]
+    assert not checks["quarter"]["max_perplexity_increase_fraction"]
+    assert report.verdict.champion == "half"
+    assert "deriving it from the teacher (pruned) moved it by 0.02" in report.verdict.reasons[0]
+    metrics = report.candidates[0].metrics
+    assert metrics["final/perplexity_delta_to_base"] == pytest.approx(metrics["final/perplexity_delta_to_teacher"])
+
+
+def test_teacher_that_was_derived_from_another_model_is_not_checked(tmp_path):
+    teacher = Made(excess=0.0, kl=0.0, size_bytes=13_100_000, base="big", kind="merged", kl_to_base=0.9, noise=0.0)
+    report, *_ = promote(tmp_path, {"big": Made(0.3, 0.3), "teacher": teacher, "small": Made(0.1, 0.1, 1_000_000)})
+    assert set(report.verdict.checks) == {"big", "small"}
+    assert report.verdict.champion == "small"
+
+
+@pytest.mark.parametrize(
+    ("limits", "text"),
+    [
+        ({"max_kl_to_base": 0.5}, " nats/token), within the limit of at most 0.5 nats/token"),
+        ({"max_perplexity_ratio_to_teacher": 1.01}, "x above the limit of 1.01x"),
+        ({"min_agreement_with_teacher": 0.5}, "to 0.8701), within the limit of at least 0.5"),
+    ],
+)
+def test_limit_of_quality_is_written_with_its_unit(tmp_path, limits, text):
+    report, *_ = promote(tmp_path, gate=Gate(**limits))
+    (check,) = (c for c in report.verdict.checks["distilled.w4a16"] if c.limit in limits)
+    assert text in check.text
 
 
 def test_candidate_without_its_base_does_not_keep_limits_against_it(tmp_path):
@@ -180,9 +217,9 @@ def test_candidates_have_the_metrics_that_are_known_and_the_reason_for_others(tm
     assert small.params == {"method": "w4a16", "layers": "4", "bits": "4"}
     assert "final/latency_p50_ms" not in small.metrics
     assert small.notes["final/latency_p50_ms"] == "no kernel here"
-    assert small.metrics["final/kl_to_student"] == pytest.approx(0.02, rel=0.1)
+    assert small.metrics["final/kl_to_base"] == pytest.approx(0.02, rel=0.1)
     increase = small.metrics["final/perplexity"] - candidates["distilled"].metrics["final/perplexity"]
-    assert small.metrics["final/perplexity_delta_to_student"] == pytest.approx(increase)
+    assert small.metrics["final/perplexity_delta_to_base"] == pytest.approx(increase)
     low, high = small.intervals["final/perplexity"]
     assert low < small.metrics["final/perplexity"] < high
     assert small.uri == "s3://bucket/distilled.w4a16"

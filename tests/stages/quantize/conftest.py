@@ -1,12 +1,14 @@
 """A tiny model and a tiny dataset, as artifacts in the common formats."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from stages.contract import Artifact
 from stages.formats.tokens import TokenRows, to_parquet
+from stages.models.tokenization import load_tokenizer, tokenizer_digest
 from stages.storage import Folder
 from tests.fakes import artifact_of
 from tests.stages.tiny import dataset_info
@@ -34,15 +36,27 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     ids, masks = calibration_rows(40)
     write_shard(folder / "tokens/calibration-00000.parquet", ids[:24], masks[:24])
     write_shard(folder / "tokens/calibration-00001.parquet", ids[24:], masks[24:])
-    dataset_info(vocabulary_size=VOCABULARY, sequence_length=SEQUENCE).write(Folder.at(folder))
+    tiny_tokenizer().save_pretrained(folder / "tokenizer")
+    digest = tokenizer_digest(load_tokenizer(folder / "tokenizer"))
+    info = dataset_info(vocabulary_size=VOCABULARY, sequence_length=SEQUENCE, tokenizer_digest=digest)
+    info.write(Folder.at(folder))
     return artifact_of("dataset", folder)
+
+
+def tiny_tokenizer() -> Any:
+    """One word for each id."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"<eos>": 0} | {f"w{i}": i for i in range(1, VOCABULARY)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<eos>"))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
 
 
 def save_tiny_model(folder: Path, **changes: object) -> None:
     """A Llama of width 64 whose logits are not flat, so that quantizing it changes what it says."""
     import torch
-    from tokenizers import Tokenizer, models
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     config = {
@@ -57,9 +71,7 @@ def save_tiny_model(folder: Path, **changes: object) -> None:
         "initializer_range": 0.15,
     }
     LlamaForCausalLM(LlamaConfig(**config | changes)).save_pretrained(folder)
-    words = {"<eos>": 0} | {f"w{i}": i for i in range(1, VOCABULARY)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<eos>"))
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
 
 
 @pytest.fixture(scope="package")

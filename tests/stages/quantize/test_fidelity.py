@@ -1,12 +1,15 @@
 """Distances to a reference, against float64, for models with and without a plain output head."""
 
+import weakref
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from scipy.special import log_softmax
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from stages.contract import Artifact
 from stages.errors import StageFailed
@@ -94,6 +97,27 @@ def test_fidelity_of_the_model_itself_is_zero(rows: TokenRows) -> None:
     found = measure_fidelity(base, predicted(base, rows, 2), micro_batch=7, device="cpu")
     assert found.kl == pytest.approx(0, abs=1e-6)
     assert found.agreement == 1
+
+
+def test_predictions_of_whole_logits_are_held_once(rows: TokenRows) -> None:
+    """A batch's logits go into the result at once, instead of being kept until all are joined."""
+    made: list[weakref.ref[torch.Tensor]] = []
+    most = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal most
+            found = func(*args, **(kwargs or {}))
+            if func is torch.ops.aten.index.Tensor and found.dim() == 2:
+                made.append(weakref.ref(found))
+                most = max(most, sum(one() is not None for one in made))
+            return found
+
+    with Watch():
+        predictions = predicted(Toy(0, cap=3.0), rows, micro_batch=1)
+    assert len(made) == len(rows)
+    assert most <= 2
+    np.testing.assert_allclose(predictions.states.array, predicted(Toy(0, cap=3.0), rows).states.array, rtol=1e-5)
 
 
 def test_fidelity_of_a_model_that_says_nan_is_an_error(rows: TokenRows) -> None:

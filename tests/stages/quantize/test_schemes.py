@@ -1,5 +1,6 @@
 """Names, validation and fit of schemes."""
 
+import hashlib
 import re
 
 import pytest
@@ -47,8 +48,12 @@ def all_schemes() -> st.SearchStrategy[Scheme]:
             observer=observer,
             smooth=smooth if act else None,
             dampening=dampening if algorithm == "gptq" else 0.01,
-            rules=tuple(rules),
+            rules=() if changes_nothing(8 if act else bits, group, rules) else tuple(rules),
         )
+
+    def changes_nothing(bits, group, rules):
+        last = rules[-1] if rules else None
+        return last and (last.weight_bits or bits, last.group_size) == (bits, group or "channel")
 
     return st.builds(
         build,
@@ -77,6 +82,15 @@ def test_scheme_with_rules_is_named_by_what_is_short_and_a_digest() -> None:
     assert re.fullmatch(r"int4-g64-sym-rtn-mixed-[0-9a-f]{10}", scheme.name)
 
 
+def test_digest_of_a_scheme_is_of_what_differs_from_the_defaults() -> None:
+    rule = LayerRule(layers="*.down_proj", weight_bits=8)
+    plain = Scheme(weight_bits=4, rules=(rule,))
+    spelled = Scheme(weight_bits=4, algorithm="rtn", smooth=None, rules=(rule.model_copy(update={"skip": False}),))
+    fields = '{"rules": [{"layers": "*.down_proj", "weight_bits": 8}], "weight_bits": 4}'
+    assert plain.name == spelled.name
+    assert plain.name.endswith(hashlib.sha256(fields.encode()).hexdigest()[:10])
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -93,6 +107,11 @@ def test_scheme_with_rules_is_named_by_what_is_short_and_a_digest() -> None:
             {"weight_bits": 8, "activation_bits": 8, "rules": [{"layers": "*", "weight_bits": 4}]},
             "activation_bits=8 with weight_bits=4",
         ),
+        (
+            {"weight_bits": 4, "group_size": 64, "rules": [{"layers": "*.q", "weight_bits": 4}]},
+            r"the last rule, for '\*.q', changes nothing: weight_bits=4 and group_size=64 are the scheme's own",
+        ),
+        ({"weight_bits": 4, "rules": [{"layers": "*.q", "group_size": "channel"}]}, "changes nothing"),
     ],
     ids=[
         "bits",
@@ -105,6 +124,8 @@ def test_scheme_with_rules_is_named_by_what_is_short_and_a_digest() -> None:
         "rule-of-two-minds",
         "rule-of-small-groups",
         "w4a8-by-rule",
+        "rule-of-equal-bits",
+        "rule-of-equal-groups",
     ],
 )
 def test_scheme_that_makes_no_sense_is_refused(fields: dict[str, object], message: str) -> None:
@@ -150,6 +171,12 @@ RULES = (
     LayerRule(layers="*.0.down_proj", skip=True),
     LayerRule(layers="*.down_proj", weight_bits=8, group_size="channel"),
 )
+
+
+def test_rule_of_the_schemes_own_settings_excepts_layers_from_later_rules() -> None:
+    kept = LayerRule(layers="*.0.down_proj", weight_bits=4)
+    scheme = Scheme(weight_bits=4, rules=(kept, LayerRule(layers="*.down_proj", group_size=64)))
+    assert scheme.misfit({"a.0.down_proj": 50, "a.1.down_proj": 64}) is None
 
 
 def test_of_rules_that_match_a_layer_the_first_counts() -> None:

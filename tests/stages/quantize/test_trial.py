@@ -8,7 +8,8 @@ import pytest
 from safetensors import safe_open
 
 from stages.contract import Artifact
-from stages.errors import OutOfMemory
+from stages.errors import OutOfMemory, StageFailed
+from stages.formats.dataset import DatasetInfo
 from stages.formats.search import DoneTrial, FailedTrial
 from stages.quantize import trial
 from stages.quantize.fidelity import BasePredictions
@@ -31,7 +32,7 @@ def surveyed(model: Artifact, data: Artifact, tmp_path_factory: pytest.TempPathF
         model=model,
         resume=Folder.at(tmp_path_factory.mktemp("resume")),
         calibration_RT=calibration.ids_RT,
-        vocabulary_size=VOCABULARY,
+        dataset=DatasetInfo.read(data),
         micro_batch=None,
         device="cpu",
         num_threads=1,
@@ -46,6 +47,21 @@ def test_survey_finds_layers_to_quantize_and_counts_tied_parameters_once(surveye
     assert survey.layers.in_features["model.layers.1.mlp.down_proj"] == 2 * WIDTH
     assert survey.layers.ignored == ("lm_head",)
     assert survey.num_parameters == survey.layers.num_weights + 256 * WIDTH + 5 * WIDTH
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"vocabulary_size": VOCABULARY + 1}, "the vocabulary of the model has 256 entries, expected at least"),
+        ({"tokenizer_digest": "0" * 64}, "the model has another tokenizer"),
+    ],
+)
+def test_survey_of_a_model_that_does_not_fit_the_dataset_is_refused(
+    surveyed: Surveyed, change: dict[str, object], message: str
+) -> None:
+    job, _, base = surveyed
+    with pytest.raises(StageFailed, match=message):
+        trial.survey_model(replace(job, dataset=job.dataset.model_copy(update=change)), base.rows)
 
 
 def as_finalist(receipt: Receipt, resume: Path) -> Artifact:

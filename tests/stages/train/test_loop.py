@@ -1,6 +1,7 @@
 """The loop: one result for any micro-batch, one more time for any snapshot; what it reports and refuses."""
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import MambaConfig, MambaForCausalLM, OPTConfig, OPTForCausalLM
 
 from stages.contract import Artifact
 from stages.errors import OutOfMemory, StageFailed
@@ -77,7 +79,7 @@ def _training(
     )
     settings = {
         "model": tiny_llama(vocabulary=100, attention_dropout=0.1),  # dropout, and a head wider than the vocabulary
-        "loss": LossSum(objectives, 96, teacher=LiveTeacher(teacher) if teacher else None),
+        "loss": LossSum(objectives, 96, teacher=LiveTeacher(teacher, 96) if teacher else None),
         "reporter": RecordingReporter(),
     }
     return Training(reader=reader, recipe=recipe, **{**settings, **options})
@@ -224,6 +226,59 @@ def test_first_gradient_of_reverse_kl_is_that_of_the_formula_whatever_the_micro_
         (4 * (log_q.exp() * (log_q - log_p)).sum()).backward(inputs=list(reference.parameters()))
     for found, parameter in zip(student.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(found.grad, parameter.grad, rtol=1e-3, atol=1e-4)
+
+
+def _opt() -> Any:
+    shape = {"hidden_size": 16, "ffn_dim": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "dropout": 0.0}
+    config = OPTConfig(vocab_size=112, word_embed_proj_dim=16, max_position_embeddings=16, init_std=1.0, **shape)
+    return OPTForCausalLM(config)
+
+
+def _mamba() -> Any:
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "state_size": 4}
+    return MambaForCausalLM(MambaConfig(vocab_size=112, initializer_range=1.0, **shape)).to(torch.bfloat16)
+
+
+@pytest.mark.parametrize("hidden_states", [False, True])
+@pytest.mark.parametrize("build", [_opt, _mamba], ids=["head replayed", "whole logits"])
+def test_objectives_see_the_live_teachers_own_logits_and_hidden_states_at_their_targets(
+    inputs: tuple[Artifact, Artifact], build: Callable[[], Any], hidden_states: bool
+) -> None:
+    seen: list[Targets] = []
+
+    class Spy(ReverseKL):
+        NEEDS = Needs(teacher=True, hidden_states=hidden_states)
+
+        def losses(self, targets: Targets) -> torch.Tensor:
+            seen.append(targets)
+            return super().losses(targets)
+
+    torch.manual_seed(0)
+    teacher = build().eval()
+    training = _training(inputs, objectives=(Spy(),), teacher=teacher)
+    (step,) = training.reader.steps(0, 1)
+    (batch,) = step.micro_batches
+    torch.autograd.backward(training.loss.of(training.model, batch)[0])
+    with torch.inference_mode():
+        own = teacher(input_ids=batch.input_ids_BT, use_cache=False, output_hidden_states=True)
+    (targets,) = seen
+    logits_NV = own.logits.flatten(0, 1)[batch.positions_M, :96].float()
+    assert targets.teacher_logits_NV is not None
+    assert targets.teacher_logits_NV.dtype == torch.float32
+    torch.testing.assert_close(targets.teacher_logits_NV, logits_NV, rtol=1e-5, atol=1e-5)
+    found = targets.teacher_hidden_states_ND
+    assert (found is not None) == hidden_states
+    for state_ND, own_BTD in zip(found or (), own.hidden_states if hidden_states else (), strict=True):
+        assert torch.equal(state_ND, own_BTD.flatten(0, 1)[batch.positions_M].float())
+
+
+def test_live_teacher_makes_no_logits_of_a_whole_micro_batch(inputs: tuple[Artifact, Artifact]) -> None:
+    teacher = tiny_llama(vocabulary=112, seed=1)
+    rows: list[int] = []
+    teacher.lm_head.register_forward_hook(lambda _, __, logits: rows.append(logits.shape[0]))
+    training = _training(inputs, objectives=(ReverseKL(),), teacher=teacher)
+    training.run(Progress())
+    assert rows == [1]  # the observation of its head, on one row
 
 
 class _HiddenMatch(Loss):
