@@ -53,7 +53,7 @@ BANNED = {"utils", "helpers", "misc", "common", "base", "manager", "handler", "t
 PURE = ("graph", "check", "identity", "plan", "schedule", "failures")
 RAY_IMPORTERS = {
     "workflows/engine/ray_executor.py",
-    "stages/runtime/ray_workarounds.py",
+    "stages/runtime/workarounds.py",
     "stages/runtime/workers.py",
 }
 MAX_LINES = 330

@@ -15,7 +15,7 @@ from stages.external.checkpoints import PretrainedTokenizer
 from stages.external.documents import DocumentSource, HubDataset
 from stages.formats.dataset import DatasetInfo
 from stages.runtime.processes import quiet_data
-from stages.runtime.ray_workarounds import deprecated_options
+from stages.runtime.workarounds import deprecated_options
 from stages.runtime.workers import WorkerSetup, translated_errors, worker_options
 
 if TYPE_CHECKING:
