@@ -113,6 +113,37 @@ def test_mlflow_is_imported_by_trackings_connection_only(path: Path) -> None:
         assert not [module for module in imports(path) if module.split(".")[0] == "mlflow"]
 
 
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_private_names_of_libraries_are_used_by_workarounds_only(path: Path) -> None:
+    if name_of(path) == "stages/runtime/workarounds.py":
+        return
+    private = re.compile(r"(^|\.)_(?!_)")
+    used = {module for module in imports(path) if private.search(module)}
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Attribute) and private.match(node.attr) and node.attr not in DOCUMENTED:
+            owner = ast.unparse(node.value)
+            if owner not in ("self", "cls") and not own_private(path, node.attr):
+                used.add(f"{owner}.{node.attr}")
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and "._internal" in node.value:
+            used.add(node.value)
+    assert used == set()
+
+
+DOCUMENTED = {"_exit", "_replace"}
+"""Public names of the standard library (`os`, named tuples) that look private."""
+
+
+def own_private(path: Path, name: str) -> bool:
+    """Return whether a file itself defines a private name: a class may use its other instances' and its classes'."""
+    return re.search(rf"(def {name}\b|self\.{name}\b|^    {name}\b)", path.read_text(), re.MULTILINE) is not None
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_threads_of_torch_are_set_in_one_place(path: Path) -> None:
+    if name_of(path) != "stages/runtime/workers.py":
+        assert "torch.set_num_threads" not in path.read_text()
+
+
 @pytest.mark.parametrize("name", PURE)
 def test_pure_engine_file_imports_nothing_heavy(name: str) -> None:
     assert not {module for module in imports(ROOT / f"workflows/engine/{name}.py") if module.split(".")[0] in HEAVY}

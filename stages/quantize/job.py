@@ -23,7 +23,6 @@ class SearchJob:
     """Entries of the dataset's vocabulary, over which the KL is normalized."""
     micro_batch: int | None
     device: str
-    num_threads: int
     seed: int
 
 

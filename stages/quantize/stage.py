@@ -40,7 +40,7 @@ from stages.quantize.records import (
 from stages.quantize.schemes import Scheme
 from stages.quantize.selection import TrialPoint, Verification, pareto_front, preference, verify
 from stages.runtime.processes import environment
-from stages.runtime.workers import device_of, fetch_result, num_threads, remote_task, tune_resources
+from stages.runtime.workers import WorkerSetup, device_of, fetch_result, remote_task, tune_resources
 from stages.storage import File
 
 if TYPE_CHECKING:
@@ -144,7 +144,6 @@ class Quantize(Stage):
             vocabulary_size=DatasetInfo.read(context.one("data")).vocabulary_size,
             micro_batch=resources.micro_batch,
             device=device_of(resources),
-            num_threads=num_threads(resources),
             seed=self.seed,
         )
 
@@ -214,10 +213,17 @@ def _survey(job: "SearchJob", evaluation: "TokenRows") -> Any:
 
 
 def _trial(
-    config: Mapping[str, Any], *, schemes: Mapping[str, Scheme], job: Any, survey: "Survey", base: Any
+    config: Mapping[str, Any],
+    *,
+    setup: WorkerSetup,
+    schemes: Mapping[str, Scheme],
+    job: Any,
+    survey: "Survey",
+    base: Any,
 ) -> dict[str, Any]:
     """Run in a Tune trial: try one scheme; its receipt says how it went, except where memory did not suffice."""
     import_for_quantizing()
+    setup.begin()
     from stages.quantize.trial import run_trial
 
     try:
@@ -253,7 +259,9 @@ def _run_trials(
                 receipts[name] = receipt
                 _report(context, receipt.trial, num_settled + len(receipts), num_schemes)
 
-    trial = tune.with_parameters(_trial, schemes=schemes, job=job, survey=survey, base=base)
+    trial = tune.with_parameters(
+        _trial, setup=WorkerSetup.of(context), schemes=schemes, job=job, survey=survey, base=base
+    )
     with (
         tempfile.TemporaryDirectory(prefix="stillhouse-tune-") as folder,
         environment(QUIET_TUNE),

@@ -31,7 +31,6 @@ from stages.storage import Folder
 
 def survey_model(job: SearchJob, rows: TokenRows) -> tuple[Survey, BasePredictions]:
     """Load the unquantized model once: its layers, and its predictions on the rows that are measured."""
-    torch.set_num_threads(job.num_threads)
     folder = job.model.folder("model")
     with quiet():
         model = load_model(folder, dtype="auto", device=job.device)
@@ -79,7 +78,6 @@ def _may_succeed_later(error: Exception) -> bool:
 def _quantize_and_save(
     scheme: Scheme, job: SearchJob, survey: Survey, base: BasePredictions, scratch: Path
 ) -> DoneTrial:
-    torch.set_num_threads(job.num_threads)
     torch.manual_seed(job.seed)
     folder = job.model.folder("model")
     model = load_model(folder, dtype="auto", device=job.device)
@@ -122,7 +120,6 @@ def remeasure(
     Returns:
         For each scheme its KL, or what went wrong while it was loaded or run.
     """
-    torch.set_num_threads(job.num_threads)
     found: dict[str, float | str] = {}
     for scheme in schemes:
         folder = finalists.folder(f"finalists/{scheme}")
