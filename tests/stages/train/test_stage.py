@@ -167,7 +167,7 @@ def test_train_by_a_live_teacher_leaves_a_model(local_ray: None, tmp_path: Path,
 
 def test_no_objective_is_named_where_training_is_done() -> None:
     names = {kind.__name__ for kind in Loss.__subclasses__() if kind.__module__.startswith("stages.")}
-    assert names == {"CrossEntropy", "SoftTarget", "ReverseKL"}
+    assert names >= {"CrossEntropy", "SoftTarget", "ReverseKL"}
     for path in Path(train_stage.__file__).parent.glob("*.py"):
         assert not [name for name in names if name in path.read_text()], path.name
 
