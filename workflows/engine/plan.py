@@ -146,11 +146,17 @@ def make_plan(
         for step in workflow.in_order():
             if (name := step.name) in wanted:
                 plan[name] = _plan_step(step, known[name], looked_up[name], plan, cluster, strict_code)
-        if not (deep and _withdraw_rotten_inputs(store, plan, _watch(progress, interrupt))):
+        if not (deep and _withdraw_rotten_inputs(store, plan, watch_hashing(progress, interrupt))):
             return Plan(workflow, plan)
 
 
-def _watch(progress: Callable[[str], None] | None, interrupt: Flag | None) -> _Watch:
+def watch_hashing(progress: Callable[[str], None] | None, interrupt: Flag | None = None) -> _Watch:
+    """Return what shows each file that is hashed, of which step it is, and how much was read so far.
+
+    Args:
+        progress: is called with a line for people.
+        interrupt: once set, `PlanInterrupted` is raised.
+    """
     total = 0
 
     def watch(step: str, path: str, num_bytes: int) -> None:
