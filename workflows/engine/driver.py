@@ -3,13 +3,14 @@
 Crash-only: there is no state but the store. Kill it anywhere and call `run` again with the same workflow: committed
 steps are HITs, and long steps go on from what they left in `resume`.
 
-Promises: a store that fails is asked again; what stays broken fails one attempt, never the run. What follows a commit
-is best effort. A step that another run took over is stopped within `LEASE_SECONDS`. A watcher that raises is ignored.
+Promises: a store that fails is asked again, a launch without holding up the loop; what stays broken fails one attempt,
+never the run. What follows a commit is best effort. A step that another run took over is stopped within
+`LEASE_SECONDS`. A watcher that raises is ignored. The code that a manifest names is the code as the run began.
 """
 
 import logging
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -29,7 +30,7 @@ from workflows.engine.plan import Plan, StepPlan, input_commits
 from workflows.engine.provenance import code_evidence
 from workflows.engine.recorder import Recorder
 from workflows.engine.results import STATUS_OF, RunResult, StepResult, StepStatus, Watcher
-from workflows.engine.retrying import attempt_once, brief, persist
+from workflows.engine.retrying import PAUSES_SECONDS, attempt_once, brief, persist
 from workflows.engine.schedule import (
     Began,
     Capacity,
@@ -37,11 +38,11 @@ from workflows.engine.schedule import (
     Decision,
     Event,
     Failed,
-    Held,
     Interrupted,
     Launch,
     Overtaken,
     Phase,
+    Postponed,
     Schedule,
     Stop,
     Tick,
@@ -60,6 +61,8 @@ REPORT_SECONDS = 0.5
 """How often stages' reports are fetched."""
 IDLE_SECONDS = 0.05
 """How long a turn waits while steps wait for another run or a backoff, and nothing runs."""
+HELD_POLL_SECONDS = 1.0
+"""How often a step that another run holds is looked at again."""
 LEASE_SECONDS = 5.0
 """How often a run looks whether another one took a running step over: one listing for each such step."""
 
@@ -76,7 +79,6 @@ class Driver:
     watcher: Watcher
     interrupt: Flag = field(default_factory=Flag)
     clock: Callable[[], float] = time.monotonic
-    pause: Callable[[float], None] = time.sleep
     _folder: Folder = field(init=False)
     _recorder: Recorder = field(init=False)
     _schedule: Schedule = field(init=False)
@@ -84,6 +86,10 @@ class Driver:
     _commits: dict[str, Commit] = field(init=False, default_factory=dict)
     _resolved: ResolvedSteps = field(init=False, default_factory=ResolvedSteps)
     _shared: set[str] = field(init=False, default_factory=set)
+    _outages: Counter[str] = field(init=False, default_factory=Counter)
+    """Step → how often in a row the store failed as it was to be launched."""
+    _code: dict[str, dict[str, str]] = field(init=False)
+    """Step → the code that its stage has now: files may be edited while it runs."""
     _next_reports: float = field(init=False, default=0.0)
     _next_lease_check: float = field(init=False, default=0.0)
 
@@ -92,6 +98,9 @@ class Driver:
         self._folder = self.store.root / "runs" / self.run
         self._recorder = Recorder(self.plan, self.record)
         self._commits = {step.step.name: step.commit for step in self.plan.having("HIT") if step.commit}
+        self._code = {
+            planned.step.name: code_evidence(type(planned.step.stage)) for planned in self.plan.having("MISS")
+        }
         cluster = self.executor.cluster_resources()
         self._schedule = new_schedule(
             {name: planned.step for name, planned in self.plan.steps.items()},
@@ -103,7 +112,7 @@ class Driver:
     def go(self) -> RunResult:
         """Run everything that is not committed; return how each step ended."""
         fingerprints = {name: planned.fingerprint for name, planned in self.plan.steps.items()}
-        persist("note the run's steps", lambda: self._folder.put_json("steps.json", fingerprints), self.pause)
+        persist("note the run's steps", lambda: self._folder.put_json("steps.json", fingerprints), self.interrupt)
         for name, commit in self._commits.items():
             self._recorder.hit(name, commit)
         for planned in self.plan.having("MISS"):
@@ -155,22 +164,12 @@ class Driver:
     def _launch(self, launch: Launch) -> list[Event]:
         name = launch.step
         try:
-            if shared := self._share(launch):
-                return shared
-            fingerprint = self.plan.steps[name].fingerprint
-            assert fingerprint is not None
-            claim = persist(f"claim {name}", lambda: self.store.claim(fingerprint, self.run), self.pause)
-            if isinstance(claim, Holder):
-                text = f"run {claim.run} on {claim.host} is at it; waiting to share its result"
-                self._show(self.watcher.step, name, Phase.HELD, text)
-                return [Held(name, self.clock(), claim.run)]
-            self._claims[name] = claim
-            if shared := self._share(launch):  # committed between our look and our claim
-                self._release(name)
-                return shared
+            claim = self._claim(launch)
         except (StillhouseError, *STORE_ERRORS) as error:
-            self._recorder.opened(name, launch.attempt, "miss")
-            return self._failed(name, launch.attempt, _of_store(error))
+            return self._not_launched(launch, _of_store(error))
+        if not isinstance(claim, Claim):
+            return claim
+        self._outages[name] = 0
         self._recorder.opened(name, launch.attempt, "miss")
         try:
             attempt = self._attempt(launch, claim)
@@ -179,6 +178,32 @@ class Driver:
         self._show(self.watcher.step, name, Phase.RUNNING, f"attempt {launch.attempt}" if launch.attempt > 1 else "")
         self.executor.submit(attempt)
         return []
+
+    def _claim(self, launch: Launch) -> Claim | list[Event]:
+        """Return the right to run a step, or what stands in the way of it: another run's claim or commit."""
+        name, fingerprint = launch.step, self.plan.steps[launch.step].fingerprint
+        assert fingerprint is not None
+        if shared := self._share(launch):
+            return shared
+        claim = self.store.claim(fingerprint, self.run)
+        if isinstance(claim, Holder):
+            reason = f"run {claim.run} on {claim.host} is running this step; waiting for its result"
+            return [Postponed(name, self.clock(), Phase.HELD, reason, HELD_POLL_SECONDS)]
+        self._claims[name] = claim
+        if shared := self._share(launch):  # committed between our look and our claim
+            self._release(name)
+        return shared or claim
+
+    def _not_launched(self, launch: Launch, failure: Failure) -> list[Event]:
+        """Wait for a store that fails, as long as a commit waits for it; only then an attempt is lost."""
+        name, pauses = launch.step, PAUSES_SECONDS[self._outages[launch.step] :]
+        if failure.kind is FailureKind.TRANSIENT and pauses:
+            self._outages[name] += 1
+            reason = f"{failure.message}; trying again in {pauses[0]:g} s"
+            return [Postponed(name, self.clock(), Phase.BACKING_OFF, reason, pauses[0])]
+        self._outages[name] = 0
+        self._recorder.opened(name, launch.attempt, "miss")
+        return self._failed(name, launch.attempt, failure)
 
     def _attempt(self, launch: Launch, claim: Claim) -> Attempt:
         planned = self.plan.steps[launch.step]
@@ -204,7 +229,7 @@ class Driver:
         name, planned = launch.step, self.plan.steps[launch.step]
         fingerprint = planned.fingerprint
         assert fingerprint is not None
-        newest = persist(f"look for {name}", lambda: self.store.newest(fingerprint), self.pause)
+        newest = self.store.newest(fingerprint)
         if newest is None or newest.generation <= planned.seen_generation:
             return []
         if newest.manifest.outdated_input(self._inputs(planned)):
@@ -271,13 +296,13 @@ class Driver:
             identity=dict(planned.identity.record),
             inputs=self._inputs(planned),
             resources=self._schedule.steps[name].resources,
-            provenance=Provenance(**result.environment, **code_evidence(type(stage))),
+            provenance=Provenance(**result.environment, **self._code[name]),
             seconds=result.seconds,
             peak_memory_bytes=result.peak_memory_bytes,
             created=time.time(),
         )
         try:
-            return persist(f"commit {name}", lambda: self.store.commit(claim, manifest), self.pause)
+            return persist(f"commit {name}", lambda: self.store.commit(claim, manifest), self.interrupt)
         except Fenced as error:
             return Failure(FailureKind.FENCED, str(error))
         except STORE_ERRORS as error:
@@ -325,6 +350,6 @@ def _of_external(error: Exception) -> Failure:
 
 
 def _of_store(error: Exception) -> Failure:
-    """Return the failure that the store's is: what it refuses for good is an error of ours, all else may pass."""
-    passing = Failure(FailureKind.TRANSIENT, f"the store failed: {brief(error)}")
-    return classify(error) if isinstance(error, StillhouseError) else passing
+    """Return the failure that the store's is: what it refuses for good is an error of ours, all else is transient."""
+    transient = Failure(FailureKind.TRANSIENT, f"the store failed: {brief(error)}")
+    return classify(error) if isinstance(error, StillhouseError) else transient
