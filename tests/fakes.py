@@ -24,7 +24,7 @@ from workflows.engine.worker import ProgressCollector, run_attempt
 
 @dataclass
 class RecordingReporter:
-    """Remembers what a stage told."""
+    """Remembers what a stage reported."""
 
     progressed: list[tuple[float, float, str]] = field(default_factory=list)
     points: list[tuple[int, dict[str, float]]] = field(default_factory=list)
@@ -140,9 +140,9 @@ def drive(
     workflow: Workflow, store: ArtifactStore, tasks: Executor, *, run: str = "run", **options: Any
 ) -> tuple[RunResult, list[RunEvent]]:
     """Plan a workflow and drive it to its end; return the result and what it recorded."""
-    told: list[RunEvent] = []
+    recorded: list[RunEvent] = []
     plan = make_plan(workflow, store, deep=True, cluster=tasks.cluster_resources(), **options)
-    return Driver(plan, store, tasks, run, told.append, SilentWatcher()).go(), told
+    return Driver(plan, store, tasks, run, recorded.append, SilentWatcher()).go(), recorded
 
 
 def fake_manifest(claim: Claim, **changes: Any) -> Manifest:

@@ -325,6 +325,6 @@ def _contents(row: Row, known: set[str]) -> Iterator[tuple[str, bytes]]:
 
 
 def _is_refusal(error: Exception) -> bool:
-    """Tell whether MLflow, or a flaw in a part, will make the same upsert fail each time."""
+    """Return whether MLflow, or a flaw in a part, will make the same upsert fail each time."""
     flaws = TypeError | ValueError | LookupError | AttributeError
     return getattr(error, "error_code", None) in REFUSALS or isinstance(error, flaws)
