@@ -13,43 +13,27 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from threading import Event as Flag
 
 from stages.contract import Artifact
 from stages.errors import ExternalDataError, StageFailed, StillhouseError
 from stages.storage import STORE_ERRORS, Folder
+from workflows.engine import schedule
 from workflows.engine.events import RunEvent, RunStatus
 from workflows.engine.executor import Attempt, AttemptResult, Executor, ProgressUpdates
 from workflows.engine.external import ResolvedStep, ResolvedSteps
 from workflows.engine.failures import Failure, FailureKind
 from workflows.engine.graph import Handle, Source, Wiring
 from workflows.engine.heartbeat import Holder
+from workflows.engine.identity import Identity
 from workflows.engine.manifest import InputCommit, Manifest, Provenance
 from workflows.engine.plan import Plan, StepPlan, input_commits
 from workflows.engine.provenance import code_evidence
 from workflows.engine.recorder import Recorder
 from workflows.engine.results import STATUS_OF, RunResult, StepResult, StepStatus, Watcher
 from workflows.engine.retrying import PAUSES_SECONDS, attempt_once, brief, persist
-from workflows.engine.schedule import (
-    Began,
-    Capacity,
-    Committed,
-    Decision,
-    Event,
-    Failed,
-    Interrupted,
-    Launch,
-    Overtaken,
-    Phase,
-    Postponed,
-    Schedule,
-    Stop,
-    Tick,
-    Transition,
-    advance,
-    new_schedule,
-)  # fmt: skip
+from workflows.engine.schedule import Decision, Event, Launch, Phase, Schedule, Stop, Transition
 from workflows.engine.store import ArtifactStore, Claim, Commit, Fenced
 from workflows.engine.worker import classify
 
@@ -86,10 +70,8 @@ class Driver:
     _commits: dict[str, Commit] = field(init=False, default_factory=dict)
     _resolved: ResolvedSteps = field(init=False, default_factory=ResolvedSteps)
     _shared: set[str] = field(init=False, default_factory=set)
-    _outages: Counter[str] = field(init=False, default_factory=Counter)
-    """Step → how often in a row the store failed as it was to be launched."""
-    _code: dict[str, dict[str, str]] = field(init=False)
-    """Step → the code that its stage has now: files may be edited while it runs."""
+    _outages: Counter[str] = field(init=False, default_factory=Counter)  # launches in a row that the store failed
+    _code: dict[str, dict[str, str]] = field(init=False)  # as the run begins: files may be edited meanwhile
     _next_reports: float = field(init=False, default=0.0)
     _next_lease_check: float = field(init=False, default=0.0)
 
@@ -102,10 +84,10 @@ class Driver:
             planned.step.name: code_evidence(type(planned.step.stage)) for planned in self.plan.having("MISS")
         }
         cluster = self.executor.cluster_resources()
-        self._schedule = new_schedule(
+        self._schedule = schedule.new_schedule(
             {name: planned.step for name, planned in self.plan.steps.items()},
             committed=frozenset(self._commits),
-            capacity=Capacity(cluster.cpus, cluster.gpus),
+            capacity=schedule.Capacity(cluster.cpus, cluster.gpus),
             blocked={planned.step.name: planned.reason for planned in self.plan.having("BLOCKED")},
         )
 
@@ -118,10 +100,10 @@ class Driver:
         for planned in self.plan.having("MISS"):
             with suppress(Exception):  # reported when the step is launched, if it is still so then
                 self._resolved.of(planned)
-        self._take(Tick(self.clock()))
+        self._take(schedule.Tick(self.clock()))
         while not self._schedule.over:
             if self.interrupt.is_set() and not self._schedule.interrupted:
-                self._take(Interrupted(self.clock()))
+                self._take(schedule.Interrupted(self.clock()))
             self._turn()
         return self._result()
 
@@ -136,13 +118,13 @@ class Driver:
         if running and self.clock() >= self._next_lease_check:
             self._next_lease_check = self.clock() + LEASE_SECONDS
             self._take(*self._overtaken())
-        self._take(Tick(self.clock()))
+        self._take(schedule.Tick(self.clock()))
 
     def _take(self, *events: Event) -> None:
         """Advance the schedule by events and act on what it decides, then by the events that this brings."""
         queue = deque(events)
         while queue:
-            self._schedule, decisions = advance(self._schedule, queue.popleft())
+            self._schedule, decisions = schedule.advance(self._schedule, queue.popleft())
             for decision in decisions:
                 queue.extend(self._act(decision))
 
@@ -173,22 +155,23 @@ class Driver:
         self._recorder.opened(name, launch.attempt, "miss")
         try:
             attempt = self._attempt(launch, claim)
+        except ExternalDataError as error:  # what is out of reach may come back
+            return self._failed(name, launch.attempt, Failure(FailureKind.TRANSIENT, str(error)))
         except Exception as error:  # noqa: BLE001  data from outside, its own code included: one step's trouble
-            return self._failed(name, launch.attempt, _of_external(error))
+            return self._failed(name, launch.attempt, classify(error))
         self._show(self.watcher.step, name, Phase.RUNNING, f"attempt {launch.attempt}" if launch.attempt > 1 else "")
         self.executor.submit(attempt)
         return []
 
     def _claim(self, launch: Launch) -> Claim | list[Event]:
         """Return the right to run a step, or what stands in the way of it: another run's claim or commit."""
-        name, fingerprint = launch.step, self.plan.steps[launch.step].fingerprint
-        assert fingerprint is not None
+        name, fingerprint = launch.step, self._identity(launch.step).fingerprint
         if shared := self._share(launch):
             return shared
         claim = self.store.claim(fingerprint, self.run)
         if isinstance(claim, Holder):
             reason = f"run {claim.run} on {claim.host} is running this step; waiting for its result"
-            return [Postponed(name, self.clock(), Phase.HELD, reason, HELD_POLL_SECONDS)]
+            return [schedule.Postponed(name, self.clock(), Phase.HELD, reason, HELD_POLL_SECONDS)]
         self._claims[name] = claim
         if shared := self._share(launch):  # committed between our look and our claim
             self._release(name)
@@ -200,7 +183,7 @@ class Driver:
         if failure.kind is FailureKind.TRANSIENT and pauses:
             self._outages[name] += 1
             reason = f"{failure.message}; trying again in {pauses[0]:g} s"
-            return [Postponed(name, self.clock(), Phase.BACKING_OFF, reason, pauses[0])]
+            return [schedule.Postponed(name, self.clock(), Phase.BACKING_OFF, reason, pauses[0])]
         self._outages[name] = 0
         self._recorder.opened(name, launch.attempt, "miss")
         return self._failed(name, launch.attempt, failure)
@@ -227,18 +210,20 @@ class Driver:
     def _share(self, launch: Launch) -> list[Event]:
         """Take the commit that another run has made since this run was planned, if there is one."""
         name, planned = launch.step, self.plan.steps[launch.step]
-        fingerprint = planned.fingerprint
-        assert fingerprint is not None
-        newest = self.store.newest(fingerprint)
-        if newest is None or newest.generation <= planned.seen_generation:
-            return []
-        if newest.manifest.outdated_input(self._inputs(planned)):
+        newest = self.store.newest(self._identity(name).fingerprint)
+        seen = planned.seen_generation
+        if newest is None or newest.generation <= seen or newest.manifest.outdated_input(self._inputs(planned)):
             return []
         self._commits[name] = newest
         self._shared.add(name)
         self._recorder.hit(name, newest, launch.attempt)
         self._show(self.watcher.step, name, Phase.COMMITTED, f"shared with run {newest.manifest.run}")
-        return [Committed(name, self.clock())]
+        return [schedule.Committed(name, self.clock())]
+
+    def _identity(self, name: str) -> Identity:
+        identity = self.plan.steps[name].identity
+        assert identity is not None
+        return identity
 
     def _inputs(self, planned: StepPlan) -> dict[str, InputCommit]:
         return input_commits(planned.step, planned.inputs, self._commits)
@@ -251,7 +236,7 @@ class Driver:
 
     def _ended(self, name: str, result: AttemptResult | Failure) -> list[Event]:
         state = self._schedule.steps[name]
-        ended = self._commit(name, result) if isinstance(result, AttemptResult) else result
+        ended = result if isinstance(result, Failure) else self._commit(name, result)
         if isinstance(ended, Failure):
             return self._failed(name, state.attempt, ended, "KILLED" if state.phase is Phase.STOPPING else "FAILED")
         claim, manifest = self._claims[name], ended.manifest
@@ -263,11 +248,11 @@ class Driver:
         metrics, tags = {**ended.artifact.metrics, **took}, {"artifact": self.store.out(claim).uri}
         self._recorder.closed(name, state.attempt, "FINISHED", metrics, tags)
         self._show(self.watcher.step, name, Phase.COMMITTED, f"{ended.seconds:.1f} s")
-        return [Committed(name, self.clock())]
+        return [schedule.Committed(name, self.clock())]
 
     def _failed(self, name: str, attempt: int, failure: Failure, status: RunStatus = "FAILED") -> list[Event]:
         self._recorder.closed(name, attempt, status, {}, {"error": failure.message[:500]})
-        return [Failed(name, self.clock(), failure)]
+        return [schedule.Failed(name, self.clock(), failure)]
 
     def _release(self, name: str) -> None:
         """Let other runs have a step's claim without waiting for this run's end."""
@@ -278,12 +263,9 @@ class Driver:
         planned, claim = self.plan.steps[name], self._claims[name]
         if changed := self._resolved.of(planned).changed():
             return Failure(FailureKind.PERMANENT, changed)
-        assert planned.identity is not None
         stage = planned.step.stage
         manifest = Manifest(
-            fingerprint=claim.fingerprint,
-            generation=claim.generation,
-            epoch=claim.epoch,
+            **asdict(claim),
             kind=stage.KIND,
             stage=type(stage).__name__,
             step=name,
@@ -291,7 +273,7 @@ class Driver:
             run=self.run,
             files=result.files,
             metrics=dict(result.metrics),
-            identity=dict(planned.identity.record),
+            identity=dict(self._identity(name).record),
             inputs=self._inputs(planned),
             resources=self._schedule.steps[name].resources,
             provenance=Provenance(**result.environment, **self._code[name]),
@@ -310,7 +292,8 @@ class Driver:
         """Find the running steps that another run took over, as it may while this process is paused."""
         running = [name for name, state in self._schedule.steps.items() if state.phase is Phase.RUNNING]
         with suppress(*STORE_ERRORS):  # looked at again soon; the commit looks in any case
-            return [Overtaken(name, self.clock()) for name in running if self.store.overtaken(self._claims[name])]
+            taken = [name for name in running if self.store.overtaken(self._claims[name])]
+            return [schedule.Overtaken(name, self.clock()) for name in taken]
         return []
 
     def _pass_on(self, reports: ProgressUpdates) -> list[Event]:
@@ -318,7 +301,7 @@ class Driver:
         for name, attempt in sorted(reports.started | reports.curves.keys()):
             state = self._schedule.steps.get(name)  # an executor may have served another run, whose steps started too
             if state and state.phase is Phase.RUNNING and state.attempt == attempt and state.began_at is None:
-                began.append(Began(name, self.clock()))
+                began.append(schedule.Began(name, self.clock()))
         for (name, _), (done, total, unit) in reports.progress.items():
             self._show(self.watcher.progress, name, done, total, unit)
         for (name, attempt), points in reports.curves.items():
@@ -336,18 +319,12 @@ class Driver:
         for name, state in self._schedule.steps.items():
             hit, shared = self.plan.steps[name].status == "HIT", name in self._shared
             outcome: StepStatus = "hit" if hit else "shared" if shared else STATUS_OF[state.phase]
-            ran = state.attempt and not shared
-            log = self._folder.uri_of(f"logs/{name}.{state.attempt}.log") if ran else None
+            log = self._folder.uri_of(f"logs/{name}.{state.attempt}.log") if state.attempt and not shared else None
             results[name] = StepResult(name, outcome, state.reason, self._commits.get(name), log, state.attempt)
         return RunResult(self.run, results, self._schedule.succeeded, self._schedule.interrupted)
 
 
-def _of_external(error: Exception) -> Failure:
-    """Return the failure that an error with data from outside is: what is out of reach may come back."""
-    return Failure(FailureKind.TRANSIENT, str(error)) if isinstance(error, ExternalDataError) else classify(error)
-
-
 def _of_store(error: Exception) -> Failure:
     """Return the failure that the store's is: what it refuses for good is an error of ours, all else is transient."""
-    transient = Failure(FailureKind.TRANSIENT, f"the store failed: {brief(error)}")
-    return classify(error) if isinstance(error, StillhouseError) else transient
+    ours = isinstance(error, StillhouseError)
+    return classify(error) if ours else Failure(FailureKind.TRANSIENT, f"the store failed: {brief(error)}")

@@ -97,7 +97,7 @@ def find_garbage(store: ArtifactStore, *, tracking_uri: str | None, keep_runs: i
         roots.update(_reads(runs / run).values())
     reached = reachable(store, roots & set(known))
     unreached = [_artifact(store, name) for name in known if name not in reached]
-    young = [item.name for item in unreached if not _is_old(item, before) or store.held(item.name)]
+    young = [item.name for item in unreached if not _is_old(item, before) or store.lease(item.name).holder()]
     reached |= reachable(store, young)
     items = [item for item in unreached if item.name not in reached]
     kept = frozenset(known) - {item.name for item in items}
@@ -177,7 +177,7 @@ def _artifact(store: ArtifactStore, fingerprint: str) -> GarbageItem:
 
 def _leftovers(store: ArtifactStore, fingerprint: str) -> Iterator[GarbageItem]:
     """Yield what a kept artifact's attempts left that nobody reads and no attempt goes on from."""
-    if store.held(fingerprint):
+    if store.lease(fingerprint).holder():
         return
     folder, label = store.folder(fingerprint), _label(store, fingerprint)
     named = {file.path.split("/")[1] for commit in store.commits(fingerprint) for file in commit.manifest.files}

@@ -16,9 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from stages.storage import AlreadyExists, Entry, Folder
-from workflows.engine.heartbeat import Holder, Liveness, holder_of
-
-__all__ = ["Lease", "holder_of", "number_of"]
+from workflows.engine.heartbeat import Holder, Liveness
 
 POLL_SECONDS = 0.1
 PATIENCE_SECONDS = 60.0

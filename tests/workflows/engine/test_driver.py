@@ -166,7 +166,7 @@ def test_drive_result_committed_by_another_run_meanwhile_is_shared(store: Artifa
     assert result.succeeded
 
 
-def test_drive_result_committed_between_look_and_claim_is_shared_and_its_claim_let_go(
+def test_drive_result_committed_between_look_and_claim_is_shared_and_its_claim_released(
     store: ArtifactStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     take = ArtifactStore.claim
@@ -246,7 +246,7 @@ def test_drive_manifest_says_where_the_result_came_from(store: ArtifactStore) ->
     assert manifest.metrics == {"parts": 2.0}
 
 
-def test_drive_rotten_input_is_made_again_before_it_is_read(store: ArtifactStore) -> None:
+def test_drive_corrupt_input_is_made_again_before_it_is_read(store: ArtifactStore) -> None:
     drive(graph(), store, InlineTasks(), only="data")
     fingerprint = store.resolve("flow/data")
     commit = store.newest(fingerprint)
