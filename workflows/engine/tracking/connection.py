@@ -6,14 +6,16 @@ import shutil
 import sqlite3
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 from urllib.parse import urlsplit
 
 from stages.storage import Folder, cache_root
+from workflows.engine.redaction import redacted
 from workflows.engine.tracking.tracking_uri import (
     TrackingUnavailable,
     check_tracking_uri,
@@ -51,25 +53,25 @@ class Connection:
         self,
         run_id: str,
         *,
-        points: Iterable[MetricPoint],
-        params: Mapping[str, str],
-        tags: Mapping[str, str],
+        points: Sequence[MetricPoint],
+        params: Mapping[str, str] = MappingProxyType({}),
+        tags: Mapping[str, str] = MappingProxyType({}),
         model_id: str | None = None,
     ) -> None:
-        """Write points of an MLflow run, and of its logged model, then params, then tags, in few requests."""
+        """Write `MAX_METRICS` points of an MLflow run, and of its logged model, then params, then tags, at most."""
         from mlflow.entities import Metric, Param, RunTag
 
         metrics = [Metric(name, value, at_ms, step, model_id=model_id) for name, value, step, at_ms in points]
         others: list[Any] = [Param(*item) for item in params.items()] + [RunTag(*item) for item in tags.items()]
         while metrics or others:
-            now = others[:MAX_OTHERS] if len(metrics) <= MAX_METRICS else []
+            now, others = others[:MAX_OTHERS], others[MAX_OTHERS:]
             self.client.log_batch(
                 run_id,
-                metrics=metrics[:MAX_METRICS],
+                metrics=metrics,
                 params=[item for item in now if isinstance(item, Param)],
                 tags=[item for item in now if isinstance(item, RunTag)],
             )
-            metrics, others = metrics[MAX_METRICS:], others[len(now) :]
+            metrics = []
 
     def put(self, run_id: str, artifacts: str, path: str, data: bytes) -> None:
         """Write a small artifact of an MLflow run: to its URI where that is in reach (0.2 ms, not 4)."""
@@ -116,7 +118,7 @@ def connect(tracking_uri: str, artifact_root: str) -> Connection:
 
     Raises:
         ConfigError: the URI is none that can be used.
-        TrackingUnavailable: nothing listens there, or the database cannot be made.
+        TrackingUnavailable: nothing listens there, or the database cannot be made or opened.
     """
     check_tracking_uri(tracking_uri)
     with _connecting:
@@ -134,7 +136,13 @@ def connect(tracking_uri: str, artifact_root: str) -> Connection:
             _sync_less()
             if not path.exists():
                 _make_database(path)
-        connection = Connection(mlflow.MlflowClient(tracking_uri, tracking_uri), tracking_uri, artifact_root)
+        try:
+            client = mlflow.MlflowClient(tracking_uri, tracking_uri)
+        except Exception as error:  # of SQLAlchemy or MLflow, as a database of a newer version
+            raise TrackingUnavailable(
+                f"cannot open MLflow at {redacted(tracking_uri)}: {redacted(str(error))}"
+            ) from error
+        connection = Connection(client, tracking_uri, artifact_root)
         connection.set_globals()
         return connection
 

@@ -53,7 +53,7 @@ def default_tracking_uri(store: str) -> str:
 
 
 def is_server(uri: str) -> bool:
-    """Tell whether a tracking URI is that of an MLflow server."""
+    """Return whether a tracking URI is that of an MLflow server."""
     return uri.startswith(("http://", "https://"))
 
 
@@ -113,7 +113,7 @@ def check_tracking_uri(uri: str) -> None:
 
 
 def is_on_network(path: Path) -> bool:
-    """Tell whether a path's filesystem is one that several hosts mount."""
+    """Return whether a path's filesystem is one that several hosts mount."""
     mounts = [p for p in psutil.disk_partitions(all=True) if os.path.commonpath([p.mountpoint, path]) == p.mountpoint]
     nearest = max(mounts, key=lambda mount: len(mount.mountpoint), default=None)
     return nearest is not None and nearest.fstype.lower().startswith(NETWORK_FILESYSTEMS)
