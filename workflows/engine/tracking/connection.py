@@ -7,7 +7,7 @@ import sqlite3
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
@@ -25,7 +25,7 @@ from workflows.engine.tracking.tracking_uri import (
 )
 from workflows.engine.tracking.view import MetricPoint
 
-__all__ = ["Connection", "connect", "pages"]
+__all__ = ["MAX_METRICS", "Connection", "connect", "is_refusal", "pages", "unless_made_already"]
 
 MAX_METRICS, MAX_OTHERS = 800, 100
 """Metrics, and params or tags, in one `log_batch`: the server takes 1000, 100 and 1000 in all."""
@@ -37,6 +37,10 @@ SETTINGS = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "15",
 }
 """MLflow's environment: no calls home, no URLs printed (each costs a request), and no request for its 120 s."""
+REFUSALS = frozenset(
+    {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "MALFORMED_REQUEST", "RESOURCE_DOES_NOT_EXIST", "INVALID_STATE"}
+)
+"""MLflow's error codes for what it will never take."""
 _connecting = threading.Lock()
 
 
@@ -111,6 +115,22 @@ def pages(search: Callable[[str | None], Any]) -> Iterator[Any]:
         token = page.token
         if not token:
             return
+
+
+@contextmanager
+def unless_made_already() -> Iterator[None]:
+    """Make something that a run which races us may have made a moment ago."""
+    try:
+        yield
+    except Exception as error:
+        if getattr(error, "error_code", "") != "RESOURCE_ALREADY_EXISTS":
+            raise
+
+
+def is_refusal(error: Exception) -> bool:
+    """Return whether MLflow, or a flaw in a part, will make the same upsert fail each time."""
+    flaws = TypeError | ValueError | LookupError | AttributeError
+    return getattr(error, "error_code", None) in REFUSALS or isinstance(error, flaws)
 
 
 def connect(tracking_uri: str, artifact_root: str) -> Connection:

@@ -12,7 +12,7 @@ MLflow is addressed by explicit run ids only: a "current run" would leak between
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeVar
@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 from stages.formats.metrics import PRIMARY_METRIC
 from stages.storage import Folder
 from workflows.engine.redaction import redacted
-from workflows.engine.tracking.connection import MAX_METRICS, Connection, pages
+from workflows.engine.tracking.connection import MAX_METRICS, Connection, is_refusal, pages, unless_made_already
 from workflows.engine.tracking.tracking_uri import check_tracking_uri
 from workflows.engine.tracking.ui_view import VIEW, view_state
 from workflows.engine.tracking.view import KEY, RUN, CandidateEntry, MetricPoint, Registration, Row, RunView, legal_name
@@ -32,11 +32,6 @@ logger = logging.getLogger(__name__)
 CHAMPION = "champion"
 DIGEST = "stillhouse.digest"
 """Tag of an ended row: the digest of what is published; the row's status, which is sent last, makes it valid."""
-REFUSALS = frozenset(
-    {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "MALFORMED_REQUEST", "RESOURCE_DOES_NOT_EXIST", "INVALID_STATE"}
-)
-"""MLflow's error codes for what it will never take."""
-
 
 P = TypeVar("P", Row, CandidateEntry, Registration)
 
@@ -115,7 +110,7 @@ class MlflowStore:
                 upsert(view, part)
                 break
             except Exception as error:
-                if not _is_refusal(error):
+                if not is_refusal(error):
                     raise
                 if not again:
                     what = f"the {type(part).__name__.lower()} {part.key} of run {view.run}"
@@ -193,7 +188,7 @@ class MlflowStore:
         }
         root = self._mlflow.artifact_location
         location = root and f"{root}/{re.sub(r'[^A-Za-z0-9._-]+', '-', name)}"
-        with _unless_made_already():
+        with unless_made_already():
             self._client.create_experiment(name, artifact_location=location, tags=tags)
         return self._client.get_experiment_by_name(name)
 
@@ -278,7 +273,7 @@ class MlflowStore:
 
     def _registered_model(self, name: str) -> Any:
         if not self._client.search_registered_models(f"name = '{name}'"):
-            with _unless_made_already():
+            with unless_made_already():
                 about = f"Its alias `{CHAMPION}` follows the verdicts of stillhouse."
                 self._client.create_registered_model(name, description=about)
         return self._client.get_registered_model(name)
@@ -304,16 +299,6 @@ class MlflowStore:
         return str(standing[0])
 
 
-@contextmanager
-def _unless_made_already() -> Iterator[None]:
-    """Make something that a run which races us may have made a moment ago."""
-    try:
-        yield
-    except Exception as error:
-        if getattr(error, "error_code", "") != "RESOURCE_ALREADY_EXISTS":
-            raise
-
-
 def _sent_of(found: Any) -> _Sent:
     return _Sent(found.info.run_id, found.info.artifact_uri, dict(found.data.params), dict(found.data.tags))
 
@@ -333,9 +318,3 @@ def _contents(row: Row, known: set[str]) -> Iterator[tuple[str, bytes]]:
                 yield path, Folder.at(folder).get(name)
         except FileNotFoundError:
             logger.warning("%s is left out of MLflow, since there is no such file", uri)
-
-
-def _is_refusal(error: Exception) -> bool:
-    """Return whether MLflow, or a flaw in a part, will make the same upsert fail each time."""
-    flaws = TypeError | ValueError | LookupError | AttributeError
-    return getattr(error, "error_code", None) in REFUSALS or isinstance(error, flaws)
