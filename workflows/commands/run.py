@@ -122,7 +122,7 @@ def print_execution(out: Console, execution: Execution, options: RunOptions) -> 
     if execution.tracking.waiting:
         text = (
             f"{execution.tracking.waiting} events wait for MLflow at {redacted(execution.tracking_uri)}: "
-            f"{execution.tracking.error}; the next run sends them"
+            f"{execution.tracking.error}; a later run publishes those that the store has"
         )
         out.print(Text(text, style="yellow"))
     where = "" if options.store == RunOptions.store else f" --store {shlex.quote(options.store)}"

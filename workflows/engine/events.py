@@ -174,10 +174,11 @@ class EventLog:
         """Return whether there is a batch."""
         return self._folder.has(_name(1))
 
-    def read_ends(self) -> list[RunEvent]:
-        """Return the events of the first and of the last batch: how the run began, and whether and how it ended."""
+    def read_ends(self) -> list[RunEvent] | None:
+        """Return the events of the first and the last batch: how the run began and ended. None: there is no batch."""
         last = len(self._folder.entries())
-        return [event for number in sorted({1, last} if last else ()) for event in self._read(number) or []]
+        batches = [self._read(number) for number in sorted({1, last})] if last else []
+        return [event for batch in batches for event in batch or []] if batches else None
 
     def read_all(self) -> list[RunEvent]:
         """Return all events, in order."""
