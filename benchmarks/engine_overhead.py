@@ -17,7 +17,8 @@ from stages.contract import Context, Outcome, Stage
 from workflows.engine.graph import Workflow
 from workflows.engine.heartbeat import Heartbeat
 from workflows.engine.plan import make_plan
-from workflows.engine.run import Settings, execute, run_started, silent
+from workflows.engine.results import Watcher
+from workflows.engine.run import Settings, execute, run_started
 from workflows.engine.store import ArtifactStore
 from workflows.engine.tracking.tracker import RunTracker
 from workflows.engine.tracking.tracking_uri import default_tracking_uri
@@ -63,8 +64,8 @@ def drive_seconds(flow: Workflow, store: ArtifactStore, tasks, *, mlflow: bool) 
         tracker = RunTracker(tracking_uri=default_tracking_uri(store.uri), artifact_root=root, runs=runs, run=run)
         tracker.record(run_started(run, flow, {}, "bench", store))
     record = tracker.record if tracker else lambda event: None
-    with silent(plan) as watcher, Heartbeat(runs, run):
-        result = Driver(plan, store, tasks, run, record, watcher).go()
+    with Heartbeat(runs, run):
+        result = Driver(plan, store, tasks, run, record, Watcher()).go()
     if tracker:
         state = tracker.close(120)
         assert not state.waiting, state
@@ -90,7 +91,7 @@ def main() -> None:
         execute(
             chain(Nothing, 2, salt=10**6),
             Settings(store=store.uri),
-            watch=silent,
+            watch=lambda plan: contextlib.nullcontext(Watcher()),
             interrupt=threading.Event(),
             params={},
             command="bench",

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from workflows.engine.executor import Attempt, AttemptResult, Executor, Progress
 from workflows.engine.failures import Failure
 from workflows.engine.graph import Workflow
 from workflows.engine.manifest import Manifest, Provenance
-from workflows.engine.plan import ClusterResources, make_plan
+from workflows.engine.plan import ClusterResources, Plan, make_plan
 from workflows.engine.results import RunResult, Watcher
 from workflows.engine.schedule import Phase
 from workflows.engine.store import ArtifactStore, Claim
@@ -23,7 +24,7 @@ from workflows.engine.worker import ProgressCollector, run_attempt
 
 @dataclass
 class RecordingReporter:
-    """Remembers what a stage told."""
+    """Remembers what a stage reported."""
 
     progressed: list[tuple[float, float, str]] = field(default_factory=list)
     points: list[tuple[int, dict[str, float]]] = field(default_factory=list)
@@ -130,13 +131,18 @@ class SilentWatcher(Watcher):
         pass
 
 
+def unwatched(_: Plan) -> AbstractContextManager[Watcher]:
+    """Watch a run without showing anything."""
+    return nullcontext(Watcher())
+
+
 def drive(
     workflow: Workflow, store: ArtifactStore, tasks: Executor, *, run: str = "run", **options: Any
 ) -> tuple[RunResult, list[RunEvent]]:
     """Plan a workflow and drive it to its end; return the result and what it recorded."""
-    told: list[RunEvent] = []
+    recorded: list[RunEvent] = []
     plan = make_plan(workflow, store, deep=True, cluster=tasks.cluster_resources(), **options)
-    return Driver(plan, store, tasks, run, told.append, SilentWatcher()).go(), told
+    return Driver(plan, store, tasks, run, recorded.append, SilentWatcher()).go(), recorded
 
 
 def fake_manifest(claim: Claim, **changes: Any) -> Manifest:

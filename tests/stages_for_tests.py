@@ -1,4 +1,4 @@
-"""Small stages that tests wire into graphs: they write what they are told, and fail when told."""
+"""Small stages that tests wire into graphs: they write what their config says, and fail when it says so."""
 
 import os
 import signal
@@ -54,7 +54,7 @@ class Odd(Stage):
 
 
 class Stumble(Stage):
-    """Fails as told until a file says that it has failed so often."""
+    """Fails as its config says until a file says that it has failed so often."""
 
     KIND = "dataset"
     REVISION = "2026-11-21 first"

@@ -1,8 +1,6 @@
-"""ARCHITECTURE.md and the code say the same: the tree, the limits on size, each name once."""
+"""ARCHITECTURE.md and the code say the same: the tree, and the limits on their size."""
 
-import ast
 import re
-from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,10 +8,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 TREE = (ROOT / "ARCHITECTURE.md").read_text().split("```")[1]
-SOURCES = sorted([*ROOT.glob("workflows/**/*.py"), *ROOT.glob("stages/**/*.py")])
 LISTED_WHOLE = ("workflows", "workflows/engine", "stages")
 """Folders each of whose files and folders the tree must name."""
-MAX_FUNCTION_LINES = 60
 MAX_ENGINE_LINES = 7_000
 """The engine and the commands together; may only be lowered (5,200 is the aim)."""
 
@@ -56,24 +52,6 @@ def test_tree_names_all_of_a_folder(folder: str) -> None:
 
 def test_architecture_is_short() -> None:
     assert (ROOT / "ARCHITECTURE.md").read_text().count("\n") <= 200
-
-
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_function_is_short_enough_to_be_read_at_once(path: Path) -> None:
-    """Workflow functions are exempt: they are lists of steps."""
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.FunctionDef) and ast.unparse(node.returns or ast.Constant(None)) != "Workflow":
-            assert node.end_lineno is not None
-            assert node.end_lineno - node.lineno + 1 <= MAX_FUNCTION_LINES, node.name
-
-
-def test_public_class_has_a_name_of_its_own() -> None:
-    found: dict[str, list[str]] = defaultdict(list)
-    for path in SOURCES:
-        for node in ast.parse(path.read_text()).body:
-            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
-                found[node.name].append(str(path.relative_to(ROOT)))
-    assert {name: paths for name, paths in found.items() if len(paths) > 1} == {}
 
 
 def test_engine_and_commands_stay_small() -> None:

@@ -35,6 +35,7 @@ app = App(
     help="Distils, prunes and quantizes language models on a Ray cluster, and tracks them in MLflow.",
     version_flags=["--version"],
     result_action="return_value",
+    suppress_keyboard_interrupt=False,
 )
 for simple in (artifacts, compare, doctor, init, runs, ui, workflows):
     app.command(simple)

@@ -70,17 +70,20 @@ def _stat_key(path: Path) -> tuple[str, int, bool]:
     return key, stat.st_size, time.time() - stat.st_mtime > SETTLED_SECONDS
 
 
-def digest_files(named: Mapping[str, Path], watch: WatchDigest | None = None) -> tuple[File, ...]:
+def digest_files(
+    named: Mapping[str, Path], watch: WatchDigest | None = None, *, anew: bool = False
+) -> tuple[File, ...]:
     """Hash local files, through the cache.
 
     Args:
         named: logical name → path.
         watch: is called with the logical name and the size of each chunk that is read; may raise to stop.
+        anew: whether also those in the cache are hashed, and the cache brought up to date.
 
     Raises:
         ExternalDataError: a file cannot be read.
     """
-    known, files = _read_digests(), []
+    known, files = {} if anew else _read_digests(), []
     fresh: dict[str, str] = {}
     try:
         for name, path in named.items():
@@ -99,11 +102,11 @@ def digest_files(named: Mapping[str, Path], watch: WatchDigest | None = None) ->
 
 
 def digest_objects(
-    folder: Folder, names: Iterable[str] | None = None, watch: WatchDigest | None = None
+    folder: Folder, names: Iterable[str] | None = None, watch: WatchDigest | None = None, *, anew: bool = False
 ) -> tuple[File, ...]:
-    """Hash objects below a remote folder, through the cache; all of them where `names` is None. `watch`: as above."""
+    """Hash objects below a remote folder, through the cache; all of them where `names` is None. The rest: as above."""
     wanted = None if names is None else set(names)
-    known, files = _read_digests(), []
+    known, files = {} if anew else _read_digests(), []
     fresh: dict[str, str] = {}
     try:
         for entry in list_objects(folder):
@@ -119,14 +122,19 @@ def digest_objects(
     return tuple(files)
 
 
-def digests_below(folder: Folder, names: Iterable[str], watch: WatchDigest) -> dict[str, str]:
+def digests_below(
+    folder: Folder, names: Iterable[str], watch: WatchDigest | None, *, anew: bool = False
+) -> dict[str, str]:
     """Return name → sha256 of files or objects below a folder, through the cache.
 
     Raises:
         ExternalDataError: one cannot be read.
     """
     root = folder.local_path()
-    found = digest_objects(folder, names, watch) if root is None else digest_files({n: root / n for n in names}, watch)
+    if root is None:
+        found = digest_objects(folder, names, watch, anew=anew)
+    else:
+        found = digest_files({name: root / name for name in names}, watch, anew=anew)
     return {file.name: file.sha256 for file in found}
 
 

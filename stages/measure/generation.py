@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from stages.runtime.translation import within_memory
+from stages.runtime.workarounds import allocations
 
 __all__ = ["Load", "Timings", "measure_memory", "summarize", "time_interleaved"]
 
@@ -137,14 +138,8 @@ def _cuda_peak(run: Callable[[], None]) -> int:
 
 
 def _cpu_peak(run: Callable[[], None]) -> int:
-    """Return the most bytes that torch's CPU allocator had given out at once during a run.
-
-    The profiler's public tables attribute memory to operators; only its raw events keep allocations in order.
-    """
+    """Return the most bytes that torch's CPU allocator had given out at once during a run."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # keeps its start and stop lines off stderr; read at the first use
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
-    assert profiler.profiler is not None
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
-    return max(0, int(np.cumsum(changes).max(initial=0)))
+    return max(0, int(np.cumsum(allocations(profiler)).max(initial=0)))

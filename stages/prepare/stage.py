@@ -15,7 +15,7 @@ from stages.external.checkpoints import PretrainedTokenizer
 from stages.external.documents import DocumentSource, HubDataset
 from stages.formats.dataset import DatasetInfo
 from stages.runtime.processes import quiet_data
-from stages.runtime.ray_workarounds import deprecated_options
+from stages.runtime.workarounds import deprecated_options
 from stages.runtime.workers import WorkerSetup, translated_errors, worker_options
 
 if TYPE_CHECKING:
@@ -115,6 +115,7 @@ class Prepare(Stage):
         schema = detect_schema(parts, self.text_field) if self.row_schema == "auto" else self.row_schema
         rows: dict[str, Any] = {"schema": schema, "text_field": self.text_field}
         if self.max_documents is not None:
+            context.reporter.started()  # counting documents reads them, here, before any worker is asked for
             parts = work.limit_documents(parts, **rows, max_documents=self.max_documents)
         division = Division(self.seed, self.validation_fraction, self.calibration_fraction)
         with tempfile.TemporaryDirectory(prefix="tokenizer-") as temporary:

@@ -11,6 +11,7 @@ from typing import Any
 from llmcompressor.modifiers.gptq import GPTQModifier
 
 from stages.errors import StageFailed
+from stages.runtime.workarounds import rounded_to_nearest
 
 
 class StrictGPTQModifier(GPTQModifier):  # type: ignore[misc]  # the base is untyped
@@ -22,7 +23,7 @@ class StrictGPTQModifier(GPTQModifier):  # type: ignore[misc]  # the base is unt
         Raises:
             StageFailed: the Hessian of one layer or more was not positive definite.
         """
-        fallen = list(self._rtn_fallback_module_names)
+        fallen = rounded_to_nearest(self)
         if fallen:
             shown = ", ".join(fallen[:3]) + (f" and {len(fallen) - 3} more" if len(fallen) > 3 else "")
             raise StageFailed(

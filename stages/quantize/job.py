@@ -24,7 +24,6 @@ class SearchJob:
     """What the model must fit; the KL is normalized over its vocabulary."""
     micro_batch: int | None
     device: str
-    num_threads: int
     seed: int
 
 

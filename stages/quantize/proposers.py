@@ -21,6 +21,16 @@ __all__ = ["Grid", "Proposer"]
 class Proposer(Config, ABC):
     """Chooses the schemes of a search, in rounds."""
 
+    kind: str = Field(default="", validate_default=True)
+    """The class's name, so that a logged config says which proposer ran."""
+
+    @field_validator("kind")
+    @classmethod
+    def _is_own_name(cls, kind: str) -> str:
+        if kind not in ("", cls.__name__):
+            raise ValueError(f"kind is {kind!r}, expected {cls.__name__!r}, which is also the default")
+        return cls.__name__
+
     @abstractmethod
     def propose(self, trials: Sequence[Trial]) -> Sequence[Scheme]:
         """Return the schemes to try next, which run at the same time.

@@ -22,9 +22,9 @@ __all__ = [
     "describe_trial",
     "failed_receipt",
     "final_metrics",
+    "known_receipts",
     "points_of",
     "read_receipt",
-    "read_settled",
     "write_receipt",
 ]
 
@@ -81,15 +81,15 @@ def write_receipt(resume: Folder, receipt: Receipt) -> Receipt:
     return receipt
 
 
-def read_settled(schemes: Iterable[Scheme], resume: Folder, in_features: Mapping[str, int]) -> dict[str, Receipt]:
+def known_receipts(schemes: Iterable[Scheme], resume: Folder, in_features: Mapping[str, int]) -> dict[str, Receipt]:
     """Return receipts of schemes that need no trial: they have one, or cannot fit layers of these input widths."""
-    settled: dict[str, Receipt] = {}
+    known: dict[str, Receipt] = {}
     for scheme in schemes:
         if found := read_receipt(resume, scheme.name):
-            settled[scheme.name] = found
+            known[scheme.name] = found
         elif misfit := scheme.misfit(in_features):
-            settled[scheme.name] = failed_receipt(scheme, misfit, 0.0)
-    return settled
+            known[scheme.name] = failed_receipt(scheme, misfit, 0.0)
+    return known
 
 
 def check_enough(trials: Sequence[Trial], min_done: int) -> None:

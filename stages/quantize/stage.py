@@ -33,14 +33,14 @@ from stages.quantize.records import (
     describe_failures,
     describe_trial,
     final_metrics,
+    known_receipts,
     points_of,
     read_receipt,
-    read_settled,
 )
 from stages.quantize.schemes import Scheme
 from stages.quantize.selection import TrialPoint, Verification, pareto_front, preference, verify
 from stages.runtime.processes import environment
-from stages.runtime.workers import device_of, fetch_result, num_threads, remote_task, tune_resources
+from stages.runtime.workers import WorkerSetup, device_of, fetch_result, remote_task, tune_resources
 from stages.storage import File
 
 if TYPE_CHECKING:
@@ -144,7 +144,6 @@ class Quantize(Stage):
             dataset=DatasetInfo.read(context.one("data")),
             micro_batch=resources.micro_batch,
             device=device_of(resources),
-            num_threads=num_threads(resources),
             seed=self.seed,
         )
 
@@ -156,18 +155,16 @@ class Quantize(Stage):
             schemes = {scheme.name: scheme for scheme in proposed if scheme.name not in receipts}
             if not schemes:
                 break
-            settled = read_settled(schemes.values(), context.resume, survey.layers.in_features)
+            known = known_receipts(schemes.values(), context.resume, survey.layers.in_features)
             num_schemes = len(receipts) + len(schemes)
-            for index, receipt in enumerate(settled.values()):
+            for index, receipt in enumerate(known.values()):
                 _report(context, receipt.trial, len(receipts) + index + 1, num_schemes)
-            pending = {name: scheme for name, scheme in schemes.items() if name not in settled}
+            pending = {name: scheme for name, scheme in schemes.items() if name not in known}
             if pending:
-                logger.info(
-                    "deciding to run %d of %d schemes, since the others are settled", len(pending), len(schemes)
-                )
-                num_settled = len(receipts) + len(settled)
-                settled |= _run_trials(pending, context, job, survey, base, num_settled=num_settled)
-            receipts |= {name: settled[name] for name in schemes}
+                logger.info("deciding to run %d of %d schemes, since the others are known", len(pending), len(schemes))
+                num_tried = len(receipts) + len(known)
+                known |= _run_trials(pending, context, job, survey, base, num_tried=num_tried)
+            receipts |= {name: known[name] for name in schemes}
         check_enough([receipt.trial for receipt in receipts.values()], self.min_done)
         return receipts
 
@@ -197,12 +194,12 @@ class Quantize(Stage):
         return Outcome(metrics)
 
 
-def _report(context: Context, trial: Trial, num_settled: int, num_schemes: int) -> None:
-    """Report one settled scheme."""
-    context.reporter.progress(num_settled, num_schemes, "trials")
+def _report(context: Context, trial: Trial, num_tried: int, num_schemes: int) -> None:
+    """Report the trial of one scheme."""
+    context.reporter.progress(num_tried, num_schemes, "trials")
     context.reporter.note(describe_trial(trial))
     if not isinstance(trial, FailedTrial):
-        context.reporter.curve(num_settled, {"trial/kl": trial.kl, "trial/size_bytes": trial.size_bytes})
+        context.reporter.curve(num_tried, {"trial/kl": trial.kl, "trial/size_bytes": trial.size_bytes})
 
 
 def _survey(job: "SearchJob", evaluation: "TokenRows") -> Any:
@@ -214,10 +211,17 @@ def _survey(job: "SearchJob", evaluation: "TokenRows") -> Any:
 
 
 def _trial(
-    config: Mapping[str, Any], *, schemes: Mapping[str, Scheme], job: Any, survey: "Survey", base: Any
+    config: Mapping[str, Any],
+    *,
+    setup: WorkerSetup,
+    schemes: Mapping[str, Scheme],
+    job: Any,
+    survey: "Survey",
+    base: Any,
 ) -> dict[str, Any]:
     """Run in a Tune trial: try one scheme; its receipt says how it went, except where memory did not suffice."""
     import_for_quantizing()
+    setup.begin()
     from stages.quantize.trial import run_trial
 
     try:
@@ -236,12 +240,12 @@ def _remeasure(names: Sequence[str], finalists: Artifact, job: "SearchJob", surv
 
 
 def _run_trials(
-    schemes: Mapping[str, Scheme], context: Context, job: Any, survey: "Survey", base: Any, *, num_settled: int
+    schemes: Mapping[str, Scheme], context: Context, job: Any, survey: "Survey", base: Any, *, num_tried: int
 ) -> dict[str, Receipt]:
     """Run one Tune trial for each scheme and return their receipts."""
     from ray import tune
 
-    resources, num_schemes = context.resources, num_settled + len(schemes)
+    resources, num_schemes = context.resources, num_tried + len(schemes)
     receipts: dict[str, Receipt] = {}
 
     class Watch(tune.Callback):  # type: ignore[misc]  # the base is untyped
@@ -251,9 +255,11 @@ def _run_trials(
             name = trial.config["scheme"]
             if receipt := read_receipt(context.resume, name):
                 receipts[name] = receipt
-                _report(context, receipt.trial, num_settled + len(receipts), num_schemes)
+                _report(context, receipt.trial, num_tried + len(receipts), num_schemes)
 
-    trial = tune.with_parameters(_trial, schemes=schemes, job=job, survey=survey, base=base)
+    trial = tune.with_parameters(
+        _trial, setup=WorkerSetup.of(context), schemes=schemes, job=job, survey=survey, base=base
+    )
     with (
         tempfile.TemporaryDirectory(prefix="stillhouse-tune-") as folder,
         environment(QUIET_TUNE),

@@ -37,7 +37,6 @@ def survey_model(job: SearchJob, rows: TokenRows) -> tuple[Survey, BasePredictio
         StageFailed: the model does not fit the dataset: a smaller vocabulary, a shorter context, another tokenizer.
         OutOfMemory: a smaller micro-batch may do.
     """
-    torch.set_num_threads(job.num_threads)
     folder = job.model.folder("model")
     check_compatible("the model", folder, job.dataset)
     with quiet():
@@ -88,7 +87,6 @@ def _may_succeed_later(error: Exception) -> bool:
 def _quantize_and_save(
     scheme: Scheme, job: SearchJob, survey: Survey, base: BasePredictions, scratch: Path
 ) -> DoneTrial:
-    torch.set_num_threads(job.num_threads)
     torch.manual_seed(job.seed)
     folder = job.model.folder("model")
     model = load_model(folder, dtype="auto", device=job.device)
@@ -131,7 +129,6 @@ def remeasure(
     Returns:
         For each scheme its KL, or what went wrong while it was loaded or run.
     """
-    torch.set_num_threads(job.num_threads)
     found: dict[str, float | str] = {}
     for scheme in schemes:
         folder = finalists.folder(f"finalists/{scheme}")

@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from stages.runtime.workarounds import silence_progress_bars
+
 
 @contextmanager
 def environment(values: Mapping[str, str]) -> Iterator[None]:
@@ -49,7 +51,7 @@ def quiet_data(settings: Any) -> None:
     settings.print_on_execution_start = False
     settings.raise_original_map_exception = True
     logging.getLogger("ray.data").setLevel(logging.WARNING)
-    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it warns that there are no progress bars
+    silence_progress_bars()
 
 
 def quiet_transformers() -> None:

@@ -15,7 +15,7 @@ from stages.errors import ConfigError, StageFailed
 from stages.formats.dataset import DatasetInfo
 from stages.formats.signals import SignalsInfo
 from stages.runtime.processes import quiet_data
-from stages.runtime.ray_workarounds import deprecated_options
+from stages.runtime.workarounds import deprecated_options
 from stages.runtime.workers import WorkerSetup, device_of, translated_errors, worker_options
 
 if TYPE_CHECKING:

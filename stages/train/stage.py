@@ -18,7 +18,7 @@ from stages.contract import Context, ExternalData, Input, Outcome, Split, Stage
 from stages.errors import ConfigError, StageFailed
 from stages.formats.training import TrainingInfo
 from stages.runtime.processes import environment, preserve_signal_handlers
-from stages.runtime.ray_workarounds import TRAIN_ENVIRONMENT, trainer_class
+from stages.runtime.workarounds import TRAIN_ENVIRONMENT, trainer_class
 from stages.runtime.workers import device_of, train_resources, translated_errors
 from stages.train.objectives import Objective
 from stages.train.students import Continue, Llama, Smaller, Student, check_student

@@ -310,6 +310,13 @@ def test_run_help_lists_parameters_with_defaults(capsys: pytest.CaptureFixture[s
     assert "optimizer steps of the teacher" in " ".join(text.split())
 
 
+@pytest.mark.parametrize("option", ["--address=a:1", "--only=data", "--strict-code", "--tracking-uri=x", "--verbose"])
+def test_explain_takes_no_option_that_it_would_ignore(
+    capsys: pytest.CaptureFixture[str], flow: str, option: str
+) -> None:
+    assert "Unknown option" in refused(capsys, "explain", flow, "data", option)
+
+
 @pytest.mark.parametrize("argv", [("run", "quickstart"), ("plan", "quickstart"), ("explain", "quickstart", "teacher")])
 def test_help_after_a_workflow_lists_its_parameters(capsys: pytest.CaptureFixture[str], argv: tuple[str, ...]) -> None:
     assert run_command([*argv, "--help"]) == 0

@@ -99,7 +99,7 @@ def test_ctrl_c_and_sigterm_stop_within_seconds_a_second_ctrl_c_at_once_and_the_
 
 
 def test_worker_killed_its_step_is_tried_again_and_succeeds(tmp_path: Path) -> None:
-    """What a killed process had reserved on the cluster is let go, or the next attempt would wait for ever."""
+    """What a killed process had reserved on the cluster is released, or the next attempt would wait for ever."""
     generator = random.Random(SEED)
     changes = {"max_documents": 600, "teacher.layers": 6, "teacher_steps": 100}  # long enough to be killed half-way
     command = ["run", *short_quickstart(**changes), "--only", "signals", "--store", str(tmp_path / "store")]

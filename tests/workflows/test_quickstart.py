@@ -84,8 +84,8 @@ def test_quickstart_is_in_mlflow_as_it_was(document: Any, folder: Path) -> None:
     steps = [found for found in of_kind(runs, "step") if found.data.tags[RUN] == document["run"]]
     assert sorted(step.data.tags["step"] for step in steps) == sorted(STEPS)
     assert {step.data.tags["mlflow.parentRunId"] for step in steps} == {workflow.info.run_id}
-    told = {found.data.tags["candidate"]: found.data.metrics for found in of_kind(runs, "candidate")}
-    assert told == {c["name"]: pytest.approx(c["metrics"], rel=1e-6) for c in document["candidates"]}
+    published = {found.data.tags["candidate"]: found.data.metrics for found in of_kind(runs, "candidate")}
+    assert published == {c["name"]: pytest.approx(c["metrics"], rel=1e-6) for c in document["candidates"]}
     trained = next(step for step in steps if step.data.tags["step"] == "teacher")
     assert trained.data.metrics["train/parameters"] > 0
 

@@ -2,6 +2,8 @@
 
 import time
 from collections import Counter
+from functools import partial
+from typing import Any
 
 from cyclopts import App
 from rich.text import Text
@@ -11,7 +13,9 @@ from workflows.commands.find import find_store
 from workflows.commands.formatting import duration, fitting_table, size
 from workflows.commands.options import FAILED, OK, Count, Hours, OutputOptions, StoreOptions, TrackingOptions
 from workflows.commands.output import console, print_fields, print_json, say
+from workflows.commands.terminal import progress_line
 from workflows.engine.gc import delete, find_garbage
+from workflows.engine.plan import watch_hashing
 from workflows.engine.store import Commit
 
 artifacts = App(
@@ -23,10 +27,8 @@ artifacts = App(
 def list_artifacts(*, at: StoreOptions = StoreOptions(), output: OutputOptions = OutputOptions()) -> int:
     """List the artifacts: kind, step, size, when they were made."""
     store = find_store(at.store)
-    commits = filter(None, map(store.newest, store.fingerprints()))
-    found = sorted(commits, key=lambda commit: commit.manifest.created)
-    pins = set(store.pins())
-    rows = [
+    pins, commits = set(store.pins()), filter(None, map(store.newest, store.fingerprints()))
+    rows: list[dict[str, Any]] = [
         {
             "fingerprint": commit.fingerprint,
             "kind": commit.artifact.kind,
@@ -38,27 +40,27 @@ def list_artifacts(*, at: StoreOptions = StoreOptions(), output: OutputOptions =
             "generation": commit.generation,
             "pinned": commit.fingerprint in pins,
         }
-        for commit in found
+        for commit in sorted(commits, key=lambda commit: commit.manifest.created)
     ]
     if output.json:
         print_json({"artifacts": rows})
         return OK
     cells = [
         [
-            _step(commit),
-            commit.artifact.kind,
-            size(_total_bytes(commit)),
-            duration(commit.seconds),
-            time.strftime("%Y-%m-%d %H:%M", time.localtime(commit.manifest.created)),
-            commit.fingerprint[:12],
-            "pinned" if commit.fingerprint in pins else "",
+            row["step"],
+            row["kind"],
+            size(row["size_bytes"]),
+            duration(row["seconds"]),
+            time.strftime("%Y-%m-%d %H:%M", time.localtime(row["created"])),
+            row["fingerprint"][:12],
+            "pinned" if row["pinned"] else "",
         ]
-        for commit in found
+        for row in rows
     ]
     out = console()
     headings = ("workflow/step", "kind", "size", "took", "made", "fingerprint", "")
     out.print(fitting_table(headings, cells, width=out.width, droppable=("took", "kind", "made")))
-    say(f"{len(found)} artifacts, {size(sum(map(_total_bytes, found)))}")
+    say(f"{len(rows)} artifacts, {size(sum(row['size_bytes'] for row in rows))}")
     return OK
 
 
@@ -100,24 +102,24 @@ def show(artifact: str, *, at: StoreOptions = StoreOptions(), output: OutputOpti
 def verify(*which: str, at: StoreOptions = StoreOptions(), output: OutputOptions = OutputOptions()) -> int:
     """Hash files again and compare them with their manifests.
 
-    What does not verify is withdrawn, and made again by the next run.
+    What does not verify is withdrawn, and made again by the next run; runs need not hash again what does.
 
     Args:
         which: fingerprints or WORKFLOW/STEP; all if none is given.
     """
-    store, rows, rotten = find_store(at.store), [], 0
-    for fingerprint in map(store.resolve, which) if which else store.fingerprints():
-        commit = store.newest(fingerprint)
-        if commit is None:
-            continue
-        problems = store.problems(commit, deep=True)
-        rows.append({"fingerprint": fingerprint, "step": commit.manifest.step, "problems": problems})
-        if problems:
-            rotten += 1
-            store.withdraw(commit, problems[0])
-            if not output.json:
-                text = f"✗ {fingerprint[:12]} {commit.manifest.step}: {'; '.join(problems)}; withdrawn"
-                console().print(Text(text, style="bold red"), soft_wrap=True)
+    store, out, rows, rotten = find_store(at.store), console(quiet=output.json), [], 0
+    fingerprints = list(map(store.resolve, which)) if which else store.fingerprints()
+    with progress_line(out, "verifying") as show:
+        watch = watch_hashing(show)
+        for commit in filter(None, map(store.newest, fingerprints)):
+            step = commit.manifest.step
+            problems = store.problems(commit, deep=True, watch=partial(watch, step), anew=True)
+            rows.append({"fingerprint": commit.fingerprint, "step": step, "problems": problems})
+            if problems:
+                rotten += 1
+                store.withdraw(commit, problems[0])
+                text = f"✗ {commit.fingerprint[:12]} {step}: {'; '.join(problems)}; withdrawn"
+                out.print(Text(text, style="bold red"), soft_wrap=True)
     if output.json:
         print_json({"artifacts": rows})
     else:
@@ -162,28 +164,22 @@ def gc(
     store = find_store(at.store)
     age = min_age_hours * 3600
     garbage = find_garbage(store, tracking_uri=at.tracking_uri, keep_runs=keep_runs, min_age_seconds=age)
-    sizes: Counter[str] = Counter()
+    rows, sizes, counts = [], Counter[str](), Counter[str]()
     for item in garbage.items:
         sizes[item.kind] += item.size_bytes
+        counts[item.kind] += 1
+        name = "run" if item.kind == "run" else "fingerprint"
+        rows.append({"kind": item.kind, name: item.name, "step": item.text, "size_bytes": item.size_bytes})
+        if not output.json:
+            say(f"{item.name if name == 'run' else item.name[:12]}  {item.text}  {size(item.size_bytes)}")
     if yes:
         delete(store, garbage)
     if output.json:
-        rows = [
-            {
-                "kind": item.kind,
-                "run" if item.kind == "run" else "fingerprint": item.name,
-                "step": item.text,
-                "size_bytes": item.size_bytes,
-            }
-            for item in garbage.items
-        ]
         answer = {"collected": rows, "size_bytes": sizes.total(), "size_bytes_by_kind": sizes}
         print_json({**answer, "kept": len(garbage.kept), "kept_runs": garbage.kept_runs, "deleted": yes})
         return OK
-    for item in garbage.items:
-        say(f"{item.name if item.kind == 'run' else item.name[:12]}  {item.text}  {size(item.size_bytes)}")
     for kind, num_bytes in sizes.items():
-        say(f"{sum(item.kind == kind for item in garbage.items)} {kind}s, {size(num_bytes)}")
+        say(f"{counts[kind]} {kind}s, {size(num_bytes)}")
     verb = "deleted" if yes else "would be deleted (give --yes to do it)"
     say(f"{size(sizes.total())} {verb}; {len(garbage.kept)} artifacts kept")
     return OK

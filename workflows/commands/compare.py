@@ -6,7 +6,7 @@ from workflows.commands.formatting import fitting_table
 from workflows.commands.options import OK, OutputOptions, TrackingOptions
 from workflows.commands.output import console, print_json, say
 from workflows.engine.store import ArtifactStore
-from workflows.engine.tracking.queries import read_candidates
+from workflows.engine.tracking.queries import query_candidates
 
 
 def compare(*runs: str, at: TrackingOptions = TrackingOptions(), output: OutputOptions = OutputOptions()) -> int:
@@ -16,7 +16,7 @@ def compare(*runs: str, at: TrackingOptions = TrackingOptions(), output: OutputO
         runs: run ids.
     """
     store = ArtifactStore(at.store) if at.tracking_uri else find_store(at.store)
-    rows = read_candidates(at.settings.tracking(store), run_ids=list(runs) or None)
+    rows = query_candidates(at.settings.tracking(store), run_ids=list(runs) or None)
     known = {run for row in rows for run in row["runs"]}
     for run in runs:
         if run not in known:

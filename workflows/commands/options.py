@@ -57,11 +57,18 @@ class TrackingOptions(StoreOptions):
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
-class RunOptions(OutputOptions, TrackingOptions):
-    """What a request for a run takes beside the workflow's own parameters."""
+class WorkflowOptions(OutputOptions, StoreOptions):
+    """What every command on a workflow takes beside the workflow's own parameters."""
 
     params: Path | None = None
     """A YAML file of the workflow's parameters; options override it."""
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class RunOptions(WorkflowOptions, TrackingOptions):
+    """What a request for a run takes besides."""
+
     address: str | None = None
     """HOST:PORT of a Ray cluster's head; this machine if not given."""
     only: str | None = None
@@ -79,8 +86,8 @@ class RunOptions(OutputOptions, TrackingOptions):
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
-class ExplainOptions(RunOptions):
-    """What `explain` takes beside the workflow's own parameters."""
+class ExplainOptions(WorkflowOptions):
+    """What `explain` takes besides."""
 
     against: str | None = None
     """A run's id: show what differs from the step's result in it."""

@@ -17,12 +17,12 @@ from pydantic import BaseModel, Field, ValidationError, create_model
 
 from stages.errors import ConfigError, nearest
 from workflows.commands.find import FoundWorkflow
-from workflows.commands.options import RunOptions
+from workflows.commands.options import WorkflowOptions
 
 OPTIONS = "options_of_every_workflow"
 """The parameter that holds the common options; the command line never sees its name."""
 
-Chosen = TypeVar("Chosen", bound=RunOptions)
+Chosen = TypeVar("Chosen", bound=WorkflowOptions)
 
 
 def with_parameters(
@@ -62,6 +62,7 @@ def with_parameters(
     sub = App(
         name=f"stillhouse {verb} {found.name}",
         result_action="return_value",
+        suppress_keyboard_interrupt=False,
         version_flags=[],
         config=_params_file(tokens, [*signature.parameters, *names]),
         default_parameter=Parameter(consume_multiple=True),  # `--documents a.txt b.txt`, as a shell's glob gives it

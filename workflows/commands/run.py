@@ -19,7 +19,7 @@ from workflows.commands.formatting import duration, fitting_table
 from workflows.commands.options import FAILED, INTERRUPTED, OK, RunOptions, Tokens, Workflow
 from workflows.commands.output import console, print_json
 from workflows.commands.parameters import changed_parameters, with_parameters
-from workflows.commands.terminal import planning, watching
+from workflows.commands.terminal import progress_line, watching
 from workflows.engine.interrupts import interruptible
 from workflows.engine.plan import Plan
 from workflows.engine.redaction import redacted
@@ -45,7 +45,7 @@ def _run(command: str, found: FoundWorkflow, parameters: Mapping[str, Any], opti
         out.print("\nstopping; press Ctrl-C again to leave at once", style="yellow")
 
     with interruptible(notify) as interrupt, ExitStack() as stack:
-        progress = stack.enter_context(planning(out))
+        progress = stack.enter_context(progress_line(out, "planning"))
 
         def watch(plan: Plan) -> AbstractContextManager[Watcher]:
             stack.close()
@@ -122,7 +122,7 @@ def print_execution(out: Console, execution: Execution, options: RunOptions) -> 
     if execution.tracking.waiting:
         text = (
             f"{execution.tracking.waiting} events wait for MLflow at {redacted(execution.tracking_uri)}: "
-            f"{execution.tracking.error}; the next run sends them"
+            f"{execution.tracking.error}; a later run publishes those that the store has"
         )
         out.print(Text(text, style="yellow"))
     where = "" if options.store == RunOptions.store else f" --store {shlex.quote(options.store)}"

@@ -133,10 +133,10 @@ class LiveWatcher(Watcher):
 
 
 @contextmanager
-def planning(console: Console) -> Iterator[Callable[[str], None]]:
-    """Show what is verified before a run starts: on a terminal in a line that goes away, else in one now and then."""
+def progress_line(console: Console, text: str) -> Iterator[Callable[[str], None]]:
+    """Show how far it is: on a terminal in a line that goes away at the end, else in one now and then."""
     if console.is_terminal:
-        with console.status("planning") as status:
+        with console.status(text) as status:
             yield status.update
         return
     last = time.monotonic()

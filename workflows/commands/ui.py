@@ -9,7 +9,7 @@ from workflows.commands.options import OK, Port, TrackingOptions
 from workflows.commands.output import say
 from workflows.engine.redaction import redacted
 from workflows.engine.store import ArtifactStore
-from workflows.engine.tracking.queries import read_candidates
+from workflows.engine.tracking.queries import query_candidates
 from workflows.engine.tracking.tracking_uri import is_server, sqlite_path
 from workflows.engine.tracking.ui_view import CANDIDATES_PATH
 
@@ -34,7 +34,9 @@ def ui(*, at: TrackingOptions = TrackingOptions(), port: Port = 5000) -> int:
         )
     _check_free(port)
     say("candidates side by side, once the server is up (Ctrl-C ends it):")
-    for name, experiment_id in sorted({(row["experiment"], row["experiment_id"]) for row in read_candidates(tracking)}):
+    for name, experiment_id in sorted(
+        {(row["experiment"], row["experiment_id"]) for row in query_candidates(tracking)}
+    ):
         page = f"http://127.0.0.1:{port}/{CANDIDATES_PATH.format(experiment_id=experiment_id)}"
         say(f"  {name}: {page} · charts: {page}&compareRunsMode=CHART")
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]

@@ -144,14 +144,14 @@ class EventLog:
         Raises:
             STORE_ERRORS: the store cannot be written; the batch may be written again.
         """
-        batch = redacted_tree(_BATCH.dump_python(list(events), mode="json"))
+        batch = [json.dumps(event) for event in redacted_tree(_BATCH.dump_python(list(events), mode="json"))]
         while batch:
-            name = f"{self._last + 1:06d}.json"
+            name = _name(self._last + 1)
             try:
-                self._folder.put(name, json.dumps(batch).encode(), create=True)
+                self._folder.put(name, f"[{', '.join(batch)}]".encode(), create=True)
                 batch = []
             except AlreadyExists:
-                stored = self._folder.find_json(name) or []
+                stored = [json.dumps(event) for event in self._folder.find_json(name) or []]  # as text: NaN ≠ NaN
                 if stored == batch[: len(stored)]:  # by a put of ours whose answer was lost
                     batch = batch[len(stored) :]
             self._last += 1
@@ -172,14 +172,20 @@ class EventLog:
 
     def has_events(self) -> bool:
         """Return whether there is a batch."""
-        return self._folder.has("000001.json")
+        return self._folder.has(_name(1))
+
+    def read_ends(self) -> list[RunEvent] | None:
+        """Return the events of the first and the last batch: how the run began and ended. None: there is no batch."""
+        last = len(self._folder.entries())
+        batches = [self._read(number) for number in sorted({1, last})] if last else []
+        return [event for batch in batches for event in batch or []] if batches else None
 
     def read_all(self) -> list[RunEvent]:
         """Return all events, in order."""
         return [event for batch in self.read_from(1) for event in batch]
 
     def _read(self, number: int) -> list[RunEvent] | None:
-        name = f"{number:06d}.json"
+        name = _name(number)
         try:
             return _BATCH.validate_json(self._folder.get(name))
         except FileNotFoundError:
@@ -187,3 +193,7 @@ class EventLog:
         except ValueError as error:
             logger.warning("%s cannot be read and is left out: %s", self._folder.uri_of(name), error)
             return []
+
+
+def _name(number: int) -> str:
+    return f"{number:06d}.json"

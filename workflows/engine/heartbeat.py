@@ -29,7 +29,7 @@ def boot_id() -> str:
 
 
 def start_time(pid: int) -> float:
-    """Return what tells a process from a later one of its id: its start by a clock that nobody sets.
+    """Return what distinguishes a process from a later one of its id: its start by a clock that nobody sets.
 
     On Linux in ticks since boot. `psutil`'s start time is that plus the boot time, which moves with the clock.
 

@@ -143,7 +143,7 @@ def make_plan(
         for step in workflow.in_order():
             if (name := step.name) in wanted:
                 plan[name] = _plan_step(step, known[name], looked_up[name], plan, cluster, strict_code)
-        if not (deep and _withdraw_corrupt_inputs(store, plan, progress, interrupt)):
+        if not (deep and _withdraw_corrupt_inputs(store, plan, watch_hashing(progress, interrupt))):
             return Plan(workflow, plan)
 
 
@@ -245,14 +245,16 @@ def _lacking(need: Resources, cluster: ClusterResources) -> str | None:
     return None
 
 
-def _withdraw_corrupt_inputs(
-    store: ArtifactStore,
-    plan: Mapping[str, StepPlan],
-    progress: Callable[[str], None] | None,
-    interrupt: Flag | None,
-) -> bool:
-    """Withdraw commits that steps to be run would read and whose files do not verify; return whether there were any."""
-    total, corrupt = 0, False
+def watch_hashing(
+    progress: Callable[[str], None] | None, interrupt: Flag | None = None
+) -> Callable[[str, str, int], None]:
+    """Return what to call with a step, a path and the bytes of it that were just read, to show how far hashing is.
+
+    Args:
+        progress: is called with a line for people.
+        interrupt: once set, `PlanInterrupted` is raised.
+    """
+    total = 0
 
     def watch(step: str, path: str, num_bytes: int) -> None:
         nonlocal total
@@ -262,6 +264,14 @@ def _withdraw_corrupt_inputs(
         if progress is not None:
             progress(f"verifying {step}: {path.split('/', 2)[2]} ({total / 1e6:,.0f} MB read)")
 
+    return watch
+
+
+def _withdraw_corrupt_inputs(
+    store: ArtifactStore, plan: Mapping[str, StepPlan], watch: Callable[[str, str, int], None]
+) -> bool:
+    """Withdraw commits that steps to be run would read and whose files do not verify; return whether there were any."""
+    corrupt = False
     for name in sorted({need for step in plan.values() if step.status == "MISS" for need in step.step.needs()}):
         commit = plan[name].commit
         if commit is not None and (problems := store.problems(commit, deep=True, watch=partial(watch, name))):

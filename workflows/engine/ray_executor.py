@@ -18,7 +18,7 @@ from typing import Any
 
 from stages.errors import ConfigError
 from stages.runtime.processes import preserve_signal_handlers
-from stages.runtime.ray_workarounds import (
+from stages.runtime.workarounds import (
     killing_workers_left_behind,
     remove_orphaned_groups,
     short_temp_dir,

@@ -22,7 +22,7 @@ class Recorder:
     record: Callable[[RunEvent], None]
 
     def hit(self, name: str, commit: Commit, attempt: int = 0) -> None:
-        """A step's result was found."""
+        """A step's result was found: when the run was planned, or later, by which attempt."""
         self.opened(name, attempt, "hit")
         self.closed(name, attempt, "FINISHED", commit.artifact.metrics, {"made_by_run": commit.manifest.run})
 

@@ -5,14 +5,15 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from threading import Event as Flag
 from types import ModuleType
 from typing import Any
 
 from stages.errors import ConfigError
-from stages.formats.report import Report, ReportedCandidate
+from stages.formats.report import Report
 from stages.storage import Folder
 from workflows.engine.driver import Driver
 from workflows.engine.events import CandidateFound, RunEnded, RunEvent, RunStarted, VerdictReached
@@ -26,9 +27,15 @@ from workflows.engine.provenance import git_commit
 from workflows.engine.ray_executor import RayExecutor, local_resources
 from workflows.engine.recorder import now_ms
 from workflows.engine.results import RunResult, Watcher
+from workflows.engine.retrying import persist
 from workflows.engine.store import ArtifactStore, cost_seconds
 from workflows.engine.tracking.tracker import RunTracker, TrackerState
-from workflows.engine.tracking.tracking_uri import default_tracking_uri, remember_tracking_uri
+from workflows.engine.tracking.tracking_uri import (
+    TrackingUnavailable,
+    check_tracking_uri,
+    default_tracking_uri,
+    remember_tracking_uri,
+)
 
 TRACKING_SECONDS = 60.0
 """How long the end of a run waits for MLflow; what it does not have by then waits for a later run's publisher."""
@@ -141,6 +148,8 @@ def execute(
     store = ArtifactStore(settings.store)
     store.check_writable()
     run, runs, tracking_uri = new_run_id(), store.root / "runs", settings.tracking(store)
+    with suppress(TrackingUnavailable):  # the publisher says so, and goes on asking
+        check_tracking_uri(tracking_uri)
     with _announced(runs, run), ExitStack() as stack:
 
         def plan_for(cluster: ClusterResources | None) -> Plan:
@@ -150,16 +159,20 @@ def execute(
             return plan
 
         plan, executor = _prepare(settings, store, by_value, plan_for, stack)
-        remember_tracking_uri(store.root, tracking_uri)
+        remember = partial(remember_tracking_uri, store.root, tracking_uri)
+        persist("remember the tracking URI", remember, interrupt)
         root = store.root.uri_of("mlflow/artifacts")
         tracker = RunTracker(tracking_uri=tracking_uri, artifact_root=root, runs=runs, run=run)
         try:
             tracker.record(run_started(run, workflow, params, command, store))
             with watch(plan) as watcher:
                 result = Driver(plan, store, executor, run, tracker.record, watcher, interrupt).go()
-            reports = _reports(store, result)
+            reports = persist("read the run's reports", partial(_reports, store, result), interrupt)
             for event in _outcomes(result, reports, command):
                 tracker.record(event)
+        except Exception as error:
+            tracker.record(_broken_off(error, command))
+            raise
         finally:
             executor.close()
             state = tracker.close(TRACKING_SECONDS)
@@ -249,12 +262,9 @@ def _reports(store: ArtifactStore, result: RunResult) -> dict[str, Report]:
 
 def _with_costs(store: ArtifactStore, report: Report) -> Report:
     """Return a report whose candidates say what it cost to make them: the seconds of every step before them."""
-
-    def with_cost(candidate: ReportedCandidate) -> ReportedCandidate:
-        cost = round(cost_seconds(store, Fingerprint(candidate.fingerprint)), 1)
-        return candidate.model_copy(update={"metrics": {**candidate.metrics, "final/cost_seconds": cost}})
-
-    return report.model_copy(update={"candidates": tuple(map(with_cost, report.candidates))})
+    found = {candidate.name: Fingerprint(candidate.fingerprint) for candidate in report.candidates}
+    costs = {name: round(cost_seconds(store, fingerprint), 1) for name, fingerprint in found.items()}
+    return report.with_metric("final/cost_seconds", costs)
 
 
 def _outcomes(result: RunResult, reports: Mapping[str, Report], command: str) -> Iterator[RunEvent]:
@@ -290,6 +300,12 @@ def _outcomes(result: RunResult, reports: Mapping[str, Report], command: str) ->
     )
 
 
+def _broken_off(error: Exception, command: str) -> RunEnded:
+    """Return the end of a run that an error of its own, not of a step, ended."""
+    note = f"**failed**: {type(error).__name__}: {error}\n\nGo on with\n\n    {command}"
+    return RunEnded(at_ms=now_ms(), status="FAILED", note=note)
+
+
 def _note(result: RunResult, reports: Mapping[str, Report], command: str) -> str:
     """Return in Markdown what came out and how to reproduce it."""
     state = "finished" if result.succeeded else "killed" if result.interrupted else "failed"
@@ -300,8 +316,3 @@ def _note(result: RunResult, reports: Mapping[str, Report], command: str) -> str
     unfinished = [step for step in result.steps.values() if step.outcome in ("failed", "skipped", "cancelled")]
     lines += [f"- `{step.name}` {step.outcome}: {step.reason}" for step in unfinished]
     return "\n".join([*lines, "", "Reproduce with", "", f"    {command}"])
-
-
-def silent(_: Plan) -> AbstractContextManager[Watcher]:
-    """Watch a run without showing anything."""
-    return nullcontext(Watcher())

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -15,6 +15,7 @@ from stages.errors import ConfigError, StageFailed
 from stages.external.checkpoints import PretrainedTokenizer
 from stages.external.documents import Files, PythonDocs
 from stages.formats.dataset import DatasetInfo, RejectedRows, SplitCounts
+from stages.prepare import work
 from stages.prepare.stage import ByteLevelBPE, Prepare
 from stages.storage import Folder
 from tests.fakes import RecordingReporter, artifact_of, fake_context
@@ -236,6 +237,23 @@ def test_documents_given_whole_to_validation_make_a_dataset_and_one_alone_has_no
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("local_ray")
+def test_step_that_counts_documents_before_it_has_workers_has_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading a large corpus takes longer than a step may wait for its resources."""
+    context, started = fake_context(tmp_path), []
+
+    def limit_documents(parts: object, **_: object) -> NoReturn:
+        assert isinstance(context.reporter, RecordingReporter)
+        started.append(context.reporter.has_begun)
+        raise StageFailed("seen")
+
+    monkeypatch.setattr(work, "limit_documents", limit_documents)
+    with pytest.raises(StageFailed, match="seen"):
+        prepare(tmp_path, lines(tmp_path / "a.jsonl", texts(2)), max_documents=1).run(context)
+    assert started == [True]
+
+
 def test_max_documents_takes_the_first_ones_across_parts(tmp_path: Path) -> None:
     source = lines(tmp_path / "a.jsonl", texts(200))
     context = fake_context(tmp_path)

@@ -1,4 +1,4 @@
-"""Which schemes are settled, whether enough trials succeeded, and what `search.json` says."""
+"""Which schemes are known, whether enough trials succeeded, and what `search.json` says."""
 
 from pathlib import Path
 
@@ -14,9 +14,9 @@ from stages.quantize.records import (
     describe_failures,
     failed_receipt,
     final_metrics,
+    known_receipts,
     points_of,
     read_receipt,
-    read_settled,
     write_receipt,
 )
 from stages.quantize.schemes import Scheme
@@ -45,10 +45,10 @@ def test_settled_are_those_with_a_receipt_or_without_a_fit(tmp_path: Path) -> No
     receipt = Receipt(trial=done(INT8, 0.1, 10), folder="x", files=(ReceiptFile(name="a", size_bytes=1, sha256="0"),))
     write_receipt(resume, receipt)
     wide = Scheme(weight_bits=4, group_size=48)
-    settled = read_settled([INT8, INT4, wide], resume, {"layer": 64})
-    assert list(settled) == [INT8.name, wide.name]
-    assert settled[INT8.name] == receipt
-    unfit = settled[wide.name].trial
+    known = known_receipts([INT8, INT4, wide], resume, {"layer": 64})
+    assert list(known) == [INT8.name, wide.name]
+    assert known[INT8.name] == receipt
+    unfit = known[wide.name].trial
     assert isinstance(unfit, FailedTrial)
     assert "layer (64)" in unfit.error
 
@@ -63,7 +63,7 @@ def test_receipt_that_was_first_stays(tmp_path: Path) -> None:
 def test_receipt_that_a_power_cut_tore_counts_as_absent_and_is_overwritten(tmp_path: Path, torn: bytes) -> None:
     resume = Folder.at(tmp_path)
     resume.put(f"trials/{INT8.name}.json", torn)
-    assert read_settled([INT8], resume, {"layer": 64}) == {}
+    assert known_receipts([INT8], resume, {"layer": 64}) == {}
     receipt = failed_receipt(INT8, "no luck", 0.0)
     assert write_receipt(resume, receipt) == receipt == read_receipt(resume, INT8.name)
 

@@ -155,6 +155,15 @@ class Coarser(Proposer):
         return [Scheme(weight_bits=max(4, smallest.weight_bits // 2))]
 
 
+def test_logged_config_says_which_proposer_ran() -> None:
+    for proposer in (Grid(), Coarser()):
+        logged = json.loads(STAGE.model_copy(update={"proposer": proposer}).model_dump_json())["proposer"]
+        assert logged["kind"] == type(proposer).__name__
+        assert type(proposer).model_validate(logged) == proposer
+    with pytest.raises(ValueError, match="kind is 'Grid', expected 'Coarser'"):
+        Coarser(kind="Grid")
+
+
 def try_quickly(
     config: Mapping[str, Any], *, schemes: Mapping[str, Scheme], job: SearchJob, **_: object
 ) -> dict[str, None]:

@@ -35,7 +35,6 @@ def surveyed(model: Artifact, data: Artifact, tmp_path_factory: pytest.TempPathF
         dataset=DatasetInfo.read(data),
         micro_batch=None,
         device="cpu",
-        num_threads=1,
         seed=0,
     )
     return job, *trial.survey_model(job, evaluation)

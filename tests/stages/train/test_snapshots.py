@@ -67,7 +67,7 @@ def test_newest_with_damaged_or_missing_bytes_is_passed_over(tmp_path: Path) -> 
     assert snapshots.newest(folder) is None
 
 
-def test_keeper_of_slow_snapshots_waits_longer(tmp_path: Path) -> None:
+def test_writer_of_slow_snapshots_waits_longer(tmp_path: Path) -> None:
     now = iter([0.0, 0.0, 29.0, 31.0, 31.0, 41.0, 200.0, 242.0])
     snapshot_writer = snapshots.SnapshotWriter(Folder.at(tmp_path), clock=lambda: next(now))
     assert [snapshot_writer.due(), snapshot_writer.due(), snapshot_writer.due()] == [False, False, True]

@@ -5,11 +5,14 @@ from pathlib import Path
 
 import pytest
 
+from stages.storage import Folder
 from tests.workflows.engine.tracking.nights import night
 from workflows.cli import run_command
 from workflows.engine.events import EventLog
+from workflows.engine.heartbeat import Holder, Liveness
 from workflows.engine.store import ArtifactStore
-from workflows.engine.tracking.queries import read_candidates
+from workflows.engine.tracking.publisher import publisher_lease
+from workflows.engine.tracking.queries import query_candidates
 
 
 @pytest.fixture
@@ -35,13 +38,46 @@ def test_runs_publish_fills_an_mlflow_that_was_empty(
 ) -> None:
     uri = f"sqlite:///{tmp_path}/empty.db"
     assert run_command(["runs", "publish", "b", "--store", store, "--tracking-uri", uri, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == {"published": ["b"]}
-    assert {tuple(row["runs"]) for row in read_candidates(uri)} == {("b",)}
+    assert json.loads(capsys.readouterr().out) == {"published": ["b"], "left_out": [], "failed": {}}
+    assert {tuple(row["runs"]) for row in query_candidates(uri)} == {("b",)}
     assert run_command(["runs", "publish", "--store", store, "--tracking-uri", uri]) == 0
     assert "published 2 runs: a, b" in capsys.readouterr().out
-    assert {tuple(row["runs"]) for row in read_candidates(uri)} == {("a", "b")}
+    assert {tuple(row["runs"]) for row in query_candidates(uri)} == {("a", "b")}
 
 
 def test_runs_publish_unknown_run_is_refused(store: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command(["runs", "publish", "c", "--store", store, "--json"]) == 2
     assert "no run 'c'" in json.loads(capsys.readouterr().out)["error"]["message"]
+
+
+def test_runs_list_torn_first_batch_hides_no_other_run(store: str, capsys: pytest.CaptureFixture[str]) -> None:
+    events = Folder.at(store) / "runs" / "torn" / "events"
+    events.put("000001.json", b"")
+    EventLog(events).append(night("torn")[1:])
+    assert run_command(["runs", "list", "--store", store, "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["runs"]
+    assert [(row["run"], row["status"]) for row in rows] == [
+        ("a", "FINISHED"),
+        ("b", "FINISHED"),
+        ("torn", "UNREADABLE"),
+    ]
+    assert run_command(["runs", "list", "--store", store]) == 0
+    assert "UNREADABLE" in capsys.readouterr().out
+
+
+def test_runs_list_without_runs_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    empty = ArtifactStore(str(tmp_path / "empty"))
+    empty.root.put("artifacts/keep", b"")
+    assert run_command(["runs", "list", "--store", empty.uri]) == 0
+    assert "no runs yet" in capsys.readouterr().out
+
+
+def test_runs_publish_run_that_another_process_publishes_is_named(
+    store: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = Folder.at(store) / "runs"
+    publisher_lease(runs, "b", Liveness(runs)).acquire(Holder.of_this_process("b"))
+    assert run_command(["runs", "publish", "--store", store]) == 0
+    printed = capsys.readouterr().out
+    assert "published 1 run: a" in printed
+    assert "another process publishes them at this moment: b" in printed

@@ -10,7 +10,7 @@ from rich.console import Console
 from tests.stages_for_tests import Join, Write
 from workflows.commands.output import LastingConsole, console, print_json
 from workflows.commands.plan import plan_table
-from workflows.commands.terminal import LiveWatcher, planning
+from workflows.commands.terminal import LiveWatcher, progress_line
 from workflows.engine.graph import Workflow
 from workflows.engine.plan import Plan, make_plan
 from workflows.engine.schedule import Phase
@@ -83,7 +83,7 @@ def test_waiting_for_another_run_is_printed_once_where_lines_stay(tmp_path: Path
 
 def test_verifying_prints_a_line_now_and_then_where_lines_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     out = Console(width=80, file=io.StringIO())
-    with planning(out) as show:
+    with progress_line(out, "planning") as show:
         show("verifying data: text.txt (8 MB read)")
         monkeypatch.setattr("workflows.commands.terminal.LINE_SECONDS", -1.0)
         show("verifying data: text.txt (16 MB read)")

@@ -221,9 +221,9 @@ def test_drive_interrupted_before_it_begins_runs_nothing_and_can_go_on(store: Ar
 
 
 def test_drive_records_every_attempt(store: ArtifactStore) -> None:
-    _, told = drive(graph(), store, InlineTasks({"first": [LOST]}))
-    opened = [(r.step, r.attempt) for r in told if isinstance(r, events.AttemptStarted)]
-    closed = [(r.step, r.attempt, r.status) for r in told if isinstance(r, events.AttemptEnded)]
+    _, recorded = drive(graph(), store, InlineTasks({"first": [LOST]}))
+    opened = [(r.step, r.attempt) for r in recorded if isinstance(r, events.AttemptStarted)]
+    closed = [(r.step, r.attempt, r.status) for r in recorded if isinstance(r, events.AttemptEnded)]
     assert opened == [("data", 1), ("first", 1), ("first", 2), ("second", 1)]
     assert closed == [
         ("data", 1, "FINISHED"),
@@ -231,8 +231,8 @@ def test_drive_records_every_attempt(store: ArtifactStore) -> None:
         ("first", 2, "FINISHED"),
         ("second", 1, "FINISHED"),
     ]
-    _, told = drive(graph(), store, InlineTasks())
-    assert {r.cache for r in told if isinstance(r, events.AttemptStarted)} == {"hit"}
+    _, recorded = drive(graph(), store, InlineTasks())
+    assert {r.cache for r in recorded if isinstance(r, events.AttemptStarted)} == {"hit"}
 
 
 def test_drive_manifest_says_where_the_result_came_from(store: ArtifactStore) -> None:
@@ -569,10 +569,10 @@ def test_drive_step_that_another_run_took_over_is_stopped_and_shared(store: Arti
     flow = Workflow("flow")
     flow.step("data", Write(text="malt"), retry=AT_ONCE)
     plan = make_plan(flow, store)
-    executor, told = Paused(), []
-    result = Driver(plan, store, executor, "run", told.append, SilentWatcher(), clock=lambda: now[0]).go()
+    executor, recorded = Paused(), []
+    result = Driver(plan, store, executor, "run", recorded.append, SilentWatcher(), clock=lambda: now[0]).go()
     assert executor.cancelled == ["data"]
     assert executor.submitted == ["data"]
     assert result.steps["data"].outcome == "shared"
-    (killed,) = [r for r in told if isinstance(r, events.AttemptEnded) and r.status == "KILLED"]
+    (killed,) = [r for r in recorded if isinstance(r, events.AttemptEnded) and r.status == "KILLED"]
     assert killed.step == "data"

@@ -55,8 +55,12 @@ def test_append_batch_is_never_overwritten(folder: Folder) -> None:
         folder.put("000001.json", b"{}", create=True)
 
 
-def test_append_answer_that_was_lost_writes_no_event_twice(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("loss", [0.5, math.nan], ids=str)
+def test_append_answer_that_was_lost_writes_no_event_twice(
+    folder: Folder, monkeypatch: pytest.MonkeyPatch, loss: float
+) -> None:
     log, put = EventLog(folder), Folder.put
+    first, rest = [CurvePoints(step="s", attempt=1, points=(("loss", loss, 1, 5),))], night("r")
 
     def lose_the_answer(self: Folder, name: str, data: bytes, **options: Any) -> File:
         put(self, name, data, **options)
@@ -65,9 +69,19 @@ def test_append_answer_that_was_lost_writes_no_event_twice(folder: Folder, monke
     with monkeypatch.context() as patch:
         patch.setattr(Folder, "put", lose_the_answer)
         with pytest.raises(OSError, match="reset"):
-            log.append(night("r")[:4])
-    assert log.append(night("r")) == 2
-    assert log.read_from(1) == [night("r")[:4], night("r")[4:]]
+            log.append(first)
+    assert log.append([*first, *rest]) == 2
+    assert [len(batch) for batch in log.read_from(1)] == [1, len(rest)]
+
+
+def test_read_ends_gives_the_first_and_the_last_batch(folder: Folder) -> None:
+    log, events = EventLog(folder), night("r")
+    assert log.read_ends() is None
+    log.append(events[:2])
+    assert log.read_ends() == events[:2]
+    log.append(events[2:5])
+    log.append(events[5:])
+    assert log.read_ends() == [*events[:2], *events[5:]]
 
 
 def test_append_secrets_are_redacted_in_the_store(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ class NodeFolder(Folder):
     node: str = ""
 
     def has(self, name: str) -> bool:
-        """Tell what a look from this node finds."""
+        """Return what a look from this node finds."""
         return ray.get_runtime_context().get_node_id() == self.node
 
 

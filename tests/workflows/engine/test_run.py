@@ -11,18 +11,18 @@ from typing import Any
 
 import pytest
 
-from stages.contract import Context, Input, Outcome, Stage
+from stages.contract import Artifact, Context, Input, Outcome, Stage
 from stages.errors import ConfigError
 from stages.formats.report import Report, ReportedCandidate, Verdict
 from stages.storage import cache_root
-from tests.fakes import InlineTasks, SilentWatcher
+from tests.fakes import InlineTasks, SilentWatcher, unwatched
 from tests.stages_for_tests import Join, Write
 from workflows.engine import run as run_module
-from workflows.engine.events import EventLog
+from workflows.engine.events import EventLog, RunEnded, RunEvent
 from workflows.engine.graph import Workflow
 from workflows.engine.heartbeat import Holder
 from workflows.engine.plan import Plan
-from workflows.engine.run import Execution, Settings, execute, silent
+from workflows.engine.run import Execution, Settings, execute
 from workflows.engine.store import ArtifactStore
 from workflows.engine.tracking.tracking_uri import known_tracking_uris
 
@@ -70,7 +70,7 @@ def tasks(monkeypatch: pytest.MonkeyPatch) -> InlineTasks:
     return made
 
 
-def run_it(store: Path, flow: Workflow | None = None, watch: Any = silent, **settings: Any) -> Execution:
+def run_it(store: Path, flow: Workflow | None = None, watch: Any = unwatched, **settings: Any) -> Execution:
     return execute(
         flow or graph(),
         Settings(store=str(store), **settings),
@@ -129,6 +129,52 @@ def test_execute_store_remembers_where_its_runs_went_without_the_password(tmp_pa
     run_it(tmp_path / "store")
     root = ArtifactStore(str(tmp_path / "store")).root
     assert known_tracking_uris(root) == [f"sqlite:///{root.uri}/mlflow/mlflow.db", uri]
+
+
+def test_execute_tracking_uri_that_is_refused_is_not_remembered(tmp_path: Path, tasks: InlineTasks) -> None:
+    with pytest.raises(ConfigError, match="htp://mlflow:5000"):
+        run_it(tmp_path / "store", tracking_uri="htp://mlflow:5000")
+    assert known_tracking_uris(ArtifactStore(str(tmp_path / "store")).root) == []
+
+
+def fail_to_read_reports(monkeypatch: pytest.MonkeyPatch, *, times: int) -> None:
+    read, left = Report.read, [times]
+
+    def failing(artifact: Artifact) -> Report:
+        left[0] -= 1
+        if left[0] >= 0:
+            raise OSError("connection reset")
+        return read(artifact)
+
+    monkeypatch.setattr(Report, "read", failing)
+    monkeypatch.setattr(run_module.time, "sleep", lambda _: None)
+
+
+def last_event(store: Path) -> RunEvent:
+    root = ArtifactStore(str(store)).root
+    (run,) = (root / "runs").children()
+    return EventLog(root / "runs" / run / "events").read_all()[-1]
+
+
+def test_execute_report_that_is_read_at_the_second_try_is_recorded(
+    tmp_path: Path, tasks: InlineTasks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail_to_read_reports(monkeypatch, times=1)
+    assert run_it(tmp_path / "store").reports["report"].verdict.champion == "student"
+    ended = last_event(tmp_path / "store")
+    assert isinstance(ended, RunEnded)
+    assert ended.status == "FINISHED"
+
+
+def test_execute_report_that_cannot_be_read_ends_the_run_as_failed(
+    tmp_path: Path, tasks: InlineTasks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail_to_read_reports(monkeypatch, times=99)
+    with pytest.raises(OSError, match="reset"):
+        run_it(tmp_path / "store")
+    ended = last_event(tmp_path / "store")
+    assert isinstance(ended, RunEnded)
+    assert (ended.status, "connection reset" in ended.note) == ("FAILED", True)
 
 
 def test_execute_user_without_a_name_is_a_number(

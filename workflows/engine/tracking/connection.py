@@ -6,14 +6,16 @@ import shutil
 import sqlite3
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import closing, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 from urllib.parse import urlsplit
 
 from stages.storage import Folder, cache_root
+from workflows.engine.redaction import redacted
 from workflows.engine.tracking.tracking_uri import (
     TrackingUnavailable,
     check_tracking_uri,
@@ -23,7 +25,7 @@ from workflows.engine.tracking.tracking_uri import (
 )
 from workflows.engine.tracking.view import MetricPoint
 
-__all__ = ["Connection", "connect", "pages"]
+__all__ = ["MAX_METRICS", "Connection", "connect", "is_refusal", "pages", "unless_made_already"]
 
 MAX_METRICS, MAX_OTHERS = 800, 100
 """Metrics, and params or tags, in one `log_batch`: the server takes 1000, 100 and 1000 in all."""
@@ -35,6 +37,10 @@ SETTINGS = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "15",
 }
 """MLflow's environment: no calls home, no URLs printed (each costs a request), and no request for its 120 s."""
+REFUSALS = frozenset(
+    {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "MALFORMED_REQUEST", "RESOURCE_DOES_NOT_EXIST", "INVALID_STATE"}
+)
+"""MLflow's error codes for what it will never take."""
 _connecting = threading.Lock()
 
 
@@ -51,25 +57,25 @@ class Connection:
         self,
         run_id: str,
         *,
-        points: Iterable[MetricPoint],
-        params: Mapping[str, str],
-        tags: Mapping[str, str],
+        points: Sequence[MetricPoint],
+        params: Mapping[str, str] = MappingProxyType({}),
+        tags: Mapping[str, str] = MappingProxyType({}),
         model_id: str | None = None,
     ) -> None:
-        """Write points of an MLflow run, and of its logged model, then params, then tags, in few requests."""
+        """Write `MAX_METRICS` points of an MLflow run, and of its logged model, then params, then tags, at most."""
         from mlflow.entities import Metric, Param, RunTag
 
         metrics = [Metric(name, value, at_ms, step, model_id=model_id) for name, value, step, at_ms in points]
         others: list[Any] = [Param(*item) for item in params.items()] + [RunTag(*item) for item in tags.items()]
         while metrics or others:
-            now = others[:MAX_OTHERS] if len(metrics) <= MAX_METRICS else []
+            now, others = others[:MAX_OTHERS], others[MAX_OTHERS:]
             self.client.log_batch(
                 run_id,
-                metrics=metrics[:MAX_METRICS],
+                metrics=metrics,
                 params=[item for item in now if isinstance(item, Param)],
                 tags=[item for item in now if isinstance(item, RunTag)],
             )
-            metrics, others = metrics[MAX_METRICS:], others[len(now) :]
+            metrics = []
 
     def put(self, run_id: str, artifacts: str, path: str, data: bytes) -> None:
         """Write a small artifact of an MLflow run: to its URI where that is in reach (0.2 ms, not 4)."""
@@ -111,12 +117,28 @@ def pages(search: Callable[[str | None], Any]) -> Iterator[Any]:
             return
 
 
+@contextmanager
+def unless_made_already() -> Iterator[None]:
+    """Make something that a run which races us may have made a moment ago."""
+    try:
+        yield
+    except Exception as error:
+        if getattr(error, "error_code", "") != "RESOURCE_ALREADY_EXISTS":
+            raise
+
+
+def is_refusal(error: Exception) -> bool:
+    """Return whether MLflow, or a flaw in a part, will make the same upsert fail each time."""
+    flaws = TypeError | ValueError | LookupError | AttributeError
+    return getattr(error, "error_code", None) in REFUSALS or isinstance(error, flaws)
+
+
 def connect(tracking_uri: str, artifact_root: str) -> Connection:
     """Connect to MLflow; imports it (2 s) and makes a new sqlite database.
 
     Raises:
         ConfigError: the URI is none that can be used.
-        TrackingUnavailable: nothing listens there, or the database cannot be made.
+        TrackingUnavailable: nothing listens there, or the database cannot be made or opened.
     """
     check_tracking_uri(tracking_uri)
     with _connecting:
@@ -134,7 +156,13 @@ def connect(tracking_uri: str, artifact_root: str) -> Connection:
             _sync_less()
             if not path.exists():
                 _make_database(path)
-        connection = Connection(mlflow.MlflowClient(tracking_uri, tracking_uri), tracking_uri, artifact_root)
+        try:
+            client = mlflow.MlflowClient(tracking_uri, tracking_uri)
+        except Exception as error:  # of SQLAlchemy or MLflow, as a database of a newer version
+            raise TrackingUnavailable(
+                f"cannot open MLflow at {redacted(tracking_uri)}: {redacted(str(error))}"
+            ) from error
+        connection = Connection(client, tracking_uri, artifact_root)
         connection.set_globals()
         return connection
 

@@ -1,9 +1,9 @@
 """Upserts the view of a run into MLflow: rows, candidates, the registry; it is handed the connection.
 
 Promises: `publish` may be called again after it failed anywhere, and leaves the same as one call that went through:
-each MLflow run bears a key by which it is looked for before it is made, and only what MLflow lacks is sent. What has
-not changed is skipped by digest: in this process by memory, after a restart by a tag of the MLflow run. What MLflow
-will never take is logged and does not hold up the rest.
+each MLflow run bears a key by which it is looked for before it is made, and only what MLflow has not acknowledged is
+sent. What has not changed is skipped by digest: in this process by memory, after a restart by a tag of the MLflow run.
+What MLflow will never take is logged and does not hold up the rest.
 Does not: retry, or decide what is shown.
 
 MLflow is addressed by explicit run ids only: a "current run" would leak between tasks of one process.
@@ -12,7 +12,7 @@ MLflow is addressed by explicit run ids only: a "current run" would leak between
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeVar
@@ -20,7 +20,8 @@ from typing import Any, TypeVar
 from stages.formats.metrics import PRIMARY_METRIC
 from stages.storage import Folder
 from workflows.engine.redaction import redacted
-from workflows.engine.tracking.connection import Connection, pages
+from workflows.engine.tracking.connection import MAX_METRICS, Connection, is_refusal, pages, unless_made_already
+from workflows.engine.tracking.tracking_uri import check_tracking_uri
 from workflows.engine.tracking.ui_view import VIEW, view_state
 from workflows.engine.tracking.view import KEY, RUN, CandidateEntry, MetricPoint, Registration, Row, RunView, legal_name
 
@@ -31,31 +32,20 @@ logger = logging.getLogger(__name__)
 CHAMPION = "champion"
 DIGEST = "stillhouse.digest"
 """Tag of an ended row: the digest of what is published; the row's status, which is sent last, makes it valid."""
-REFUSALS = frozenset(
-    {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "MALFORMED_REQUEST", "RESOURCE_DOES_NOT_EXIST", "INVALID_STATE"}
-)
-"""MLflow's error codes for what it will never take."""
-
 
 P = TypeVar("P", Row, CandidateEntry, Registration)
 
 
 @dataclass(slots=True)
-class _Shown:
-    """What MLflow has of a row, as far as this process knows."""
+class _Sent:
+    """What MLflow has of a row for certain; what it may have beside that is sent again, which changes nothing."""
 
     run_id: str
     artifacts: str
-    status: str
     params: dict[str, str]
     tags: dict[str, str]
     num_points: int = 0
     files: set[str] = field(default_factory=set)
-
-    @classmethod
-    def of(cls, found: Any) -> "_Shown":
-        info = found.info
-        return cls(info.run_id, info.artifact_uri, info.status, dict(found.data.params), dict(found.data.tags))
 
 
 class MlflowStore:
@@ -67,10 +57,12 @@ class MlflowStore:
         """Connect by `connect` once there is something to publish; hold `shared` over what several runs share."""
         self._connect, self._shared = connect, shared
         self._experiments: dict[str, str] = {}
-        self._shown: dict[str, dict[str, _Shown]] = {}
-        """run → row's key → what MLflow has of it."""
+        self._found: set[str] = set()
+        """Runs whose rows were looked for, and of which MLflow has none beside `_sent`."""
+        self._sent: dict[str, _Sent] = {}
+        """Row's key → what MLflow has of it."""
         self._done: dict[tuple[str, str], str] = {}
-        """(run, part's key) → the digest with which MLflow has it, or refused it."""
+        """(run, part's key) → the digest with which MLflow has it, or refused it; of an ended row also a tag there."""
 
     @cached_property
     def _mlflow(self) -> Connection:
@@ -80,21 +72,24 @@ class MlflowStore:
     def _client(self) -> Any:
         return self._mlflow.client
 
-    def publish(self, view: RunView, unless: Callable[[], bool] = lambda: False) -> bool:
-        """Upsert a whole run, and return True; return False as soon as `unless` holds, which more urgent work sets.
+    def check_reachable(self) -> None:
+        """Raise `TrackingUnavailable` where nothing listens."""
+        check_tracking_uri(self._mlflow.uri)
+
+    def publish(self, view: RunView) -> None:
+        """Upsert a whole run.
 
         Raises:
-            Exception: MLflow, or the store, cannot be reached; what MLflow has by then is not sent again.
+            Exception: MLflow, or the store, cannot be reached; what MLflow has acknowledged is not sent again.
         """
-        rows = self._changed(view, view.rows)
         candidates, registrations = self._changed(view, view.candidates), self._changed(view, view.registrations)
-        if not (rows or candidates or registrations):
-            return True
+        if not (candidates or registrations or self._changed(view, view.rows)):
+            return
         self._client  # noqa: B018  connects: what keeps it from that is no refusal of a part
         try:
-            for row in rows:
-                if unless():
-                    return False
+            if view.run not in self._found:
+                self._find_rows(view)
+            for row in self._changed(view, view.rows):
                 self._upsert(view, row, self._upsert_row)
             with self._shared() if candidates or registrations else nullcontext():
                 for candidate in candidates:
@@ -102,9 +97,8 @@ class MlflowStore:
                 for registration in registrations:
                     self._upsert(view, registration, self._register)
         except Exception:
-            self._shown.clear()  # an answer may be lost: look again
+            self._found.discard(view.run)  # a row may have been made, and the answer lost
             raise
-        return True
 
     def _changed(self, view: RunView, parts: Iterable[P]) -> list[P]:
         return [part for part in parts if self._done.get((view.run, part.key)) != part.digest]
@@ -116,7 +110,7 @@ class MlflowStore:
                 upsert(view, part)
                 break
             except Exception as error:
-                if not _is_refusal(error):
+                if not is_refusal(error):
                     raise
                 if not again:
                     what = f"the {type(part).__name__.lower()} {part.key} of run {view.run}"
@@ -126,35 +120,42 @@ class MlflowStore:
     # Runs and steps -------------------------------------------------------------------------------------------------
 
     def _upsert_row(self, view: RunView, row: Row) -> None:
-        rows = self._rows(view)
-        shown, ended = rows.get(row.key), row.status != "RUNNING"
+        ended = row.status != "RUNNING"
         wanted = row.tags | ({DIGEST: row.digest} if ended else {})
-        if shown is None:
-            parent = {"mlflow.parentRunId": rows[row.parent].run_id} if row.parent in rows else {}
-            shown = rows[row.key] = _Shown.of(self._create(view, row.key, row.name, wanted | parent, row.started_ms))
-        if ended and (shown.tags.get(DIGEST), shown.status) == (row.digest, row.status):
-            return
-        for name, data in _contents(row, shown.files):
-            self._mlflow.put(shown.run_id, shown.artifacts, name, data)
-            shown.files.add(name)
-        params = {name: value for name, value in row.params.items() if name not in shown.params}
-        tags = {name: value for name, value in wanted.items() if shown.tags.get(name) != value}
-        self._mlflow.log(shown.run_id, points=row.points[shown.num_points :], params=params, tags=tags)
+        sent = self._sent.get(row.key)
+        if sent is None:
+            parent = {"mlflow.parentRunId": self._sent[row.parent].run_id} if row.parent in self._sent else {}
+            sent = _sent_of(self._create(view, row.key, row.name, wanted | parent, row.started_ms))
+            self._sent[row.key] = sent
+        for name, data in _contents(row, sent.files):
+            self._mlflow.put(sent.run_id, sent.artifacts, name, data)
+            sent.files.add(name)
+        while len(row.points) - sent.num_points > MAX_METRICS:
+            self._mlflow.log(sent.run_id, points=row.points[sent.num_points :][:MAX_METRICS])
+            sent.num_points += MAX_METRICS
+        params = {name: value for name, value in row.params.items() if name not in sent.params}
+        tags = {name: value for name, value in wanted.items() if sent.tags.get(name) != value}
+        self._mlflow.log(sent.run_id, points=row.points[sent.num_points :], params=params, tags=tags)
+        sent.params |= params
+        sent.tags |= tags
+        sent.num_points = len(row.points)
         if ended:  # the last thing: a row that has its digest and its status has all
-            self._client.set_terminated(shown.run_id, row.status, row.ended_ms)
-        shown.params |= params
-        shown.tags |= tags
-        shown.status, shown.num_points = row.status, len(row.points)
+            self._client.set_terminated(sent.run_id, row.status, row.ended_ms)
 
-    def _rows(self, view: RunView) -> dict[str, _Shown]:
-        """Return what MLflow has of a run's rows; of several for one, made by writers that raced, one stays."""
-        if view.run not in self._shown:
-            rows: dict[str, _Shown] = {}
-            for found in self._search(view, f"tags.`{RUN}` = '{legal_name(view.run)}'"):
-                if rows.setdefault(found.data.tags[KEY], _Shown.of(found)).run_id != found.info.run_id:
-                    self._client.delete_run(found.info.run_id)
-            self._shown[view.run] = {row.key: rows[name] for row in view.rows if (name := legal_name(row.key)) in rows}
-        return self._shown[view.run]
+    def _find_rows(self, view: RunView) -> None:
+        """Look for a run's rows in MLflow; of several for one, made by writers that raced, one stays."""
+        rows: dict[str, Any] = {}
+        for found in self._search(view, f"tags.`{RUN}` = '{legal_name(view.run)}'"):
+            if rows.setdefault(found.data.tags[KEY], found) is not found:
+                self._client.delete_run(found.info.run_id)
+        for row in view.rows:
+            found, sent = rows.get(legal_name(row.key)), self._sent.get(row.key)
+            if found is None or (sent is not None and sent.run_id == found.info.run_id):
+                continue
+            self._sent[row.key] = _sent_of(found)
+            if found.info.status == row.status and DIGEST in found.data.tags:
+                self._done[view.run, row.key] = found.data.tags[DIGEST]
+        self._found.add(view.run)
 
     def _search(self, view: RunView, where: str) -> list[Any]:
         """Return the MLflow runs of the run's experiment that a filter names, oldest first."""
@@ -187,7 +188,7 @@ class MlflowStore:
         }
         root = self._mlflow.artifact_location
         location = root and f"{root}/{re.sub(r'[^A-Za-z0-9._-]+', '-', name)}"
-        with _unless_made_already():
+        with unless_made_already():
             self._client.create_experiment(name, artifact_location=location, tags=tags)
         return self._client.get_experiment_by_name(name)
 
@@ -252,26 +253,27 @@ class MlflowStore:
 
     # The registry ---------------------------------------------------------------------------------------------------
 
-    def _register(self, view: RunView, wish: Registration) -> None:
+    def _register(self, view: RunView, registration: Registration) -> None:
         """Make a candidate a version of its registered model and, unless a later verdict stands, its champion."""
-        found = self._find(view, wish.candidate)
+        found = self._find(view, registration.candidate)
         if found is None or not _model_ids(found):
-            raise ValueError(f"the verdict of run {view.run} names the candidate {wish.name!r}, which was never found")
-        name = wish.registered_name
+            champion = registration.name
+            raise ValueError(f"the verdict of run {view.run} names the candidate {champion!r}, which was never found")
+        name = registration.registered_name
         registered = self._registered_model(name)
-        version = self._version(name, wish.candidate, found)
-        if int(registered.tags.get("stillhouse.decided_ms", 0)) >= wish.at_ms:
+        version = self._version(name, registration.candidate, found)
+        if int(registered.tags.get("stillhouse.decided_ms", 0)) >= registration.at_ms:
             return
         before = str(registered.aliases.get(CHAMPION, ""))
         if before != version:
             if before:
                 self._client.set_model_version_tag(name, version, "replaced_version", before)
             self._client.set_registered_model_alias(name, CHAMPION, version)
-        self._client.set_registered_model_tag(name, "stillhouse.decided_ms", str(wish.at_ms))
+        self._client.set_registered_model_tag(name, "stillhouse.decided_ms", str(registration.at_ms))
 
     def _registered_model(self, name: str) -> Any:
         if not self._client.search_registered_models(f"name = '{name}'"):
-            with _unless_made_already():
+            with unless_made_already():
                 about = f"Its alias `{CHAMPION}` follows the verdicts of stillhouse."
                 self._client.create_registered_model(name, description=about)
         return self._client.get_registered_model(name)
@@ -297,14 +299,8 @@ class MlflowStore:
         return str(standing[0])
 
 
-@contextmanager
-def _unless_made_already() -> Iterator[None]:
-    """Make something that a run which races us may have made a moment ago."""
-    try:
-        yield
-    except Exception as error:
-        if getattr(error, "error_code", "") != "RESOURCE_ALREADY_EXISTS":
-            raise
+def _sent_of(found: Any) -> _Sent:
+    return _Sent(found.info.run_id, found.info.artifact_uri, dict(found.data.params), dict(found.data.tags))
 
 
 def _model_ids(found: Any) -> list[str]:
@@ -322,9 +318,3 @@ def _contents(row: Row, known: set[str]) -> Iterator[tuple[str, bytes]]:
                 yield path, Folder.at(folder).get(name)
         except FileNotFoundError:
             logger.warning("%s is left out of MLflow, since there is no such file", uri)
-
-
-def _is_refusal(error: Exception) -> bool:
-    """Tell whether MLflow, or a flaw in a part, will make the same upsert fail each time."""
-    flaws = TypeError | ValueError | LookupError | AttributeError
-    return getattr(error, "error_code", None) in REFUSALS or isinstance(error, flaws)

@@ -3,7 +3,7 @@
 All three are one path: read a run's events from the store, fold them, upsert the view.
 Promises: whatever is in the store reaches MLflow exactly once, whenever driver, publisher or server die: a run has one
 publisher at a time, and what is published again changes nothing. A run whose driver died is shown as KILLED. Earlier
-runs are published while this one has nothing to send, or once it is over: they hold up neither its start nor its end.
+runs are published by a thread beside it: one that fails holds up no other, and none of them this one's end.
 Does not: decide what is recorded.
 """
 
@@ -13,24 +13,26 @@ import os
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
-from stages.errors import ConfigError, StillhouseError
+from stages.errors import ConfigError
 from stages.storage import AlreadyExists, Folder
 from workflows.engine.events import EventLog, RunEvent
 from workflows.engine.heartbeat import Holder, Liveness
 from workflows.engine.lease import Lease
 from workflows.engine.redaction import redacted
+from workflows.engine.retrying import attempt_once, brief
 from workflows.engine.tracking.connection import Connection, connect
 from workflows.engine.tracking.mlflow_store import MlflowStore
 from workflows.engine.tracking.tracking_uri import TrackingUnavailable
 from workflows.engine.tracking.view import fold
 
-__all__ = ["follow", "mlflow_store", "publish_earlier", "publish_history", "publisher_lease"]
+__all__ = ["Publication", "follow", "mlflow_store", "publish_earlier", "publish_history", "publisher_lease"]
 
 logger = logging.getLogger(__name__)
 
@@ -62,21 +64,47 @@ def mlflow_store(
     return MlflowStore(partial(connect, tracking_uri, artifact_root), lambda: shared.held(Holder.of_this_process(run)))
 
 
-def publish_run(
-    runs: Folder, run: str, store: MlflowStore, liveness: Liveness, unless: Callable[[], bool] = lambda: False
-) -> bool | None:
-    """Publish all that there is of a run, unless something more urgent comes.
+@dataclass(frozen=True, slots=True)
+class Publication:
+    """What came of publishing a run."""
 
-    Returns:
-        Whether the run is over; None where it was left: it has no events, another process publishes it, or `unless`.
+    run: str
+    state: Literal["over", "running", "empty", "held", "failed"]
+    """Published, and over or not; or it has no events, another process publishes it at this moment, or it failed."""
+    error: str = ""
+
+    @property
+    def published(self) -> bool:
+        """Return whether MLflow has all that there is of the run."""
+        return self.state in ("over", "running")
+
+
+def publish_runs(runs: Folder, names: Sequence[str], store: MlflowStore) -> Iterator[Publication]:
+    """Publish all that there is of some runs, one after another; one that fails holds up no other.
 
     Raises:
-        Exception: MLflow or the store cannot be reached.
+        ConfigError: the tracking URI is none that can be used.
+        TrackingUnavailable: MLflow cannot be reached.
     """
+    liveness = Liveness(runs)
+    for run in names:
+        try:
+            found = _publish_run(runs, run, store, liveness)
+        except (ConfigError, TrackingUnavailable):
+            raise
+        except Exception as error:  # noqa: BLE001  of MLflow or the store, and perhaps for this run alone
+            store.check_reachable()
+            found = Publication(run, "failed", redacted(brief(error)))
+        yield found
+
+
+def _publish_run(runs: Folder, run: str, store: MlflowStore, liveness: Liveness) -> Publication:
     log, lease = EventLog(runs / run / "events"), publisher_lease(runs, run, liveness)
-    term = lease.acquire(Holder.of_this_process(run)) if log.has_events() else None
-    if not isinstance(term, int):
-        return None
+    if not log.has_events():
+        return Publication(run, "empty")
+    term = lease.acquire(Holder.of_this_process(run))
+    if isinstance(term, Holder):
+        return Publication(run, "held")
     try:
         over = not liveness.run_alive(run)  # else its driver goes on, though its own publisher died
         try:
@@ -84,63 +112,46 @@ def publish_run(
         except ValueError as error:
             logger.warning("run %s cannot be published: %s", run, error)
         else:
-            if not store.publish(view, unless):
-                return None
-        return over
+            store.publish(view)
+        return Publication(run, "over" if over else "running")
     finally:
         lease.release(term)
 
 
-def publish_earlier(
-    runs: Folder, store: MlflowStore, run: str = "", unless: Callable[[], bool] = lambda: False
-) -> Iterator[str]:
-    """Publish the runs that are not wholly in MLflow, oldest first, one each time that the iterator is advanced.
-
-    Args:
-        runs: the store's folder of runs.
-        store: MLflow.
-        run: this one is left out.
-        unless: once it holds, what is left is left to another call.
-
-    Yields:
-        The runs that were published.
+def publish_earlier(runs: Folder, store: MlflowStore, run: str = "") -> list[str]:
+    """Publish the runs, but for one, that are not wholly in MLflow, oldest first; return those that were.
 
     Raises:
-        Exception: MLflow or the store cannot be reached.
+        TrackingUnavailable: MLflow cannot be reached.
     """
-    names, liveness = sorted(set(runs.children()) - {run}), Liveness(runs)
+    names = sorted(set(runs.children()) - {run})
     with ThreadPoolExecutor(LOOKS_AT_ONCE) as pool:
         done = list(pool.map(lambda name: (runs / name).has(PUBLISHED), names))
-    for name in (name for name, published in zip(names, done, strict=True) if not published):
-        if unless():
-            return
-        over = publish_run(runs, name, store, liveness, unless)
-        if over:
-            mark_published(runs, name)
-        if over is not None:
-            yield name
+    waiting = [name for name, published in zip(names, done, strict=True) if not published]
+    published, failed = [], []
+    for found in publish_runs(runs, waiting, store):
+        if found.state == "over":
+            attempt_once(f"mark run {found.run} as published", partial(mark_published, runs, found.run))
+        if found.published:
+            published.append(found.run)
+        elif found.state == "failed":
+            failed.append(f"{found.run} ({found.error})")
+    if failed:
+        logger.warning("earlier runs could not be published, and a later run tries again: %s", ", ".join(failed))
+    return published
 
 
-def publish_history(runs: Folder, names: Sequence[str], *, tracking_uri: str, artifact_root: str) -> list[str]:
-    """Publish some runs, or all if none is named, to an MLflow that need not know them; return those that were.
-
-    What another process publishes at this moment is left to it.
+def publish_history(runs: Folder, names: Sequence[str], *, tracking_uri: str, artifact_root: str) -> list[Publication]:
+    """Publish some runs, or all if none is named, to an MLflow that need not know them.
 
     Raises:
         ConfigError: there is no such run, or the tracking URI is none that can be used.
         TrackingUnavailable: MLflow cannot be reached.
     """
-    known, liveness = sorted(runs.children()), Liveness(runs)
+    known = sorted(runs.children())
     if missing := sorted(set(names) - set(known)):
         raise ConfigError(f"the store has no run {missing[0]!r}; `stillhouse runs list` shows those that it has")
-    store = mlflow_store(runs, "publish", tracking_uri, artifact_root)
-    try:
-        return [run for run in (names or known) if publish_run(runs, run, store, liveness) is not None]
-    except StillhouseError:
-        raise
-    except Exception as error:
-        shown = redacted(tracking_uri), redacted(str(error))
-        raise TrackingUnavailable("MLflow at {} cannot be written ({})".format(*shown)) from error
+    return list(publish_runs(runs, names or known, mlflow_store(runs, "publish", tracking_uri, artifact_root)))
 
 
 def mark_published(runs: Folder, run: str) -> None:
@@ -149,7 +160,7 @@ def mark_published(runs: Folder, run: str) -> None:
         (runs / run).put_json(PUBLISHED, {}, create=True)
 
 
-def follow(run: str, runs: Folder, store: MlflowStore, over: threading.Event, earlier: Iterator[str]) -> str | None:
+def follow(run: str, runs: Folder, store: MlflowStore, over: threading.Event) -> str | None:
     """Publish a run as its events come, until its driver is gone; then try a few times more.
 
     Args:
@@ -157,7 +168,6 @@ def follow(run: str, runs: Folder, store: MlflowStore, over: threading.Event, ea
         runs: the store's folder of runs.
         store: MLflow.
         over: set when the driver is gone, and so no more events come.
-        earlier: advanced while there is nothing to send: publishes an earlier run.
 
     Returns:
         Why MLflow lacks something in the end, or None.
@@ -178,8 +188,6 @@ def follow(run: str, runs: Folder, store: MlflowStore, over: threading.Event, ea
                 fold_seconds = time.monotonic() - began
                 store.publish(view)
                 num_sent = len(events)
-            elif events:
-                next(earlier, None)
             if ended and events:
                 mark_published(runs, run)
         except Exception as caught:  # noqa: BLE001  the border of the publisher's process: the store keeps everything
@@ -207,7 +215,7 @@ class _Forwarding(logging.Handler):
 def main(artifact_root: str, runs_uri: str, run: str) -> None:
     """Be the process beside a driver: standard input gives the tracking URI, and ends with the driver.
 
-    Standard output ends once the run is in MLflow or given up, for which the driver waits; earlier runs come after it.
+    Standard output ends once the run is in MLflow or given up, for which the driver waits.
     """
     logging.basicConfig(level=logging.WARNING, handlers=[_Forwarding()])
     tracking_uri, over, runs = sys.stdin.readline().rstrip("\n"), threading.Event(), Folder(runs_uri)
@@ -216,18 +224,23 @@ def main(artifact_root: str, runs_uri: str, run: str) -> None:
         sys.stdin.read()
         over.set()
 
+    def sweep() -> None:
+        with suppress(Exception):  # out of reach: they wait for a later sweep
+            publish_earlier(runs, mlflow_store(runs, run, tracking_uri, artifact_root), run)
+
+    behind = threading.Thread(target=sweep, name="earlier", daemon=True)
     threading.Thread(target=wait_for_driver, name="driver", daemon=True).start()
+    behind.start()
     store = mlflow_store(runs, run, tracking_uri, artifact_root)
-    earlier = publish_earlier(runs, store, run, unless=over.is_set)
     with publisher_lease(runs, run, Liveness(runs)).held(Holder.of_this_process(run)):
-        error = follow(run, runs, store, over, earlier)
+        error = follow(run, runs, store, over)
     if error:
-        sys.exit(error)  # its last words
+        sys.exit(error)  # which the driver reads and shows
     sys.stdout.flush()
-    for descriptor in (1, 2):
+    for descriptor in (1, 2):  # the driver need not wait for what follows
         os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
-    with suppress(Exception):  # out of reach again: they wait for a later run
-        deque(publish_earlier(runs, store, run), maxlen=0)
+    behind.join()
+    sweep()
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from workflows.engine.tracking.connection import connect, pages
 from workflows.engine.tracking.tracking_uri import TrackingUnavailable, sqlite_path
 from workflows.engine.tracking.view import RUN
 
-__all__ = ["read_candidates", "registered_fingerprints"]
+__all__ = ["query_candidates", "registered_fingerprints"]
 
 
 @contextmanager
@@ -33,7 +33,7 @@ def _client(tracking_uri: str) -> Iterator[Any]:
         raise TrackingUnavailable("MLflow at {} cannot be asked ({})".format(*shown)) from error
 
 
-def read_candidates(
+def query_candidates(
     tracking_uri: str, *, run_ids: Sequence[str] | None = None, experiment: str | None = None
 ) -> list[dict[str, Any]]:
     """Return the candidates in MLflow, each as plain values, by experiment and name.

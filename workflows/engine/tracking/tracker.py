@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from stages.storage import Folder
 from workflows.engine.events import EventLog, RunEvent
 from workflows.engine.tracking.publisher import PUBLISHED
-from workflows.engine.tracking.tracking_uri import TrackingUnavailable, check_tracking_uri
 
 __all__ = ["PUBLISHER", "RunTracker", "TrackerState"]
 
@@ -35,7 +34,7 @@ class TrackerState:
     """What of a run MLflow lacks when the run is over."""
 
     waiting: int
-    """Events of a run that is not wholly in MLflow; a later run's publisher sends them."""
+    """Events of a run that is not wholly in MLflow; a later run's publisher sends those that are in the store."""
     error: str | None
     """Why."""
 
@@ -51,20 +50,15 @@ class RunTracker:
         """Begin to track a run.
 
         Args:
-            tracking_uri: MLflow's, absolute.
+            tracking_uri: MLflow's, already checked.
             artifact_root: where MLflow's artifacts lie where no server keeps them.
             runs: the store's folder of runs.
             run: this run's id.
-
-        Raises:
-            ConfigError: the tracking URI is none that can be used.
         """
-        with suppress(TrackingUnavailable):  # the publisher says so, and goes on asking
-            check_tracking_uri(tracking_uri)
         self._folder, self._log = runs / run, EventLog(runs / run / "events")
         self._inbox: deque[RunEvent] = deque()
         self._num_events = 0
-        self._last_words = ""
+        self._error = "the process that publishes them ended"
         self._flushing = threading.Lock()
         self._closing, self._silent = threading.Event(), threading.Event()
         self._child = _start_publisher(tracking_uri, artifact_root, runs, run)
@@ -85,12 +79,15 @@ class RunTracker:
             self._child.stdin.close()
         if not self._silent.wait(timeout_seconds):
             self._child.kill()
-            self._last_words = f"MLflow did not take them within {timeout_seconds:g} s"
+            self._error = f"MLflow did not take them within {timeout_seconds:g} s"
+        if self._inbox:
+            logger.warning("%d events of this run could not be stored and are lost", len(self._inbox))
         with suppress(Exception):  # a store that cannot be read now: then nobody knows
             if self._folder.has(PUBLISHED) and not self._inbox:
                 return TrackerState(0, None)
-        state = TrackerState(self._num_events, self._last_words)
-        logger.warning("%d events wait in the store (%s); the next run sends them", state.waiting, state.error)
+        state, stored = TrackerState(self._num_events, self._error), self._num_events - len(self._inbox)
+        if stored:
+            logger.warning("%d events wait in the store (%s); a later run publishes them", stored, state.error)
         return state
 
     def _flush_until_closing(self) -> None:
@@ -109,14 +106,13 @@ class RunTracker:
                 self._inbox.popleft()
 
     def _listen(self) -> None:
-        """Log the publisher's warnings; anything else that it writes is its last words, which it ends with its work."""
+        """Log the publisher's warnings; the last other line that it writes is why it gave up, or crashed."""
         assert self._child.stdout is not None
         for line in self._child.stdout:
             try:
-                self._last_words = json.loads(line)
-                logger.warning("%s", self._last_words)
+                logger.warning("%s", json.loads(line))
             except ValueError:
-                self._last_words = line.strip() or self._last_words
+                self._error = line.strip() or self._error
         self._silent.set()
         self._child.wait()
 
@@ -133,7 +129,7 @@ def _start_publisher(tracking_uri: str, artifact_root: str, runs: Folder, run: s
         start_new_session=True,  # Ctrl-C is for the driver, which ends tracking once all is sent
     )
     assert child.stdin is not None
-    with suppress(OSError):  # it is gone already, which its silence says
+    with suppress(OSError):  # it is gone already, which the end of its output shows
         child.stdin.write(tracking_uri + "\n")
         child.stdin.flush()
     return child

@@ -29,7 +29,7 @@ __all__ = [
 
 CONNECT_SECONDS = 2.0
 """How long a tracking server may take to accept a TCP connection; MLflow itself would try for minutes."""
-DATABASES = ("postgresql", "mysql", "mssql")
+DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 NETWORK_FILESYSTEMS = ("nfs", "cifs", "smb", "lustre", "gpfs", "ceph", "fuse", "9p", "beegfs")
 """SQLite's write-ahead log needs memory shared between its users, which these do not give."""
 
@@ -53,7 +53,7 @@ def default_tracking_uri(store: str) -> str:
 
 
 def is_server(uri: str) -> bool:
-    """Tell whether a tracking URI is that of an MLflow server."""
+    """Return whether a tracking URI is that of an MLflow server."""
     return uri.startswith(("http://", "https://"))
 
 
@@ -85,11 +85,11 @@ def known_tracking_uris(root: Folder) -> list[str]:
 
 
 def check_tracking_uri(uri: str) -> None:
-    """Check that a tracking URI is one to use and, of a server, that something listens there.
+    """Check that a tracking URI is one to use and, of a server or a database, that something listens there.
 
     Raises:
-        ConfigError: the URI is none that can be used.
-        TrackingUnavailable: nothing listens at the server's address.
+        ConfigError: the URI is none that can be used, or there is no driver for its database.
+        TrackingUnavailable: nothing listens at its address.
     """
     path = sqlite_path(uri)
     if path is not None:
@@ -98,22 +98,42 @@ def check_tracking_uri(uri: str) -> None:
                 f"the tracking URI {uri!r} is relative to the current folder; write sqlite:///{path.absolute()}"
             )
         return
-    if uri.partition("://")[0].partition("+")[0] in DATABASES:
-        return
-    address = urlsplit(uri)
-    if not is_server(uri) or not address.hostname:
+    address, kind = urlsplit(uri), uri.partition("://")[0].partition("+")[0]
+    if kind in DATABASE_PORTS:
+        _check_driver(uri)
+    elif not is_server(uri) or not address.hostname:
         raise ConfigError(
             f"the tracking URI {redacted(uri)!r} is none that can be used; expected http(s)://host:port or sqlite:////path/to/file.db"
         )
-    port = address.port or (443 if address.scheme == "https" else 80)
+    if not address.hostname:
+        return  # a database's socket, which its driver finds
+    port = address.port or (DATABASE_PORTS | {"http": 80, "https": 443})[kind]
     try:
         socket.create_connection((address.hostname, port), timeout=CONNECT_SECONDS).close()
     except OSError as error:
-        raise TrackingUnavailable(f"no MLflow server answers at {address.hostname}:{port} ({error})") from error
+        what = "MLflow server" if is_server(uri) else "database"
+        raise TrackingUnavailable(f"no {what} answers at {address.hostname}:{port} ({error})") from error
+
+
+def _check_driver(uri: str) -> None:
+    """Check that a database's URI is one, and that its driver is installed; nobody logs in.
+
+    Raises:
+        ConfigError: it is none, or there is no driver for it.
+    """
+    from sqlalchemy import make_url
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        make_url(uri).get_dialect().import_dbapi()
+    except (SQLAlchemyError, ValueError) as error:
+        raise ConfigError(f"the tracking URI {redacted(uri)} is no database's ({redacted(str(error))})") from error
+    except ImportError as error:
+        raise ConfigError(f"{redacted(uri)} needs a driver that is not installed: pip install {error.name}") from error
 
 
 def is_on_network(path: Path) -> bool:
-    """Tell whether a path's filesystem is one that several hosts mount."""
+    """Return whether a path's filesystem is one that several hosts mount."""
     mounts = [p for p in psutil.disk_partitions(all=True) if os.path.commonpath([p.mountpoint, path]) == p.mountpoint]
     nearest = max(mounts, key=lambda mount: len(mount.mountpoint), default=None)
     return nearest is not None and nearest.fstype.lower().startswith(NETWORK_FILESYSTEMS)

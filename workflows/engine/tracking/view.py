@@ -85,7 +85,7 @@ class CandidateEntry(_Entry):
 
 @dataclass(frozen=True)
 class Registration(_Entry):
-    """A verdict's wish for the registry: a candidate becomes a model's version and champion."""
+    """What a verdict asks of the registry: a candidate becomes a model's version and champion."""
 
     key: str
     registered_name: str

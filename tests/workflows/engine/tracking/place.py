@@ -39,7 +39,7 @@ class Place:
 
     def catch_up(self, connecting: Callable[[str, str], Connection] = connect) -> list[str]:
         """Publish what is not wholly in MLflow, as a later run's publisher does."""
-        return list(publish_earlier(self.runs, mlflow_store(self.runs, "later", self.uri, self.root, connecting)))
+        return publish_earlier(self.runs, mlflow_store(self.runs, "later", self.uri, self.root, connecting))
 
     def publish(self, run: str, events: Sequence[RunEvent]) -> list[str]:
         self.log(run, events)

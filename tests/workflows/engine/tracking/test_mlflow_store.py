@@ -20,7 +20,7 @@ from tests.workflows.engine.tracking.place import Place, by_name
 from workflows.engine.events import CurvePoints
 from workflows.engine.tracking.connection import Connection
 from workflows.engine.tracking.mlflow_store import MlflowStore
-from workflows.engine.tracking.queries import read_candidates, registered_fingerprints
+from workflows.engine.tracking.queries import query_candidates, registered_fingerprints
 from workflows.engine.tracking.view import fold
 
 
@@ -95,14 +95,14 @@ def assert_candidates_stand(place: Place, nights: list[str]) -> None:
     experiment = client.get_experiment_by_name(EXPERIMENT)
     assert len(client.search_logged_models([experiment.experiment_id])) == 4
     assert experiment.tags["mlflow.experiment.primaryMetric.name"] == "final/kl_to_teacher"
-    found = read_candidates(place.uri, run_ids=nights[:1], experiment=EXPERIMENT)
+    found = query_candidates(place.uri, run_ids=nights[:1], experiment=EXPERIMENT)
     assert [(c["name"], c["scores"], c["runs"]) for c in found] == [
         (row.info.run_name, SCORES, nights) for row in sorted(rows, key=lambda row: str(row.info.run_name))
     ]
     columns = json.loads(experiment.tags["mlflow.sharedViewState.candidates"])["selectedColumns"]
     assert {f"metrics.`{name}`" for name in found[0]["metrics"]} <= set(columns)
     assert found[0]["metrics"] == {"final/kl_to_teacher": 0.21, "final/size_bytes": 1e6, "final/latency_p50_ms": 3.5}
-    assert read_candidates(place.uri, run_ids=["another"]) == []
+    assert query_candidates(place.uri, run_ids=["another"]) == []
 
 
 def assert_champion(place: Place, versions: dict[str, str], champion: str | None) -> None:
@@ -164,7 +164,7 @@ def test_publish_runs_that_end_at_once_share_their_candidates(sqlite: Place) -> 
     for row in rows:
         history = sqlite.client.get_metric_history(row.info.run_id, "final/kl_to_teacher")
         assert (len(history), len(row.outputs.model_outputs)) == (1, 1)
-    assert {tuple(found["runs"]) for found in read_candidates(sqlite.uri)} == {tuple(nights)}
+    assert {tuple(found["runs"]) for found in query_candidates(sqlite.uri)} == {tuple(nights)}
     assert len(sqlite.client.search_model_versions("name = 'llama-6l'")) == 1
 
 
@@ -178,6 +178,8 @@ class Counting:
         self._client = client
         self.points: list[int] = []
         self.calls: list[str] = []
+        self.lost: dict[str, int] = {}
+        """Method → which of its next calls is done, but its answer lost."""
 
     def __getattr__(self, name: str) -> Any:
         method = getattr(self._client, name)
@@ -185,7 +187,11 @@ class Counting:
         def call(*args: Any, **kwargs: Any) -> Any:
             self.calls.append(name)
             self.points.append(len(kwargs.get("metrics", ())))
-            return method(*args, **kwargs)
+            result = method(*args, **kwargs)
+            self.lost[name] = self.lost.get(name, 0) - 1
+            if self.lost[name] == 0:
+                raise ConnectionError("the answer is lost")
+            return result
 
         return call
 
@@ -208,6 +214,38 @@ def test_publish_growing_run_sends_only_what_is_new(sqlite: Place) -> None:
     assert sum(client.points) == 3 + 2
     history = sqlite.client.get_metric_history(by_name(sqlite.mlflow_runs())["teacher"].info.run_id, "train/loss")
     assert [point.value for point in history] == [5.0, 4.0, 3.0, 1.0]
+
+
+@pytest.mark.parametrize("method", ["log_batch", "create_run", "set_terminated"])
+def test_publish_answer_that_was_lost_sends_again_only_what_is_uncertain(sqlite: Place, method: str) -> None:
+    store, client = counting_store(sqlite)
+    points = tuple(("train/loss", float(k), k, 1000 + k) for k in range(2500))
+    begin, _, end = step("teacher", "Train", 1000)
+    events = [started("r"), begin, CurvePoints(step="teacher", attempt=1, points=points)]
+    store.publish(fold(events))
+    client.points.clear()
+    events += [CurvePoints(step="teacher", attempt=1, points=(("train/loss", 9.0, 2500, 9000),)), end]
+    events += step("student", "Train", 9000)
+    client.lost[method] = 1
+    with pytest.raises(ConnectionError):
+        store.publish(fold(events))
+    store.publish(fold(events))
+    assert sum(client.points) <= 2 * (2 + 4)
+    rows = sqlite.mlflow_runs()
+    assert sorted(str(row.info.run_name) for row in rows) == ["r", "student", "teacher"]
+    history = sqlite.client.get_metric_history(by_name(rows)["teacher"].info.run_id, "train/loss")
+    assert len(history) == 2501
+
+
+def test_publish_many_points_one_lost_answer_sends_one_request_again(sqlite: Place) -> None:
+    store, client = counting_store(sqlite)
+    points = tuple(("train/loss", float(k), k, 1000 + k) for k in range(2500))
+    events = [started("r"), step("teacher", "Train", 1000)[0], CurvePoints(step="teacher", attempt=1, points=points)]
+    client.lost["log_batch"] = 3
+    with pytest.raises(ConnectionError):
+        store.publish(fold(events))
+    store.publish(fold(events))
+    assert sum(client.points) <= 2500 + 800
 
 
 def test_publish_finished_run_again_in_a_new_process_only_looks(sqlite: Place) -> None:

@@ -1,7 +1,7 @@
 """Runs published to MLflow exactly once, whatever is killed on the way; and earlier ones behind the work."""
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -14,7 +14,7 @@ from workflows.engine.heartbeat import Holder, Liveness
 from workflows.engine.tracking import publisher
 from workflows.engine.tracking.connection import Connection, connect
 from workflows.engine.tracking.mlflow_store import MlflowStore
-from workflows.engine.tracking.publisher import follow, mlflow_store, publish_earlier, publish_history, publisher_lease
+from workflows.engine.tracking.publisher import Publication, follow, publish_earlier, publish_history, publisher_lease
 from workflows.engine.tracking.tracking_uri import TrackingUnavailable, default_tracking_uri
 from workflows.engine.tracking.view import RunView
 
@@ -159,12 +159,11 @@ class FakeStore(MlflowStore):
         self.views: list[RunView] = []
         self.outages = outages
 
-    def publish(self, view: RunView, unless: Callable[[], bool] = lambda: False) -> bool:
+    def publish(self, view: RunView) -> None:
         if self.outages:
             self.outages -= 1
             raise ConnectionError("no answer from https://me:pw@mlflow")
         self.views.append(view)
-        return True
 
 
 class Script(threading.Event):
@@ -191,11 +190,9 @@ def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(publisher, "CLOSING_PAUSE_SECONDS", 0.0)
 
 
-def run_follow(
-    place: Place, store: FakeStore, *batches: Sequence[RunEvent], earlier: Iterable[str] = ()
-) -> tuple[str | None, Script]:
+def run_follow(place: Place, store: FakeStore, *batches: Sequence[RunEvent]) -> tuple[str | None, Script]:
     script = Script(place.log("r"), *batches)
-    return follow("r", place.runs, store, script, iter(earlier)), script
+    return follow("r", place.runs, store, script), script
 
 
 def test_follow_publishes_the_whole_run_as_it_grows(sqlite: Place) -> None:
@@ -234,47 +231,49 @@ def test_follow_killed_driver_leaves_no_row_open(sqlite: Place) -> None:
     assert sqlite.is_published("r")
 
 
-def test_follow_earlier_runs_come_while_there_is_nothing_to_send(sqlite: Place) -> None:
-    order: list[str] = []
-
-    class Noting(FakeStore):
-        def publish(self, view: RunView, unless: Callable[[], bool] = lambda: False) -> bool:
-            order.append("this run")
-            return True
-
-    def earlier() -> Iterator[str]:
-        for run in ("a", "b"):
-            order.append(run)
-            yield run
-
-    run_follow(sqlite, Noting(), [], night("r")[:3], [], night("r")[3:], [], earlier=earlier())
-    assert order == ["this run", "a", "this run", "b", "this run"]
+# Earlier runs -------------------------------------------------------------------------------------------------------
 
 
-def test_follow_outage_over_earlier_runs_holds_up_nothing(sqlite: Place) -> None:
-    def earlier() -> Iterator[str]:
-        raise ConnectionError("gone")
-        yield
+class Refusing(FakeStore):
+    """An MLflow that answers, but fails for some runs each time; or one that is gone after that."""
 
-    store = FakeStore()
-    error, _ = run_follow(sqlite, store, night("r")[:3], [], night("r")[3:], earlier=earlier())
-    assert error is None
-    assert [len(view.rows) for view in store.views] == [2, 6, 6]
+    def __init__(self, *runs: str, gone: bool = False) -> None:
+        super().__init__()
+        self.runs, self.gone = runs, gone
+
+    def publish(self, view: RunView) -> None:
+        if view.run in self.runs:
+            raise RuntimeError(f"500 for {view.run} at https://me:pw@mlflow")
+        super().publish(view)
+
+    def check_reachable(self) -> None:
+        if self.gone:
+            raise TrackingUnavailable("nobody answers")
 
 
-def test_publish_earlier_makes_way_in_the_midst_of_a_run_and_is_done_later(sqlite: Place) -> None:
-    sqlite.log("a", night("a"))
-    asked: list[bool] = []
+@pytest.fixture
+def three(sqlite: Place) -> Place:
+    for run in ("a", "b", "c"):
+        sqlite.log(run, night(run))
+    return sqlite
 
-    def urgent() -> bool:
-        asked.append(len(asked) >= 4)
-        return asked[-1]
 
-    store = mlflow_store(sqlite.runs, "later", sqlite.uri, sqlite.root)
-    assert list(publish_earlier(sqlite.runs, store, unless=urgent)) == []
-    assert not sqlite.is_published("a")
-    assert sqlite.catch_up() == ["a"]
-    assert {row.info.status for row in sqlite.mlflow_runs()} == {"FINISHED"}
+def test_publish_earlier_run_that_always_fails_holds_up_no_other(
+    three: Place, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = Refusing("a")
+    assert publish_earlier(three.runs, store) == ["b", "c"]
+    assert [three.is_published(run) for run in ("a", "b", "c")] == [False, True, True]
+    assert "a (500 for a at https://***@mlflow)" in caplog.text
+    assert publish_earlier(three.runs, FakeStore()) == ["a"]
+
+
+def test_publish_earlier_stops_where_mlflow_is_gone(three: Place) -> None:
+    store = Refusing("b", gone=True)
+    with pytest.raises(TrackingUnavailable):
+        publish_earlier(three.runs, store)
+    assert [view.run for view in store.views] == ["a"]
+    assert [three.is_published(run) for run in ("a", "b", "c")] == [True, False, False]
 
 
 # On command ---------------------------------------------------------------------------------------------------------
@@ -286,12 +285,16 @@ def test_publish_history_fills_an_empty_mlflow_with_the_same(sqlite: Place) -> N
     sqlite.publish("c", [started("c", 90_000), *step("corpus", "Prepare", 90_100, hit=True)])
     second = Place(sqlite.folder, f"sqlite:///{sqlite.folder}/second.db")
     options = {"tracking_uri": second.uri, "artifact_root": second.root}
-    assert publish_history(second.runs, [], **options) == ["a", "b", "c"]
+    assert names(publish_history(second.runs, [], **options)) == ["a", "b", "c"]
     assert second.picture() == sqlite.picture()
     before = rows_of(second)
-    assert publish_history(second.runs, ["b"], **options) == ["b"]
-    assert publish_history(second.runs, [], **options) == ["a", "b", "c"]
+    assert names(publish_history(second.runs, ["b"], **options)) == ["b"]
+    assert names(publish_history(second.runs, [], **options)) == ["a", "b", "c"]
     assert rows_of(second) == before
+
+
+def names(found: Sequence[Publication]) -> list[str]:
+    return [run.run for run in found if run.published]
 
 
 def rows_of(place: Place) -> dict[str, list[Any]]:

@@ -6,14 +6,14 @@ import pytest
 
 from tests.workflows.engine.tracking.nights import candidate, started, verdict
 from tests.workflows.engine.tracking.place import Place, free_port
-from workflows.engine.tracking.queries import read_candidates, registered_fingerprints
+from workflows.engine.tracking.queries import query_candidates, registered_fingerprints
 from workflows.engine.tracking.tracking_uri import TrackingUnavailable, default_tracking_uri
 
 
 def test_read_candidates_dead_places_are_unavailable(tmp_path: Path) -> None:
     for uri in (default_tracking_uri(str(tmp_path)), f"http://127.0.0.1:{free_port()}"):
         with pytest.raises(TrackingUnavailable):
-            read_candidates(uri)
+            query_candidates(uri)
         with pytest.raises(TrackingUnavailable):
             registered_fingerprints(uri)
     assert list(tmp_path.iterdir()) == []

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -31,6 +32,16 @@ while not (runs / "r/events").has("000001.json"):
     time.sleep(0.05)
 os.kill(os.getpid(), signal.SIGKILL)
 """
+
+
+def publisher_of(place: Place) -> psutil.Process:
+    found = []
+    for process in psutil.Process().children():
+        with suppress(psutil.ZombieProcess):  # another test's, which ends just now
+            if {PUBLISHER, place.runs.uri} <= set(process.cmdline()):
+                found.append(process)
+    (child,) = found
+    return child
 
 
 @pytest.mark.fault
@@ -92,8 +103,7 @@ def test_tracker_place_that_cannot_be_written_is_reported_and_the_store_keeps_al
 @pytest.mark.fault
 def test_tracker_its_publisher_is_killed_and_a_later_one_sends_all(sqlite: Place) -> None:
     tracker = sqlite.tracker("r")
-    (child,) = [p for p in psutil.Process().children() if {PUBLISHER, sqlite.runs.uri} <= set(p.cmdline())]
-    child.kill()
+    publisher_of(sqlite).kill()
     for event in short_night():
         tracker.record(event)
     state = tracker.close(60)
@@ -126,7 +136,7 @@ def test_tracker_password_of_the_tracking_uri_stands_in_no_argument_and_no_log(
 ) -> None:
     with caplog.at_level(logging.DEBUG):
         tracker = sqlite.tracker("r", f"http://me:hunter2@127.0.0.1:{free_port()}")
-        (child,) = [p for p in psutil.Process().children() if {PUBLISHER, sqlite.runs.uri} <= set(p.cmdline())]
+        child = publisher_of(sqlite)
         assert "hunter2" not in " ".join(child.cmdline())
         assert "hunter2" not in str(child.environ())
         tracker.record(started("r"))

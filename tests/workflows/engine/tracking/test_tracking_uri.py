@@ -1,5 +1,7 @@
 """Where MLflow is, which tracking URIs are refused, and which ones a store remembers."""
 
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -7,6 +9,7 @@ import pytest
 from stages.errors import ConfigError
 from stages.storage import Folder
 from workflows.engine.tracking.tracking_uri import (
+    TrackingUnavailable,
     check_tracking_uri,
     default_tracking_uri,
     known_tracking_uris,
@@ -25,8 +28,21 @@ def test_check_tracking_uri_unusable_is_a_config_error(uri: str) -> None:
 
 @pytest.mark.server
 def test_check_tracking_uri_usable_says_nothing(server_uri: str) -> None:
-    for uri in (server_uri, "sqlite:////data/mlflow.db", "postgresql+psycopg2://u:p@db/mlflow"):
+    for uri in (server_uri, "sqlite:////data/mlflow.db"):
         check_tracking_uri(uri)
+
+
+def test_check_tracking_uri_of_a_database_without_driver_or_listener_says_which() -> None:
+    with pytest.raises(ConfigError, match=r"postgresql\+psycopg2://.* needs a driver .*: pip install psycopg2"):
+        check_tracking_uri("postgresql+psycopg2://u:p@db/mlflow")
+    with pytest.raises(ConfigError, match=r"is no database's"):
+        check_tracking_uri("postgresql+nodriver://u:p@db/mlflow")
+
+
+def test_check_tracking_uri_of_a_database_that_does_not_listen_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "psycopg2", types.SimpleNamespace(paramstyle="pyformat"))
+    with pytest.raises(TrackingUnavailable, match=r"no database answers at 127.0.0.1:1 "):
+        check_tracking_uri("postgresql+psycopg2://u:p@127.0.0.1:1/mlflow")
 
 
 def test_default_tracking_uri_is_inside_the_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,6 @@
-"""What Ray gives no public way to do: each here alone, with its reason, seen in Ray 2.60.
+"""What Ray, torch and llm-compressor give no public way to do: each here alone, with its reason.
 
-`tests/stages/runtime/test_ray_workarounds.py` fails when Ray's version or one of these names changes: then look whether
+`tests/stages/runtime/test_workarounds.py` fails when one of their versions or of these names changes: then look whether
 the reason still holds, and delete what has none.
 """
 
@@ -19,8 +19,8 @@ from stages.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
-RAY_VERSION = "2.60"
-"""The version in which all of this was seen."""
+SEEN_IN = {"ray": "2.60", "torch": "2.13", "llmcompressor": "0.14"}
+"""Package → how the version begins in which all of this was seen."""
 TRAIN_ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",  # the end of training is noticed at the next check; 2 s by default
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # one actor less to start; a lost worker is the engine's to handle
@@ -133,12 +133,34 @@ def trainer_class() -> Any:
 
 @contextlib.contextmanager
 def deprecated_options() -> Iterator[None]:
-    """Let Ray Data be told not to retry: it deprecates every way to pass `max_retries` and `max_restarts`.
+    """Silence Ray Data where `max_retries` or `max_restarts` is passed: it deprecates every way to do so.
 
-    It names none in their place, and by default it tries again itself, which is the engine's to do.
+    It names none in their place, and by default it retries itself, which is the engine's to do.
     """
     from ray.util.annotations import RayDeprecationWarning
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RayDeprecationWarning)
         yield
+
+
+def silence_progress_bars() -> None:
+    """Silence Ray Data's progress bars in this process: switched off, they warn at each execution that they are off."""
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
+
+
+def allocations(profiler: Any) -> list[int]:
+    """Return the bytes of each allocation, and less than 0 of each release, in the order in which they happened.
+
+    torch's public tables attribute memory to operators; only the profiler's raw events keep allocations in order.
+
+    Args:
+        profiler: a `torch.profiler.profile` that has ended, with `profile_memory`.
+    """
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+
+
+def rounded_to_nearest(gptq: Any) -> list[str]:
+    """Return the modules that an llm-compressor `GPTQModifier` rounded to nearest; it says so in its log only."""
+    return list(gptq._rtn_fallback_module_names)

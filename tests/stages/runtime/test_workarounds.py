@@ -1,32 +1,42 @@
-"""When a workaround for Ray can go: these fail where its reason, or what it leans on, may have gone."""
+"""When a workaround for a library can go: these fail where its reason, or what it leans on, may have gone."""
 
 import inspect
+import logging
 import os
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 import ray
+import torch
 
 from stages.errors import ConfigError
-from stages.runtime.ray_workarounds import (
+from stages.runtime.workarounds import (
     MAX_SOCKET_PATH_BYTES,
-    RAY_VERSION,
+    SEEN_IN,
     SESSION,
+    allocations,
     deprecated_options,
+    rounded_to_nearest,
     short_temp_dir,
+    silence_progress_bars,
     trainer_class,
 )
 
 
-def test_workarounds_were_looked_at_for_this_version_of_ray() -> None:
-    """When this fails, read `ray_workarounds.py`, delete what has lost its reason, and raise RAY_VERSION."""
+@pytest.mark.parametrize("package", SEEN_IN)
+def test_workarounds_were_looked_at_for_this_version(package: str) -> None:
+    """When this fails, read `workarounds.py`, delete what has lost its reason, and raise the version in SEEN_IN."""
+    assert metadata.version(package).startswith(SEEN_IN[package])
+
+
+def test_names_that_workarounds_lean_on_are_there_in_ray() -> None:
     from ray._private import node, worker
     from ray._private.state import GlobalState, state
     from ray.core.generated.gcs_pb2 import PlacementGroupTableData as Group
 
-    assert ray.__version__.startswith(RAY_VERSION)
     assert list(inspect.signature(worker.print_to_stdstream).parameters) == ["data", "ignore_prefix"]
     assert callable(state._connect_and_get_accessor)
     assert {"creator_actor_dead", "creator_actor_id", "is_detached"} <= set(Group.DESCRIPTOR.fields_by_name)
@@ -41,6 +51,39 @@ def test_cleaner_of_ray_train_needs_the_dashboard_still() -> None:
     from ray.train.v2._internal.execution.controller import placement_group_cleaner as cleaner
 
     assert "RayStateApiException" in inspect.getsource(cleaner)
+
+
+def test_progress_bars_that_are_off_warn_still_and_are_silenced() -> None:
+    """When the first line fails, `silence_progress_bars` can go."""
+    from ray.data._internal import progress
+
+    assert "Progress bars disabled" in inspect.getsource(progress)
+    logger = logging.getLogger(progress.__name__)
+    before = logger.level
+    try:
+        silence_progress_bars()
+        assert not logger.isEnabledFor(logging.WARNING)
+    finally:
+        logger.setLevel(before)
+
+
+def test_allocations_come_in_order_and_torch_has_no_public_list_of_them() -> None:
+    """When the last line fails, torch's own table may do, and `allocations` can go."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        first = torch.empty(1000, dtype=torch.uint8)
+        del first
+        torch.empty(5000, dtype=torch.uint8)
+    assert allocations(profiler) == [1000, -1000, 5000, -5000]
+    assert not [event for event in profiler.events() if event.name == "[memory]" and event.cpu_memory_usage == 1000]
+
+
+def test_modifier_of_gptq_has_no_public_list_of_what_it_rounded_to_nearest() -> None:
+    """When this fails, the public name may do, and `rounded_to_nearest` can go."""
+    from llmcompressor.modifiers.gptq import GPTQModifier
+
+    modifier = GPTQModifier()
+    assert rounded_to_nearest(modifier) == []
+    assert not [name for name in dir(modifier) if "fallback" in name and not name.startswith("_")]
 
 
 def test_short_temp_dir_where_the_usual_one_is_short_is_ray_s_own() -> None:
@@ -96,7 +139,7 @@ def test_trainer_leaves_out_just_the_unwanted_callbacks(tmp_path: Path) -> None:
 
 
 @pytest.mark.ray
-def test_ray_data_still_deprecates_being_told_not_to_retry(local_ray: None) -> None:
+def test_ray_data_still_deprecates_every_way_to_switch_off_its_retries(local_ray: None) -> None:
     from ray.util.annotations import RayDeprecationWarning
 
     data = ray.data.from_items([{"item": 1}])
