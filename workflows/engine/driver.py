@@ -211,8 +211,10 @@ class Driver:
             return []
         self._commits[name] = newest
         self._shared.add(name)
-        self._recorder.hit(name, newest, launch.attempt)
-        self._show(self.watcher.step, name, Phase.COMMITTED, f"shared with run {newest.manifest.run}")
+        made_by = newest.manifest.run
+        self._recorder.opened(name, launch.attempt, "hit")
+        self._recorder.closed(name, launch.attempt, "FINISHED", newest.artifact.metrics, {"made_by_run": made_by})
+        self._show(self.watcher.step, name, Phase.COMMITTED, f"shared with run {made_by}")
         return [Committed(name, self.clock())]
 
     def _inputs(self, planned: StepPlan) -> dict[str, InputCommit]:
