@@ -18,7 +18,7 @@ import secrets
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -90,9 +90,8 @@ def _open(root: str) -> ObjectStore:
         store: ObjectStore = from_url(root, client_options=options)
         return store
     except Exception as error:
-        raise ConfigError(
-            f"cannot open the store {root!r}: {error}; expected a path, s3://, gs:// or az:// URI"
-        ) from error
+        problem = f"cannot open the store {root!r}: {error}"
+        raise ConfigError(f"{problem}; expected a path, s3://, gs:// or az:// URI") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,19 +160,18 @@ class Folder:
         try:
             return self.get_json(name)
         except FileNotFoundError:
-            pass
+            return None
         except ValueError:
             logger.warning("%s is torn (not JSON): it counts as absent", self.uri_of(name))
-        return None
+            return None
 
     def has(self, name: str) -> bool:
         """Return whether there is such an object."""
         store, key = self._key(name)
-        try:
+        with contextlib.suppress(FileNotFoundError):
             obstore.head(store, key)
-        except FileNotFoundError:
-            return False
-        return True
+            return True
+        return False
 
     def entries(self, prefix: str = "") -> list[Entry]:
         """List all objects below `prefix`, sorted by name."""
@@ -199,7 +197,7 @@ class Folder:
             OSError: the file changed meanwhile.
         """
         store, key = self._key(name)
-        before = sha256_of(path) if is_remote(self.uri) else ""  # metadata must be known before the first byte is sent
+        before = sha256_of(path) if is_remote(self.uri) else ""  # metadata precedes the first byte
         digest, size = hashlib.sha256(), 0
         with (
             path.open("rb") as source,
@@ -210,9 +208,8 @@ class Folder:
                 size += len(chunk)
                 sink.write(chunk)
         if before not in ("", digest.hexdigest()):
-            raise OSError(
-                f"{path} changed while it was uploaded to {self.uri_of(name)}; write it no more and try again"
-            )
+            problem = f"{path} changed while it was uploaded to {self.uri_of(name)}"
+            raise OSError(f"{problem}; write it no more and try again")
         return File(name, self.uri_of(name), size, digest.hexdigest())
 
     def stream(self, name: str) -> Iterator[bytes]:
@@ -223,13 +220,8 @@ class Folder:
 
     def digest(self, name: str, watch: Callable[[int], None] | None = None) -> File:
         """Hash an object as the store holds it; raise `FileNotFoundError` where there is none. `watch`: `sha256_of`."""
-        digest, size = hashlib.sha256(), 0
-        for chunk in self.stream(name):
-            digest.update(chunk)
-            size += len(chunk)
-            if watch is not None:
-                watch(len(chunk))
-        return File(name, self.uri_of(name), size, digest.hexdigest())
+        sha256, size_bytes = _hash_of(self.stream(name), watch)
+        return File(name, self.uri_of(name), size_bytes, sha256)
 
     def identify(self, name: str) -> File:
         """Return an object's size and digest: as noted when it was written, else by `digest`.
@@ -245,10 +237,11 @@ class Folder:
         return self.digest(name)
 
     def delete(self, names: list[str]) -> None:
-        """Delete objects by name."""
+        """Delete objects by name; one that is not there is no error."""
         for name in names:
             store, key = self._key(name)
-            obstore.delete(store, key)
+            with contextlib.suppress(FileNotFoundError):
+                obstore.delete(store, key)
 
     def prune(self) -> None:
         """Remove the empty folders that deleting leaves on a local disk, this one included; object stores have none."""
@@ -265,13 +258,19 @@ class Folder:
 
 def sha256_of(path: Path, watch: Callable[[int], None] | None = None) -> str:
     """Hash a local file; `watch` gets the number of bytes of each chunk, and may raise to stop."""
-    digest = hashlib.sha256()
     with path.open("rb") as source:
-        while chunk := source.read(CHUNK_BYTES):
-            digest.update(chunk)
-            if watch is not None:
-                watch(len(chunk))
-    return digest.hexdigest()
+        return _hash_of(iter(partial(source.read, CHUNK_BYTES), b""), watch)[0]
+
+
+def _hash_of(chunks: Iterator[bytes], watch: Callable[[int], None] | None) -> tuple[str, int]:
+    """Return the sha256 and the number of some bytes."""
+    digest, size_bytes = hashlib.sha256(), 0
+    for chunk in chunks:
+        digest.update(chunk)
+        size_bytes += len(chunk)
+        if watch is not None:
+            watch(len(chunk))
+    return digest.hexdigest(), size_bytes
 
 
 def _create_durably(path: Path, data: bytes) -> None:
@@ -325,9 +324,7 @@ def fetch(file: File, folder: Path) -> Path:
             sink.write(chunk)
     if digest.hexdigest() != file.sha256:
         os.unlink(sink.name)
-        raise StageFailed(
-            f"{file.uri} has sha256 {digest.hexdigest()[:12]}…, expected {file.sha256[:12]}…; "
-            "run `stillhouse artifacts verify`"
-        )
+        problem = f"{file.uri} has sha256 {digest.hexdigest()[:12]}…, expected {file.sha256[:12]}…"
+        raise StageFailed(f"{problem}; run `stillhouse artifacts verify`")
     os.replace(sink.name, target)
     return target

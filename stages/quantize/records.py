@@ -58,24 +58,26 @@ def failed_receipt(scheme: Scheme, error: str, seconds: float) -> Receipt:
 
 
 def read_receipt(resume: Folder, scheme: str) -> Receipt | None:
-    """Return the receipt of a scheme, if there is one.
+    """Return the receipt of a scheme, or None where there is none, or where a power cut left it torn.
 
     Raises:
         StageFailed: another version of stillhouse wrote it.
     """
     name = _receipt_name(scheme)
-    if not resume.has(name):
+    if resume.find_json(name) is None:
         return None
     return Receipt.parse(resume.get(name), where=f"the receipt {name}")
 
 
 def write_receipt(resume: Folder, receipt: Receipt) -> Receipt:
-    """Write a receipt, and return the one that stands: this one, or another try's that was first."""
+    """Write a receipt, and return the one that stands: this one, or another try's that was first and whole."""
     name = _receipt_name(receipt.trial.scheme)
     try:
         resume.put_json(name, receipt.to_json(), create=True)
     except AlreadyExists:
-        return Receipt.parse(resume.get(name), where=f"the receipt {name}")
+        if first := read_receipt(resume, receipt.trial.scheme):
+            return first
+        resume.put_json(name, receipt.to_json())
     return receipt
 
 

@@ -1,9 +1,9 @@
 """Snapshots of long training below `resume/`, so that a later attempt goes on from the newest one.
 
 Promise: a snapshot is read only when its marker exists, which is created last and names every file with its digest; one
-whose bytes do not verify is skipped for the one before. Tensors are safetensors and the rest is JSON: nothing is
-unpickled. Two are kept. Attempts write under names of their own, so that one that lives on after it was abandoned
-can do no harm.
+whose bytes do not verify, or whose marker a power cut tore, is deleted and the one before is read. Tensors are
+safetensors and the rest is JSON: nothing is unpickled. Two are kept. Attempts write under names of their own, so that
+one that lives on after it was abandoned can do no harm.
 """
 
 import logging
@@ -11,6 +11,7 @@ import secrets
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,17 +42,16 @@ class Snapshot:
 
 
 def newest(resume: Folder) -> Snapshot | None:
-    """Return the newest snapshot whose bytes verify."""
+    """Return the newest snapshot whose bytes verify; delete the markers of later ones, which would count as kept."""
     folder = resume / "snapshots"
     markers = sorted((entry.name for entry in folder.entries() if entry.name.endswith(".json")), reverse=True)
     for marker in markers:
-        found = Snapshot(**folder.get_json(marker))
-        try:
+        with suppress(FileNotFoundError, TypeError):  # its tensors are gone; its marker is torn
+            found = Snapshot(**(folder.find_json(marker) or {}))
             if folder.digest(f"{found.name}.safetensors").sha256 == found.sha256:
                 return found
-        except FileNotFoundError:
-            pass
-        logger.warning("deciding to skip snapshot %s, since its bytes are not those that its marker names", found.name)
+        logger.warning("deciding to delete the snapshot of %s, since its bytes are not those that this names", marker)
+        folder.delete([marker])
     return None
 
 

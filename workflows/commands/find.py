@@ -110,8 +110,8 @@ def find_workflow(text: str) -> FoundWorkflow:
 
 
 def _load(file: Path) -> ModuleType:
-    """Import a user's file under a name that shadows nothing."""
-    name = f"stillhouse_user_{file.stem}"
+    """Import a user's file under a name that shadows nothing and enters the identity of the stages in it."""
+    name = user_module(file)
     spec = importlib.util.spec_from_file_location(name, file)
     assert spec is not None
     assert spec.loader is not None
@@ -125,6 +125,17 @@ def _load(file: Path) -> ModuleType:
     finally:
         sys.path.remove(str(file.parent))
     return module
+
+
+def user_module(file: Path) -> str:
+    """Return the module name of a user's file: by its path below its project, or its folder's name outside of one.
+
+    A project is the nearest folder with a `.git` or `pyproject.toml`: a clone elsewhere finds the same results, and
+    files of one name in two folders do not find each other's.
+    """
+    root = next((f for f in file.parents if (f / ".git").exists() or (f / "pyproject.toml").is_file()), None)
+    path = file.relative_to(root or file.parent.parent).with_suffix("")
+    return f"stillhouse_user_{path.as_posix().replace('.', '%2E')}"  # a dot would name a package, which is not there
 
 
 def _function(module: ModuleType, name: str) -> Callable[..., Workflow]:

@@ -3,52 +3,37 @@
 Crash-only: there is no state but the store. Kill it anywhere and call `run` again with the same workflow: committed
 steps are HITs, and long steps go on from what they left in `resume`.
 
-Promises: a store that fails is asked again; what stays broken fails one attempt, never the run. What follows a commit
-is best effort. A step that another run took over is stopped within `LEASE_SECONDS`. A watcher that raises is ignored.
+Promises: a store that fails is asked again, a launch without holding up the loop; what stays broken fails one attempt,
+never the run. What follows a commit is best effort. A step that another run took over is stopped within
+`LEASE_SECONDS`. A watcher that raises is ignored. The code that a manifest names is the code as the run began.
 """
 
 import logging
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from threading import Event as Flag
 
 from stages.contract import Artifact
 from stages.errors import ExternalDataError, StageFailed, StillhouseError
 from stages.storage import STORE_ERRORS, Folder
+from workflows.engine import schedule
 from workflows.engine.events import RunEvent, RunStatus
 from workflows.engine.executor import Attempt, AttemptResult, Executor, ProgressUpdates
 from workflows.engine.external import ResolvedStep, ResolvedSteps
 from workflows.engine.failures import Failure, FailureKind
 from workflows.engine.graph import Handle, Source, Wiring
 from workflows.engine.heartbeat import Holder
+from workflows.engine.identity import Identity
 from workflows.engine.manifest import InputCommit, Manifest, Provenance
 from workflows.engine.plan import Plan, StepPlan, input_commits
 from workflows.engine.provenance import code_evidence
 from workflows.engine.recorder import Recorder
 from workflows.engine.results import STATUS_OF, RunResult, StepResult, StepStatus, Watcher
-from workflows.engine.retrying import attempt_once, brief, persist
-from workflows.engine.schedule import (
-    Began,
-    Capacity,
-    Committed,
-    Decision,
-    Event,
-    Failed,
-    Held,
-    Interrupted,
-    Launch,
-    Overtaken,
-    Phase,
-    Schedule,
-    Stop,
-    Tick,
-    Transition,
-    advance,
-    new_schedule,
-)  # fmt: skip
+from workflows.engine.retrying import PAUSES_SECONDS, attempt_once, brief, persist
+from workflows.engine.schedule import Decision, Event, Launch, Phase, Schedule, Stop, Transition
 from workflows.engine.store import ArtifactStore, Claim, Commit, Fenced
 from workflows.engine.worker import classify
 
@@ -60,6 +45,8 @@ REPORT_SECONDS = 0.5
 """How often stages' reports are fetched."""
 IDLE_SECONDS = 0.05
 """How long a turn waits while steps wait for another run or a backoff, and nothing runs."""
+HELD_POLL_SECONDS = 1.0
+"""How often a step that another run holds is looked at again."""
 LEASE_SECONDS = 5.0
 """How often a run looks whether another one took a running step over: one listing for each such step."""
 
@@ -76,7 +63,6 @@ class Driver:
     watcher: Watcher
     interrupt: Flag = field(default_factory=Flag)
     clock: Callable[[], float] = time.monotonic
-    pause: Callable[[float], None] = time.sleep
     _folder: Folder = field(init=False)
     _recorder: Recorder = field(init=False)
     _schedule: Schedule = field(init=False)
@@ -84,6 +70,8 @@ class Driver:
     _commits: dict[str, Commit] = field(init=False, default_factory=dict)
     _resolved: ResolvedSteps = field(init=False, default_factory=ResolvedSteps)
     _shared: set[str] = field(init=False, default_factory=set)
+    _outages: Counter[str] = field(init=False, default_factory=Counter)  # launches in a row that the store failed
+    _code: dict[str, dict[str, str]] = field(init=False)  # as the run begins: files may be edited meanwhile
     _next_reports: float = field(init=False, default=0.0)
     _next_lease_check: float = field(init=False, default=0.0)
 
@@ -92,27 +80,30 @@ class Driver:
         self._folder = self.store.root / "runs" / self.run
         self._recorder = Recorder(self.plan, self.record)
         self._commits = {step.step.name: step.commit for step in self.plan.having("HIT") if step.commit}
+        self._code = {
+            planned.step.name: code_evidence(type(planned.step.stage)) for planned in self.plan.having("MISS")
+        }
         cluster = self.executor.cluster_resources()
-        self._schedule = new_schedule(
+        self._schedule = schedule.new_schedule(
             {name: planned.step for name, planned in self.plan.steps.items()},
             committed=frozenset(self._commits),
-            capacity=Capacity(cluster.cpus, cluster.gpus),
+            capacity=schedule.Capacity(cluster.cpus, cluster.gpus),
             blocked={planned.step.name: planned.reason for planned in self.plan.having("BLOCKED")},
         )
 
     def go(self) -> RunResult:
         """Run everything that is not committed; return how each step ended."""
         fingerprints = {name: planned.fingerprint for name, planned in self.plan.steps.items()}
-        persist("note the run's steps", lambda: self._folder.put_json("steps.json", fingerprints), self.pause)
+        persist("note the run's steps", lambda: self._folder.put_json("steps.json", fingerprints), self.interrupt)
         for name, commit in self._commits.items():
             self._recorder.hit(name, commit)
         for planned in self.plan.having("MISS"):
             with suppress(Exception):  # reported when the step is launched, if it is still so then
                 self._resolved.of(planned)
-        self._take(Tick(self.clock()))
+        self._take(schedule.Tick(self.clock()))
         while not self._schedule.over:
             if self.interrupt.is_set() and not self._schedule.interrupted:
-                self._take(Interrupted(self.clock()))
+                self._take(schedule.Interrupted(self.clock()))
             self._turn()
         return self._result()
 
@@ -127,13 +118,13 @@ class Driver:
         if running and self.clock() >= self._next_lease_check:
             self._next_lease_check = self.clock() + LEASE_SECONDS
             self._take(*self._overtaken())
-        self._take(Tick(self.clock()))
+        self._take(schedule.Tick(self.clock()))
 
     def _take(self, *events: Event) -> None:
         """Advance the schedule by events and act on what it decides, then by the events that this brings."""
         queue = deque(events)
         while queue:
-            self._schedule, decisions = advance(self._schedule, queue.popleft())
+            self._schedule, decisions = schedule.advance(self._schedule, queue.popleft())
             for decision in decisions:
                 queue.extend(self._act(decision))
 
@@ -155,30 +146,47 @@ class Driver:
     def _launch(self, launch: Launch) -> list[Event]:
         name = launch.step
         try:
-            if shared := self._share(launch):
-                return shared
-            fingerprint = self.plan.steps[name].fingerprint
-            assert fingerprint is not None
-            claim = persist(f"claim {name}", lambda: self.store.claim(fingerprint, self.run), self.pause)
-            if isinstance(claim, Holder):
-                text = f"run {claim.run} on {claim.host} is at it; waiting to share its result"
-                self._show(self.watcher.step, name, Phase.HELD, text)
-                return [Held(name, self.clock(), claim.run)]
-            self._claims[name] = claim
-            if shared := self._share(launch):  # committed between our look and our claim
-                self._release(name)
-                return shared
+            claim = self._claim(launch)
         except (StillhouseError, *STORE_ERRORS) as error:
-            self._recorder.opened(name, launch.attempt, "miss")
-            return self._failed(name, launch.attempt, _of_store(error))
+            return self._not_launched(launch, _of_store(error))
+        if not isinstance(claim, Claim):
+            return claim
+        self._outages[name] = 0
         self._recorder.opened(name, launch.attempt, "miss")
         try:
             attempt = self._attempt(launch, claim)
+        except ExternalDataError as error:  # what is out of reach may come back
+            return self._failed(name, launch.attempt, Failure(FailureKind.TRANSIENT, str(error)))
         except Exception as error:  # noqa: BLE001  data from outside, its own code included: one step's trouble
-            return self._failed(name, launch.attempt, _of_external(error))
+            return self._failed(name, launch.attempt, classify(error))
         self._show(self.watcher.step, name, Phase.RUNNING, f"attempt {launch.attempt}" if launch.attempt > 1 else "")
         self.executor.submit(attempt)
         return []
+
+    def _claim(self, launch: Launch) -> Claim | list[Event]:
+        """Return the right to run a step, or what stands in the way of it: another run's claim or commit."""
+        name, fingerprint = launch.step, self._identity(launch.step).fingerprint
+        if shared := self._share(launch):
+            return shared
+        claim = self.store.claim(fingerprint, self.run)
+        if isinstance(claim, Holder):
+            reason = f"run {claim.run} on {claim.host} is running this step; waiting for its result"
+            return [schedule.Postponed(name, self.clock(), Phase.HELD, reason, HELD_POLL_SECONDS)]
+        self._claims[name] = claim
+        if shared := self._share(launch):  # committed between our look and our claim
+            self._release(name)
+        return shared or claim
+
+    def _not_launched(self, launch: Launch, failure: Failure) -> list[Event]:
+        """Wait for a store that fails, as long as a commit waits for it; only then an attempt is lost."""
+        name, pauses = launch.step, PAUSES_SECONDS[self._outages[launch.step] :]
+        if failure.kind is FailureKind.TRANSIENT and pauses:
+            self._outages[name] += 1
+            reason = f"{failure.message}; trying again in {pauses[0]:g} s"
+            return [schedule.Postponed(name, self.clock(), Phase.BACKING_OFF, reason, pauses[0])]
+        self._outages[name] = 0
+        self._recorder.opened(name, launch.attempt, "miss")
+        return self._failed(name, launch.attempt, failure)
 
     def _attempt(self, launch: Launch, claim: Claim) -> Attempt:
         planned = self.plan.steps[launch.step]
@@ -202,20 +210,20 @@ class Driver:
     def _share(self, launch: Launch) -> list[Event]:
         """Take the commit that another run has made since this run was planned, if there is one."""
         name, planned = launch.step, self.plan.steps[launch.step]
-        fingerprint = planned.fingerprint
-        assert fingerprint is not None
-        newest = persist(f"look for {name}", lambda: self.store.newest(fingerprint), self.pause)
-        if newest is None or newest.generation <= planned.seen_generation:
-            return []
-        if newest.manifest.outdated_input(self._inputs(planned)):
+        newest = self.store.newest(self._identity(name).fingerprint)
+        seen = planned.seen_generation
+        if newest is None or newest.generation <= seen or newest.manifest.outdated_input(self._inputs(planned)):
             return []
         self._commits[name] = newest
         self._shared.add(name)
-        made_by = newest.manifest.run
-        self._recorder.opened(name, launch.attempt, "hit")
-        self._recorder.closed(name, launch.attempt, "FINISHED", newest.artifact.metrics, {"made_by_run": made_by})
-        self._show(self.watcher.step, name, Phase.COMMITTED, f"shared with run {made_by}")
-        return [Committed(name, self.clock())]
+        self._recorder.hit(name, newest, launch.attempt)
+        self._show(self.watcher.step, name, Phase.COMMITTED, f"shared with run {newest.manifest.run}")
+        return [schedule.Committed(name, self.clock())]
+
+    def _identity(self, name: str) -> Identity:
+        identity = self.plan.steps[name].identity
+        assert identity is not None
+        return identity
 
     def _inputs(self, planned: StepPlan) -> dict[str, InputCommit]:
         return input_commits(planned.step, planned.inputs, self._commits)
@@ -228,7 +236,7 @@ class Driver:
 
     def _ended(self, name: str, result: AttemptResult | Failure) -> list[Event]:
         state = self._schedule.steps[name]
-        ended = self._commit(name, result) if isinstance(result, AttemptResult) else result
+        ended = result if isinstance(result, Failure) else self._commit(name, result)
         if isinstance(ended, Failure):
             return self._failed(name, state.attempt, ended, "KILLED" if state.phase is Phase.STOPPING else "FAILED")
         claim, manifest = self._claims[name], ended.manifest
@@ -240,11 +248,11 @@ class Driver:
         metrics, tags = {**ended.artifact.metrics, **took}, {"artifact": self.store.out(claim).uri}
         self._recorder.closed(name, state.attempt, "FINISHED", metrics, tags)
         self._show(self.watcher.step, name, Phase.COMMITTED, f"{ended.seconds:.1f} s")
-        return [Committed(name, self.clock())]
+        return [schedule.Committed(name, self.clock())]
 
     def _failed(self, name: str, attempt: int, failure: Failure, status: RunStatus = "FAILED") -> list[Event]:
         self._recorder.closed(name, attempt, status, {}, {"error": failure.message[:500]})
-        return [Failed(name, self.clock(), failure)]
+        return [schedule.Failed(name, self.clock(), failure)]
 
     def _release(self, name: str) -> None:
         """Let other runs have a step's claim without waiting for this run's end."""
@@ -255,12 +263,9 @@ class Driver:
         planned, claim = self.plan.steps[name], self._claims[name]
         if changed := self._resolved.of(planned).changed():
             return Failure(FailureKind.PERMANENT, changed)
-        assert planned.identity is not None
         stage = planned.step.stage
         manifest = Manifest(
-            fingerprint=claim.fingerprint,
-            generation=claim.generation,
-            epoch=claim.epoch,
+            **asdict(claim),
             kind=stage.KIND,
             stage=type(stage).__name__,
             step=name,
@@ -268,16 +273,16 @@ class Driver:
             run=self.run,
             files=result.files,
             metrics=dict(result.metrics),
-            identity=dict(planned.identity.record),
+            identity=dict(self._identity(name).record),
             inputs=self._inputs(planned),
             resources=self._schedule.steps[name].resources,
-            provenance=Provenance(**result.environment, **code_evidence(type(stage))),
+            provenance=Provenance(**result.environment, **self._code[name]),
             seconds=result.seconds,
             peak_memory_bytes=result.peak_memory_bytes,
             created=time.time(),
         )
         try:
-            return persist(f"commit {name}", lambda: self.store.commit(claim, manifest), self.pause)
+            return persist(f"commit {name}", lambda: self.store.commit(claim, manifest), self.interrupt)
         except Fenced as error:
             return Failure(FailureKind.FENCED, str(error))
         except STORE_ERRORS as error:
@@ -287,7 +292,8 @@ class Driver:
         """Find the running steps that another run took over, as it may while this process is paused."""
         running = [name for name, state in self._schedule.steps.items() if state.phase is Phase.RUNNING]
         with suppress(*STORE_ERRORS):  # looked at again soon; the commit looks in any case
-            return [Overtaken(name, self.clock()) for name in running if self.store.overtaken(self._claims[name])]
+            taken = [name for name in running if self.store.overtaken(self._claims[name])]
+            return [schedule.Overtaken(name, self.clock()) for name in taken]
         return []
 
     def _pass_on(self, reports: ProgressUpdates) -> list[Event]:
@@ -295,7 +301,7 @@ class Driver:
         for name, attempt in sorted(reports.started | reports.curves.keys()):
             state = self._schedule.steps.get(name)  # an executor may have served another run, whose steps started too
             if state and state.phase is Phase.RUNNING and state.attempt == attempt and state.began_at is None:
-                began.append(Began(name, self.clock()))
+                began.append(schedule.Began(name, self.clock()))
         for (name, _), (done, total, unit) in reports.progress.items():
             self._show(self.watcher.progress, name, done, total, unit)
         for (name, attempt), points in reports.curves.items():
@@ -313,18 +319,12 @@ class Driver:
         for name, state in self._schedule.steps.items():
             hit, shared = self.plan.steps[name].status == "HIT", name in self._shared
             outcome: StepStatus = "hit" if hit else "shared" if shared else STATUS_OF[state.phase]
-            ran = state.attempt and not shared
-            log = self._folder.uri_of(f"logs/{name}.{state.attempt}.log") if ran else None
+            log = self._folder.uri_of(f"logs/{name}.{state.attempt}.log") if state.attempt and not shared else None
             results[name] = StepResult(name, outcome, state.reason, self._commits.get(name), log, state.attempt)
         return RunResult(self.run, results, self._schedule.succeeded, self._schedule.interrupted)
 
 
-def _of_external(error: Exception) -> Failure:
-    """Return the failure that an error with data from outside is: what is out of reach may come back."""
-    return Failure(FailureKind.TRANSIENT, str(error)) if isinstance(error, ExternalDataError) else classify(error)
-
-
 def _of_store(error: Exception) -> Failure:
-    """Return the failure that the store's is: what it refuses for good is an error of ours, all else may pass."""
-    passing = Failure(FailureKind.TRANSIENT, f"the store failed: {brief(error)}")
-    return classify(error) if isinstance(error, StillhouseError) else passing
+    """Return the failure that the store's is: what it refuses for good is an error of ours, all else is transient."""
+    ours = isinstance(error, StillhouseError)
+    return classify(error) if ours else Failure(FailureKind.TRANSIENT, f"the store failed: {brief(error)}")

@@ -1,24 +1,25 @@
 """Finds and deletes what a store holds and nothing needs any more.
 
-Kept: what a pinned artifact, a registered version of any MLflow that the store was used with, a live run or one of the
-newest runs reaches; what was written to lately; whatever a live run holds the lease of.
+Kept: what is pinned, registered in any MLflow that the store was used with, read by a live run or one of the newest,
+written to lately, or under a live run's lease; and all that these were made from.
 Collected: every other artifact; of kept ones the output of attempts that no commit names, and the snapshots of
 generations that are committed; of runs those that are over, wholly published, and made nothing that is kept.
 
 Promises: a run announces itself (`heartbeat`) before it plans, and then says what it reads (`steps.json`). Nothing is
 deleted while one is between the two, nor what one planned to read that began while this looked: commits go first, and
-come back where a run has begun since; only then their files go.
+come back where a run has begun since; only then their files go. What another `gc` deleted meanwhile is passed over.
 Does not: ask whether a file is whole (`artifacts verify`).
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby, islice
 from typing import Literal
 
 from stages.errors import ConfigError, StillhouseError
-from stages.storage import Entry, Folder
+from stages.storage import AlreadyExists, Entry, Folder
 from workflows.engine.lease import number_of
 from workflows.engine.store import ArtifactStore, reachable
 from workflows.engine.tracking.publisher import PUBLISHED, publisher_lease
@@ -34,7 +35,7 @@ __all__ = ["Garbage", "GarbageItem", "StoreBusy", "delete", "find_garbage"]
 
 
 class StoreBusy(StillhouseError):
-    """A run is about to say what it reads: what is garbage cannot be known now."""
+    """What some run reads is not known: what is garbage cannot be known now."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +78,7 @@ def find_garbage(store: ArtifactStore, *, tracking_uri: str | None, keep_runs: i
         min_age_seconds: keep what was written to less than so long ago.
 
     Raises:
-        StoreBusy: a live run has not said yet what it reads.
+        StoreBusy: a live run has not said yet what it reads, or what a kept one reads is torn.
         TrackingUnavailable: a registry cannot be asked, so nothing is known to be safe to delete.
     """
     before, known = time.time() - min_age_seconds, store.fingerprints()
@@ -93,10 +94,12 @@ def find_garbage(store: ArtifactStore, *, tracking_uri: str | None, keep_runs: i
     kept_runs = tuple(sorted({*alive, *newest}))
     roots = _registered(store, tracking_uri) | set(store.pins())
     for run in kept_runs:
-        roots.update(((runs / run).find_json("steps.json") or {}).values())
+        roots.update(_reads(runs / run).values())
     reached = reachable(store, roots & set(known))
-    items = [item for name in known if name not in reached for item in _artifact(store, name)]
-    items = [item for item in items if _is_old(item, before)]
+    unreached = [_artifact(store, name) for name in known if name not in reached]
+    young = [item.name for item in unreached if not _is_old(item, before) or store.lease(item.name).holder()]
+    reached |= reachable(store, young)
+    items = [item for item in unreached if item.name not in reached]
     kept = frozenset(known) - {item.name for item in items}
     items += [item for name in sorted(kept) for item in _leftovers(store, name) if _is_old(item, before)]
     makers = {commit.manifest.run for name in kept for commit in store.commits(name)}
@@ -111,23 +114,34 @@ def delete(store: ArtifactStore, garbage: Garbage) -> None:
     Raises:
         StoreBusy: a run began meanwhile, which may read some of it: nothing is deleted.
     """
-    commits = [
-        (item.folder, entry.name, item.folder.get(entry.name))
-        for item in garbage.items
-        if item.kind == "artifact"
-        for entry in item.entries
-        if entry.name.startswith("commits/")
-    ]
+    commits: list[tuple[Folder, str, bytes]] = []
+    for item in garbage.items:
+        for name in (entry.name for entry in item.entries if item.kind == "artifact"):
+            if name.startswith("commits/"):
+                with suppress(FileNotFoundError):
+                    commits.append((item.folder, name, item.folder.get(name)))
     for folder, name, _ in commits:
         folder.delete([name])
     if began := sorted(set((store.root / "runs").children()) - garbage.runs):
         for folder, name, data in commits:
-            folder.put(name, data)
+            with suppress(AlreadyExists):
+                folder.put(name, data, create=True)
         raise StoreBusy(f"run {began[0]} began while gc was looking, so nothing is deleted; run gc again")
     gone = {folder.uri_of(name) for folder, name, _ in commits}
     for item in garbage.items:
         item.folder.delete([entry.name for entry in item.entries if item.folder.uri_of(entry.name) not in gone])
         item.folder.prune()
+
+
+def _reads(run: Folder) -> Mapping[str, str]:
+    """Return step → fingerprint of a run; of one that was refused before it read anything, nothing."""
+    steps: Mapping[str, str] | None = run.find_json("steps.json")
+    if steps is None and run.has("steps.json"):
+        raise StoreBusy(
+            f"{run.uri_of('steps.json')} is torn, as by a power cut, so what that run read is not known and nothing is "
+            "collected; delete that object if nothing is to be kept on its account"
+        )
+    return steps or {}
 
 
 def _registered(store: ArtifactStore, tracking_uri: str | None) -> set[str]:
@@ -156,16 +170,14 @@ def _label(store: ArtifactStore, fingerprint: str) -> str:
     return f"{commit.manifest.workflow}/{commit.manifest.step}" if commit else "(unfinished)"
 
 
-def _artifact(store: ArtifactStore, fingerprint: str) -> Iterator[GarbageItem]:
-    """Yield an artifact that nothing reaches, unless a live run is at work on it."""
-    if not store.held(fingerprint):
-        folder = store.folder(fingerprint)
-        yield GarbageItem("artifact", fingerprint, _label(store, fingerprint), folder, tuple(folder.entries()))
+def _artifact(store: ArtifactStore, fingerprint: str) -> GarbageItem:
+    folder = store.folder(fingerprint)
+    return GarbageItem("artifact", fingerprint, _label(store, fingerprint), folder, tuple(folder.entries()))
 
 
 def _leftovers(store: ArtifactStore, fingerprint: str) -> Iterator[GarbageItem]:
     """Yield what a kept artifact's attempts left that nobody reads and no attempt goes on from."""
-    if store.held(fingerprint):
+    if store.lease(fingerprint).holder():
         return
     folder, label = store.folder(fingerprint), _label(store, fingerprint)
     named = {file.path.split("/")[1] for commit in store.commits(fingerprint) for file in commit.manifest.files}

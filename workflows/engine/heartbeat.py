@@ -57,7 +57,7 @@ class Holder:
     @classmethod
     def of_this_process(cls, run: str) -> "Holder":
         """Return this process as the holder for a run."""
-        return holder_of(run, os.getpid())
+        return cls(run, socket.gethostname(), boot_id(), os.getpid(), start_time(os.getpid()))
 
     @classmethod
     def from_json(cls, value: Any) -> "Holder | None":
@@ -80,11 +80,6 @@ class Holder:
             return same and psutil.Process(self.pid).status() != psutil.STATUS_ZOMBIE
         except psutil.NoSuchProcess:
             return False
-
-
-def holder_of(run: str, pid: int) -> Holder:
-    """Return a process of this host as the holder for a run."""
-    return Holder(run, socket.gethostname(), boot_id(), pid, start_time(pid))
 
 
 class Liveness:
@@ -140,7 +135,9 @@ class Heartbeat:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.stop()
+        """Stop beating; the last beat stays."""
+        self._stop.set()
+        self._thread.join(timeout=BEAT_SECONDS)
 
     def _beat(self) -> None:
         self._folder.put_json("heartbeat.json", Holder.of_this_process(self._run).to_json())
@@ -151,8 +148,3 @@ class Heartbeat:
                 self._beat()
             except Exception:  # noqa: BLE001  a missed beat is what the others' patience (STALE_SECONDS) is for
                 continue
-
-    def stop(self) -> None:
-        """Stop beating; the last beat stays."""
-        self._stop.set()
-        self._thread.join(timeout=BEAT_SECONDS)

@@ -2,8 +2,8 @@
 
 fingerprint = sha256 of canonical JSON of: schema version, the stage's class and `REVISION`, its config, and the
 fingerprints of its inputs. A class enters by module and qualified name (a user's own file is the module
-`stillhouse_user_<file>`), so that a user's `Train` is not ours. Not in it: the step's name, resources, retries, paths,
-the store, code, time, hardware.
+`stillhouse_user_<path in its project>`), so that a user's `Train` is not ours. Not in it: the step's name, resources,
+retries, paths, the store, code, time, hardware.
 Equal across processes, hosts, hash seeds, store roots and dict order. What has no stable form is refused.
 """
 

@@ -16,9 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from stages.storage import AlreadyExists, Entry, Folder
-from workflows.engine.heartbeat import Holder, Liveness, holder_of
-
-__all__ = ["Lease", "holder_of", "number_of"]
+from workflows.engine.heartbeat import Holder, Liveness
 
 POLL_SECONDS = 0.1
 PATIENCE_SECONDS = 60.0
@@ -43,7 +41,7 @@ class Lease:
             if held_by is not None and not (renew and held_by.run == holder.run):
                 return held_by
             try:
-                self._folder.put_json(_claim(term + 1), holder.to_json(), durable=True)
+                self._folder.put_json(f"claims/{term + 1:06d}.json", holder.to_json(), durable=True)
             except AlreadyExists:
                 continue  # another process was faster: look at it
             return term + 1
@@ -51,7 +49,7 @@ class Lease:
     def release(self, term: int) -> None:
         """End a term, so that the next holder need not wait for this process to die; again is as good as once."""
         with suppress(AlreadyExists):
-            self._folder.put_json(_released(term), {}, create=True)
+            self._folder.put_json(f"released/{term:06d}.json", {}, create=True)
 
     def holder(self) -> Holder | None:
         """Return who holds the lease, or None where nobody alive does."""
@@ -86,10 +84,10 @@ class Lease:
         if not claims:
             return 0, None
         term, since = number_of(claims[-1]), claims[-1].modified
-        if self._folder.has(_released(term)):
+        if self._folder.has(f"released/{term:06d}.json"):
             return term, None
-        found = self._folder.find_json(_claim(term))
-        if found is None and not self._folder.has(_claim(term)):
+        found = self._folder.find_json(f"claims/{term:06d}.json")
+        if found is None and not self._folder.has(f"claims/{term:06d}.json"):
             return self._look()  # deleted meanwhile: there is a later term
         holder = Holder.from_json(found)
         return term, holder if holder is not None and self._liveness.alive(holder, since=since) else None
@@ -101,11 +99,3 @@ class Lease:
 def number_of(entry: Entry) -> int:
     """Return the number of an object `<number>.json`."""
     return int(entry.name.removesuffix(".json"))
-
-
-def _claim(term: int) -> str:
-    return f"claims/{term:06d}.json"
-
-
-def _released(term: int) -> str:
-    return f"released/{term:06d}.json"

@@ -26,9 +26,6 @@ PlanStatus = Literal["HIT", "MISS", "BLOCKED"]
 STORE_READERS = 8
 """Steps looked up at once: a look-up is two to four requests, which on S3 take some 20 ms each."""
 
-_Watch = Callable[[str, str, int], None]
-"""Step, file, bytes just read → nothing; raises to stop."""
-
 
 @dataclass(frozen=True, slots=True)
 class ClusterResources:
@@ -98,10 +95,10 @@ class _Found:
     """What the store has for one step."""
 
     commit: Commit | None
-    problems: list[str]
-    withdrawal: str | None
+    flaw: str | None
+    """Why its commit does not count."""
     previous: Commit | None
-    """What `by-name/<workflow>/<step>` names, where that has another fingerprint."""
+    """The step's last result: its commit, else what `by-name/<workflow>/<step>` names under another fingerprint."""
 
 
 class PlanInterrupted(StillhouseError):
@@ -146,33 +143,19 @@ def make_plan(
         for step in workflow.in_order():
             if (name := step.name) in wanted:
                 plan[name] = _plan_step(step, known[name], looked_up[name], plan, cluster, strict_code)
-        if not (deep and _withdraw_rotten_inputs(store, plan, _watch(progress, interrupt))):
+        if not (deep and _withdraw_corrupt_inputs(store, plan, progress, interrupt)):
             return Plan(workflow, plan)
-
-
-def _watch(progress: Callable[[str], None] | None, interrupt: Flag | None) -> _Watch:
-    total = 0
-
-    def watch(step: str, path: str, num_bytes: int) -> None:
-        nonlocal total
-        total += num_bytes
-        if interrupt is not None and interrupt.is_set():
-            raise PlanInterrupted(f"interrupted while {path} of {step} was verified; nothing was started")
-        if progress is not None:
-            progress(f"verifying {step}: {path.split('/', 2)[2]} ({total / 1e6:,.0f} MB read)")
-
-    return watch
 
 
 def _look_up(workflow: Workflow, store: ArtifactStore, name: str, identity: Identity | Unknown) -> _Found:
     fingerprint = identity.fingerprint if isinstance(identity, Identity) else None
-    commit = store.newest(fingerprint) if fingerprint else None
-    problems = store.problems(commit, deep=False) if commit else []
-    withdrawal = store.withdrawal(fingerprint) if fingerprint and not commit else None
-    pointer, previous = (None if commit else store.pointed(workflow.name, name)), None
-    if pointer and pointer.fingerprint != fingerprint:
-        previous = store.newest(pointer.fingerprint)
-    return _Found(commit, problems, withdrawal, previous)
+    if fingerprint and (commit := store.newest(fingerprint)):
+        problems = store.problems(commit, deep=False)
+        return _Found(commit, f"its commit does not verify: {problems[0]}" if problems else None, commit)
+    withdrawal = store.withdrawal(fingerprint) if fingerprint else None
+    pointer = store.pointed(workflow.name, name)
+    previous = store.newest(pointer.fingerprint) if pointer and pointer.fingerprint != fingerprint else None
+    return _Found(None, f"its commit was withdrawn: {withdrawal}" if withdrawal else None, previous)
 
 
 def _plan_step(
@@ -183,8 +166,7 @@ def _plan_step(
     cluster: ClusterResources | None,
     strict_code: bool,
 ) -> StepPlan:
-    previous = found.commit or found.previous
-    estimate = previous.seconds if previous else None
+    estimate = found.previous.seconds if found.previous else None
     if isinstance(identity, Unknown):
         return StepPlan(step, "BLOCKED" if identity.own else "MISS", identity.reason, seconds_estimate=estimate)
     miss = _why_miss(step, identity, found, before, strict_code)
@@ -200,16 +182,13 @@ def _plan_step(
 def _why_miss(
     step: Step, identity: Identity, found: _Found, before: Mapping[str, StepPlan], strict_code: bool
 ) -> str | None:
-    commit = found.commit
-    if commit is None:
-        if found.withdrawal:
-            return f"its commit was withdrawn: {found.withdrawal}"
+    if found.flaw:
+        return found.flaw
+    if (commit := found.commit) is None:
         if found.previous is None:
             waits = sorted(need for need in step.needs() if before[need].status != "HIT")
             return "never run" + (f"; waits for {', '.join(waits)}" if waits else "")
         return _changed(step, found.previous.manifest.identity, identity.record)
-    if found.problems:
-        return f"its commit does not verify: {found.problems[0]}"
     for need in sorted(step.needs()):
         if before[need].commit is None:
             return f"{need} is run again"
@@ -266,15 +245,26 @@ def _lacking(need: Resources, cluster: ClusterResources) -> str | None:
     return None
 
 
-def _withdraw_rotten_inputs(
-    store: ArtifactStore, plan: Mapping[str, StepPlan], watch: Callable[[str, str, int], None]
+def _withdraw_corrupt_inputs(
+    store: ArtifactStore,
+    plan: Mapping[str, StepPlan],
+    progress: Callable[[str], None] | None,
+    interrupt: Flag | None,
 ) -> bool:
     """Withdraw commits that steps to be run would read and whose files do not verify; return whether there were any."""
-    read = {need for step in plan.values() if step.status == "MISS" for need in step.step.needs()}
-    rotten = False
-    for name in sorted(read):
+    total, corrupt = 0, False
+
+    def watch(step: str, path: str, num_bytes: int) -> None:
+        nonlocal total
+        total += num_bytes
+        if interrupt is not None and interrupt.is_set():
+            raise PlanInterrupted(f"interrupted while {path} of {step} was verified; nothing was started")
+        if progress is not None:
+            progress(f"verifying {step}: {path.split('/', 2)[2]} ({total / 1e6:,.0f} MB read)")
+
+    for name in sorted({need for step in plan.values() if step.status == "MISS" for need in step.step.needs()}):
         commit = plan[name].commit
         if commit is not None and (problems := store.problems(commit, deep=True, watch=partial(watch, name))):
             store.withdraw(commit, problems[0])
-            rotten = True
-    return rotten
+            corrupt = True
+    return corrupt

@@ -25,12 +25,15 @@ ROOT = Path(__file__).parents[2]
 
 @cache
 def code_digest(stage: type) -> str:
-    """Return a digest of the code that a stage's results come from: its file and all that this imports of ours."""
+    """Return a digest of the code that a stage's results come from: its file and all that this imports of ours.
+
+    Python that does not parse, half saved perhaps, counts by its bytes, and a file that is gone as empty.
+    """
     files = code_files(Path(inspect.getfile(stage)))
     named = {file.relative_to(ROOT).as_posix() if file.is_relative_to(ROOT) else file.name: file for file in files}
     digest = hashlib.sha256()
     for name, file in sorted(named.items()):
-        digest.update(f"{name}\0".encode() + file.read_bytes())
+        digest.update(f"{name}\0".encode() + _read(file))
     return digest.hexdigest()[:16]
 
 
@@ -49,10 +52,20 @@ def code_files(source: Path, root: Path = ROOT) -> set[Path]:
     return found
 
 
+def _read(file: Path) -> bytes:
+    with suppress(OSError):
+        return file.read_bytes()
+    return b""
+
+
 @cache
 def _imported_files(file: Path, root: Path) -> frozenset[Path]:
     modules: set[str] = set()
-    for node in ast.walk(ast.parse(file.read_bytes())):
+    try:
+        tree = ast.parse(_read(file))
+    except (SyntaxError, ValueError):
+        return frozenset()
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             modules |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from threading import Event as Flag
 from typing import TypeVar
 
 from stages.storage import STORE_ERRORS
@@ -14,8 +15,10 @@ PAUSES_SECONDS = (0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 """Some 20 s, on top of what obstore itself does (it tries a request to an object store for up to 3 minutes)."""
 
 
-def persist(what: str, call: Callable[[], T], pause: Callable[[float], None]) -> T:
+def persist(what: str, call: Callable[[], T], interrupt: Flag) -> T:
     """Return what a call returns, tried again while the store fails; doing it twice must be as good as once.
+
+    Once `interrupt` is set, it is tried one last time without waiting.
 
     Raises:
         Exception: the last one of `STORE_ERRORS`, or any other at once.
@@ -25,7 +28,8 @@ def persist(what: str, call: Callable[[], T], pause: Callable[[float], None]) ->
             return call()
         except STORE_ERRORS as error:
             logger.warning("cannot %s: %s; trying again in %g s", what, brief(error), seconds)
-            pause(seconds)
+            if interrupt.wait(seconds):
+                break
     return call()
 
 

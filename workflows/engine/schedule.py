@@ -19,9 +19,6 @@ from stages.contract import Resources
 from workflows.engine.failures import Failure, FailureKind, TryAgain, decide
 from workflows.engine.graph import Retry, Step
 
-HELD_POLL_SECONDS = 1.0
-"""How often a step that another run holds is looked at again."""
-
 
 class Phase(Enum):
     """Where a step stands; `over` phases are never left."""
@@ -115,12 +112,15 @@ class Committed:
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
-    """A step could not be launched, since a live run holds its claim."""
+class Postponed:
+    """A step could not be launched yet, which costs no attempt: a live run holds its claim, or the store fails."""
 
     step: str
     at: float
-    holder: str
+    phase: Phase
+    """`HELD` or `BACKING_OFF`."""
+    reason: str
+    wait_seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +147,7 @@ class Interrupted:
     at: float
 
 
-Event = Tick | Began | Committed | Held | Failed | Overtaken | Interrupted
+Event = Tick | Began | Committed | Postponed | Failed | Overtaken | Interrupted
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,9 +211,8 @@ def advance(schedule: Schedule, event: Event) -> tuple[Schedule, list[Decision]]
             draft.update(step, began_at=at)
         case Committed(step):
             draft.update(step, phase=Phase.COMMITTED, stopping=None)
-        case Held(step, at, holder):
-            attempt, reason = draft.steps[step].attempt - 1, f"run {holder} holds it"
-            draft.update(step, phase=Phase.HELD, not_before=at + HELD_POLL_SECONDS, attempt=attempt, reason=reason)
+        case Postponed(step, at, phase, reason, wait):
+            draft.settle(step, phase, reason, not_before=at + wait, attempt=draft.steps[step].attempt - 1)
         case Failed(step, at, failure):
             _fail(draft, step, at, failure)
         case Overtaken(step):

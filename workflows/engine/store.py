@@ -177,10 +177,6 @@ class ArtifactStore:
         """Return whether a later claim exists, so that this one's attempt works for nothing."""
         return self.lease(claim.fingerprint).latest() > claim.epoch
 
-    def held(self, fingerprint: str) -> bool:
-        """Return whether a live run holds the claim."""
-        return self.lease(fingerprint).holder() is not None
-
     def release(self, claim: Claim) -> None:
         """Give a claim up, so that another run need not wait for this one's end; again is as good as once."""
         self.lease(claim.fingerprint).release(claim.epoch)

@@ -59,6 +59,15 @@ def test_receipt_that_was_first_stays(tmp_path: Path) -> None:
     assert write_receipt(resume, failed_receipt(INT8, "here", 0.0)) == first == read_receipt(resume, INT8.name)
 
 
+@pytest.mark.parametrize("torn", [b"", b'{"schema": 1, "tri', b"\0" * 40])
+def test_receipt_that_a_power_cut_tore_counts_as_absent_and_is_overwritten(tmp_path: Path, torn: bytes) -> None:
+    resume = Folder.at(tmp_path)
+    resume.put(f"trials/{INT8.name}.json", torn)
+    assert read_settled([INT8], resume, {"layer": 64}) == {}
+    receipt = failed_receipt(INT8, "no luck", 0.0)
+    assert write_receipt(resume, receipt) == receipt == read_receipt(resume, INT8.name)
+
+
 def test_receipt_of_another_version_is_an_error_that_names_it(tmp_path: Path) -> None:
     resume = Folder.at(tmp_path)
     resume.put_json(f"trials/{INT8.name}.json", {"status": "done", "kl": 0.1})

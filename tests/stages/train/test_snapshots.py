@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from stages.storage import Folder
@@ -35,6 +36,21 @@ def test_newest_without_a_marker_is_not_read(tmp_path: Path) -> None:
     found = snapshots.newest(folder)
     assert found is not None
     assert found.step == 5
+
+
+@pytest.mark.parametrize("torn", [b"", b'{"name": "00', b"\0" * 40, b"[]", b'{"name": "a"}'])
+def test_newest_with_a_torn_marker_is_passed_over_and_counts_as_none_of_the_kept(tmp_path: Path, torn: bytes) -> None:
+    folder = Folder.at(tmp_path)
+    _write(folder, 5)
+    for name in ("0000000008-aa", "0000000009-bb"):
+        (folder / "snapshots").put(f"{name}.json", torn)
+    found = snapshots.newest(folder)
+    assert found is not None
+    assert found.step == 5
+    _write(folder, 6)
+    found = snapshots.newest(folder)
+    assert found is not None
+    assert found.step == 6
 
 
 def test_newest_with_damaged_or_missing_bytes_is_passed_over(tmp_path: Path) -> None:

@@ -76,9 +76,9 @@ def test_waiting_for_another_run_is_printed_once_where_lines_stay(tmp_path: Path
     out = Console(width=80, file=io.StringIO())
     watcher = LiveWatcher(out, plan)
     for _ in range(5):
-        watcher.step("data", Phase.HELD, "run a is at it")
+        watcher.step("data", Phase.HELD, "run a is running this step")
     watcher.step("data", Phase.RUNNING, "")
-    assert out.file.getvalue().count("run a is at it") == 1  # type: ignore[attr-defined]
+    assert out.file.getvalue().count("run a is running this step") == 1  # type: ignore[attr-defined]
 
 
 def test_verifying_prints_a_line_now_and_then_where_lines_stay(monkeypatch: pytest.MonkeyPatch) -> None:

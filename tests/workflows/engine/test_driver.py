@@ -1,6 +1,7 @@
 """A run's loop: what it launches, commits, records and goes on from."""
 
 from collections.abc import Mapping
+from itertools import count
 from pathlib import Path
 from threading import Event as Flag
 from typing import Any
@@ -14,14 +15,15 @@ from tests.fakes import InlineTasks, SilentWatcher, drive
 from tests.stages_for_tests import Join, Odd, Pour, Stumble, Write
 from workflows.engine import events
 from workflows.engine.driver import Driver
-from workflows.engine.executor import Attempt, AttemptResult
+from workflows.engine.executor import Attempt, AttemptResult, Executor
 from workflows.engine.failures import Failure, FailureKind
 from workflows.engine.graph import Handle, Retry, Workflow
 from workflows.engine.heartbeat import Holder
 from workflows.engine.identity import Fingerprint
-from workflows.engine.plan import make_plan
-from workflows.engine.results import RunResult
+from workflows.engine.plan import Plan, make_plan
+from workflows.engine.provenance import code_digest
 from workflows.engine.retrying import PAUSES_SECONDS
+from workflows.engine.schedule import Phase
 from workflows.engine.store import ArtifactStore, Claim, cost_seconds
 
 BROKEN = Failure(FailureKind.PERMANENT, "the flask broke")
@@ -164,7 +166,7 @@ def test_drive_result_committed_by_another_run_meanwhile_is_shared(store: Artifa
     assert result.succeeded
 
 
-def test_drive_result_committed_between_look_and_claim_is_shared_and_its_claim_let_go(
+def test_drive_result_committed_between_look_and_claim_is_shared_and_its_claim_released(
     store: ArtifactStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     take = ArtifactStore.claim
@@ -244,7 +246,7 @@ def test_drive_manifest_says_where_the_result_came_from(store: ArtifactStore) ->
     assert manifest.metrics == {"parts": 2.0}
 
 
-def test_drive_rotten_input_is_made_again_before_it_is_read(store: ArtifactStore) -> None:
+def test_drive_corrupt_input_is_made_again_before_it_is_read(store: ArtifactStore) -> None:
     drive(graph(), store, InlineTasks(), only="data")
     fingerprint = store.resolve("flow/data")
     commit = store.newest(fingerprint)
@@ -386,14 +388,26 @@ class Failing:
         monkeypatch.setattr(ArtifactStore, name, method)
 
 
-def drive_patiently(
-    flow: Workflow, store: ArtifactStore, executor: InlineTasks, watcher: Any = None
-) -> tuple[RunResult, list[float]]:
-    """Drive without waiting between a store's failures; return how long it would have waited."""
-    pauses: list[float] = []
-    plan = make_plan(flow, store)
-    driver = Driver(plan, store, executor, "run", lambda record: None, watcher or SilentWatcher(), pause=pauses.append)
-    return driver.go(), pauses
+class Unhurried(Flag):
+    """An interrupt on which nobody waits; it remembers for how long somebody would have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waited: list[float] = []
+
+    def wait(self, timeout: float | None = None) -> bool:
+        self.waited.append(timeout or 0.0)
+        return self.is_set()
+
+
+def unhurried(plan: Plan, store: ArtifactStore, executor: Executor, watcher: Any = None) -> Driver:
+    """Return a driver for which a tenth of a second goes by each time that it looks at the clock."""
+    watcher, clock = watcher or SilentWatcher(), count(0.0, 0.1).__next__
+    return Driver(plan, store, executor, "run", lambda record: None, watcher, Unhurried(), clock)
+
+
+def down(*_: Any) -> Any:
+    raise OSError("connection refused")
 
 
 @pytest.mark.parametrize("answer_lost", [False, True], ids=["not done", "answer lost"])
@@ -401,24 +415,24 @@ def drive_patiently(
 def test_drive_store_that_fails_some_times_is_asked_again(
     store: ArtifactStore, monkeypatch: pytest.MonkeyPatch, method: str, answer_lost: bool
 ) -> None:
-    plan_first = make_plan(graph(), store)
+    driver = unhurried(make_plan(graph(), store), store, executor := InlineTasks())
     Failing(monkeypatch, method, 3, answer_lost=answer_lost)
-    pauses: list[float] = []
-    executor = InlineTasks()
-    driver = Driver(plan_first, store, executor, "run", lambda record: None, SilentWatcher(), pause=pauses.append)
     result = driver.go()
     assert result.succeeded
     assert executor.submitted == ["data", "first", "second"], "no attempt is lost"
-    assert len(pauses) == 3
+    assert all(step.attempts == 1 for step in result.steps.values())
+    assert driver.interrupt.waited == (list(PAUSES_SECONDS[:3]) if method == "commit" else []), (
+        "a launch blocks nothing"
+    )
 
 
 @pytest.mark.parametrize("method", ["point", "forget_resume", "release"])
 def test_drive_store_that_fails_after_a_commit_is_logged_and_the_run_goes_on(
     store: ArtifactStore, monkeypatch: pytest.MonkeyPatch, method: str, caplog: pytest.LogCaptureFixture
 ) -> None:
+    driver = unhurried(make_plan(graph(), store), store, InlineTasks())
     Failing(monkeypatch, method, 2)
-    result, _ = drive_patiently(graph(), store, InlineTasks())
-    assert result.succeeded
+    assert driver.go().succeeded
     assert "the run goes on without" in caplog.text
 
 
@@ -426,13 +440,88 @@ def test_drive_store_that_fails_after_a_commit_is_logged_and_the_run_goes_on(
 def test_drive_store_that_stays_away_fails_the_one_attempt(
     store: ArtifactStore, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
-    plan_first = make_plan(graph(), store)
+    driver = unhurried(make_plan(graph(), store), store, InlineTasks())
     Failing(monkeypatch, method, len(PAUSES_SECONDS) + 1)
-    executor = InlineTasks()
-    driver = Driver(plan_first, store, executor, "run", lambda record: None, SilentWatcher(), pause=lambda _: None)
     result = driver.go()
     assert result.succeeded
     assert result.steps["data"].attempts == 2
+
+
+def test_drive_interrupted_while_the_store_is_away_is_cancelled_at_once(
+    store: ArtifactStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Impatient(SilentWatcher):
+        def step(self, name: str, phase: Phase, text: str) -> None:
+            if phase is Phase.BACKING_OFF:
+                driver.interrupt.set()
+
+    flow = Workflow("flow")
+    for number in range(3):
+        flow.step(f"s{number}", Write(text=str(number)))
+    driver = unhurried(make_plan(flow, store), store, InlineTasks(), Impatient())
+    monkeypatch.setattr(ArtifactStore, "claim", down)
+    result = driver.go()
+    assert {step.outcome for step in result.steps.values()} == {"cancelled"}
+    assert driver.clock() < 5
+
+
+def test_drive_store_that_is_away_for_one_step_holds_up_no_other(
+    store: ArtifactStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flow = Workflow("flow")
+    flow.step("away", Write(text="away"), retry=Retry(attempts=1))
+    flow.step("near", Join(), data=flow.step("data", Write(text="near")))
+    plan = make_plan(flow, store)
+    claim = ArtifactStore.claim
+
+    def refuse(self: ArtifactStore, fingerprint: Fingerprint, run: str) -> Claim | Holder:
+        return down() if fingerprint == plan.steps["away"].fingerprint else claim(self, fingerprint, run)
+
+    monkeypatch.setattr(ArtifactStore, "claim", refuse)
+    watcher = SilentWatcher()
+    result = unhurried(plan, store, InlineTasks(), watcher).go()
+    assert {name: step.outcome for name, step in result.steps.items()} == {
+        "away": "failed",
+        "data": "committed",
+        "near": "committed",
+    }
+    assert watcher.phases.index(("near", Phase.COMMITTED)) < watcher.phases.index(("away", Phase.FAILED))
+    assert "the store failed: connection refused" in result.steps["away"].reason
+
+
+@pytest.mark.parametrize("times", [1, 99])
+def test_drive_interrupted_commit_is_tried_once_more_without_waiting(
+    store: ArtifactStore, monkeypatch: pytest.MonkeyPatch, times: int
+) -> None:
+    class Meanwhile(InlineTasks):
+        def submit(self, request: Attempt) -> None:
+            super().submit(request)
+            flag.set()
+
+    flag = Flag()
+    failing = Failing(monkeypatch, "commit", times)
+    plan = make_plan(graph(), store)
+    result = Driver(plan, store, Meanwhile(), "run", lambda record: None, SilentWatcher(), flag).go()
+    assert failing.calls == 2
+    assert result.steps["data"].outcome == ("committed" if times == 1 else "cancelled")
+
+
+def test_drive_code_that_is_edited_while_a_step_runs_is_not_what_its_manifest_names(
+    store: ArtifactStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Meanwhile(InlineTasks):
+        def submit(self, request: Attempt) -> None:
+            super().submit(request)
+            monkeypatch.setattr("workflows.engine.driver.code_evidence", broken)
+
+    def broken(stage: type) -> dict[str, str]:
+        raise SyntaxError("half saved")
+
+    result, _ = drive(graph(), store, Meanwhile())
+    assert result.succeeded
+    commit = result.steps["data"].commit
+    assert commit is not None
+    assert commit.manifest.provenance.code_digest == code_digest(Write)
 
 
 def test_drive_commit_of_an_older_version_met_on_the_way_fails_its_step_for_good(
@@ -458,8 +547,7 @@ def test_drive_watcher_that_raises_ends_nothing(store: ArtifactStore) -> None:
 
         progress = note = step
 
-    result, _ = drive_patiently(graph(), store, InlineTasks(), Gone())
-    assert result.succeeded
+    assert unhurried(make_plan(graph(), store), store, InlineTasks(), Gone()).go().succeeded
 
 
 def test_drive_step_that_another_run_took_over_is_stopped_and_shared(store: ArtifactStore) -> None:

@@ -119,6 +119,42 @@ def test_gc_keeps_what_is_younger_than_the_minimum_age(store: ArtifactStore) -> 
     assert [item.text for item in found(store, min_age_seconds=HOUR).items] == ["flow/joined"]
 
 
+def test_gc_keeps_what_a_young_artifact_was_made_from(store: ArtifactStore) -> None:
+    age(store, "artifacts", fingerprint_of(store, "data", OLD), seconds=2 * HOUR)
+    assert found(store, keep_runs=0, min_age_seconds=HOUR).items == ()
+    assert statuses(store, "malt") == {"hit"}
+
+
+def test_gc_keeps_what_an_artifact_under_a_live_lease_was_made_from(store: ArtifactStore) -> None:
+    store.lease(fingerprint_of(store, "joined", OLD)).acquire(Holder.of_this_process("other"))
+    assert collected(store) == []
+
+
+def test_gc_twice_at_once_deletes_what_either_found(store: ArtifactStore) -> None:
+    one, two = found(store), found(store, keep_runs=0)
+    delete(store, one)
+    delete(store, two)
+    assert store.fingerprints() == []
+
+
+def test_gc_that_gives_way_to_a_run_restores_what_no_other_gc_deleted(store: ArtifactStore) -> None:
+    garbage = found(store)
+    lost = next(item for item in garbage.items if item.text == "flow/joined")
+    lost.folder.delete([entry.name for entry in lost.entries])
+    announce(store, STARTING)
+    with pytest.raises(StoreBusy, match=STARTING):
+        delete(store, garbage)
+    assert statuses(store, "malt") == {"hit", "committed"}
+
+
+@pytest.mark.parametrize("torn", [b"", b'{"data": "ab', b"\0" * 40])
+def test_gc_is_refused_where_what_a_kept_run_reads_is_torn(store: ArtifactStore, torn: bytes) -> None:
+    (store.root / "runs" / NEW).put("steps.json", torn)
+    with pytest.raises(StoreBusy, match=rf"{NEW}/steps.json is torn.*nothing is collected; delete that object"):
+        found(store)
+    assert len(found(store, keep_runs=0).items) == 4
+
+
 def test_gc_keeps_what_a_live_run_holds_the_lease_of(store: ArtifactStore) -> None:
     data = store.resolve(fingerprint_of(store, "data", OLD))
     store.lease(data).acquire(Holder.of_this_process("other"))

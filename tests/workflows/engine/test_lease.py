@@ -13,7 +13,7 @@ import pytest
 
 from stages.storage import Folder
 from workflows.engine import heartbeat, lease
-from workflows.engine.heartbeat import Heartbeat, Holder, Liveness, holder_of
+from workflows.engine.heartbeat import Heartbeat, Holder, Liveness
 from workflows.engine.lease import Lease
 
 
@@ -53,8 +53,9 @@ def test_acquire_with_renew_overtakes_the_same_run_alone(root: Folder) -> None:
 def test_acquire_from_a_child_that_died_succeeds_at_once(root: Folder) -> None:
     one = lease_of(root)
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    assert one.acquire(holder_of("a", child.pid)) == 1
-    assert one.acquire(here("b")) == holder_of("a", child.pid)
+    holder = replace(here("a"), pid=child.pid, started=heartbeat.start_time(child.pid))
+    assert one.acquire(holder) == 1
+    assert one.acquire(here("b")) == holder
     child.communicate(b"\n")
     assert one.acquire(here("b")) == 2
 
@@ -87,7 +88,7 @@ def test_live_holder_under_a_step_of_the_clock_lives(monkeypatch: pytest.MonkeyP
 def test_start_time_without_proc_is_psutils() -> None:
     with pytest.raises(psutil.NoSuchProcess):
         heartbeat.start_time(2**22 + 1)
-    assert holder_of("a", os.getpid()).started == heartbeat.start_time(os.getpid())
+    assert here("a").started == heartbeat.start_time(os.getpid())
 
 
 def test_process_of_the_same_id_that_started_at_another_time_is_another(root: Folder) -> None:

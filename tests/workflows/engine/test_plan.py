@@ -254,6 +254,14 @@ def test_code_digest_changes_with_a_shared_module_and_with_no_unrelated_one(
     provenance.code_digest.cache_clear()
 
 
+def test_code_digest_of_a_half_saved_file_is_of_its_bytes(tmp_path: Path) -> None:
+    whole, half, gone = tmp_path / "whole.py", tmp_path / "half.py", tmp_path / "gone.py"
+    whole.write_text("import half\nimport gone\n")
+    half.write_text("import os\nclass Half(\n")
+    assert provenance.code_files(whole, tmp_path) == {whole, half}
+    assert provenance.code_files(gone, tmp_path) == {gone}
+
+
 def test_code_digest_of_our_stages_covers_what_they_share() -> None:
     train = provenance.code_files(provenance.ROOT / "stages/train/stage.py")
     for name in ("stages/contract.py", "stages/storage.py", "stages/models/checkpoints.py", "stages/train/loop.py"):

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,11 +16,11 @@ from workflows.engine.schedule import (
     Committed,
     Decision,
     Failed,
-    Held,
     Interrupted,
     Launch,
     Overtaken,
     Phase,
+    Postponed,
     Schedule,
     Stop,
     Tick,
@@ -153,10 +154,13 @@ def test_advance_blocked_optional_step_is_skipped_with_what_needs_it_and_the_res
     assert state.succeeded
 
 
-def test_advance_held_step_waits_and_spends_no_attempt() -> None:
+@pytest.mark.parametrize("phase", [Phase.HELD, Phase.BACKING_OFF])
+def test_advance_postponed_step_waits_and_spends_no_attempt(phase: Phase) -> None:
     state, _ = advance(schedule(step("a")), Tick(0))
-    state, _ = advance(state, Held("a", 0, "other"))
-    assert state.steps["a"].phase is Phase.HELD
+    state, decisions = advance(state, Postponed("a", 0, phase, "not yet", 2))
+    assert decisions == [Transition("a", phase, "not yet")]
+    state, decisions = advance(state, Tick(1))
+    assert (decisions, state.steps["a"].phase) == ([], phase)
     state, decisions = advance(state, Tick(2))
     assert [d for d in decisions if isinstance(d, Launch)] == [Launch("a", 1, Resources())]
 
@@ -233,6 +237,9 @@ class World:
                 assert Stop(name, "another run took it over while it ran") in stopped
                 state, decisions = advance(state, Failed(name, self.now, LOST))
                 decisions = stopped + decisions
+            elif self.failures_left and data.draw(st.integers(0, 9), label="postponed") == 9:
+                self.failures_left -= 1
+                state, decisions = advance(state, Postponed(name, self.now, Phase.HELD, "not yet", 2))
             elif self.failures_left and data.draw(st.integers(0, 4), label="fails") == 4:
                 self.failures_left -= 1
                 failure = data.draw(st.sampled_from([LOST, Failure(FailureKind.PREEMPTED, "p")]))

@@ -79,13 +79,15 @@ def test_claim_of_another_host_lives_as_long_as_its_heartbeat_moves(
     liveness, now = Liveness(runs), [100.0]
     monkeypatch.setattr("workflows.engine.heartbeat.time.monotonic", lambda: now[0])
     assert not liveness.alive(holder), "no heartbeat was ever written"
-    Heartbeat(runs, "far").stop()
+    with Heartbeat(runs, "far"):
+        pass
     assert liveness.alive(holder)
     now[0] += 59
     assert liveness.alive(holder)
     now[0] += 2
     assert not liveness.alive(holder)
-    Heartbeat(runs, "far").stop()
+    with Heartbeat(runs, "far"):
+        pass
     assert liveness.alive(holder), "it moved again"
 
 
