@@ -160,14 +160,14 @@ def execute(
 
         plan, executor = _prepare(settings, store, by_value, plan_for, stack)
         remember = partial(remember_tracking_uri, store.root, tracking_uri)
-        persist("remember the tracking URI", remember, time.sleep)
+        persist("remember the tracking URI", remember, interrupt)
         root = store.root.uri_of("mlflow/artifacts")
         tracker = RunTracker(tracking_uri=tracking_uri, artifact_root=root, runs=runs, run=run)
         try:
             tracker.record(run_started(run, workflow, params, command, store))
             with watch(plan) as watcher:
                 result = Driver(plan, store, executor, run, tracker.record, watcher, interrupt).go()
-            reports = persist("read the run's reports", partial(_reports, store, result), time.sleep)
+            reports = persist("read the run's reports", partial(_reports, store, result), interrupt)
             for event in _outcomes(result, reports, command):
                 tracker.record(event)
         except Exception as error:
