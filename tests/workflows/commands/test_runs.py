@@ -11,8 +11,10 @@ from workflows.cli import run_command
 from workflows.engine.events import EventLog
 from workflows.engine.heartbeat import Holder, Liveness
 from workflows.engine.store import ArtifactStore
+from workflows.engine.tracking.mlflow_store import MlflowStore
 from workflows.engine.tracking.publisher import publisher_lease
 from workflows.engine.tracking.queries import query_candidates
+from workflows.engine.tracking.view import RunView
 
 
 @pytest.fixture
@@ -81,3 +83,20 @@ def test_runs_publish_run_that_another_process_publishes_is_named(
     printed = capsys.readouterr().out
     assert "published 1 run: a" in printed
     assert "another process publishes them at this moment: b" in printed
+
+
+def test_runs_publish_run_that_fails_is_named_and_the_exit_code_says_so(
+    store: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish = MlflowStore.publish
+
+    def fail_for_a(self: MlflowStore, view: RunView) -> None:
+        if view.run == "a":
+            raise RuntimeError("500")
+        publish(self, view)
+
+    monkeypatch.setattr(MlflowStore, "publish", fail_for_a)
+    assert run_command(["runs", "publish", "--store", store]) == 1
+    printed = capsys.readouterr().out
+    assert "published 1 run: b" in printed
+    assert "a could not be published: 500" in printed

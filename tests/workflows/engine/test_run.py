@@ -17,6 +17,7 @@ from stages.formats.report import Report, ReportedCandidate, Verdict
 from stages.storage import cache_root
 from tests.fakes import InlineTasks, SilentWatcher, unwatched
 from tests.stages_for_tests import Join, Write
+from workflows.engine import retrying
 from workflows.engine import run as run_module
 from workflows.engine.events import EventLog, RunEnded, RunEvent
 from workflows.engine.graph import Workflow
@@ -147,7 +148,7 @@ def fail_to_read_reports(monkeypatch: pytest.MonkeyPatch, *, times: int) -> None
         return read(artifact)
 
     monkeypatch.setattr(Report, "read", failing)
-    monkeypatch.setattr(run_module.time, "sleep", lambda _: None)
+    monkeypatch.setattr(retrying, "PAUSES_SECONDS", (0.0, 0.0))
 
 
 def last_event(store: Path) -> RunEvent:

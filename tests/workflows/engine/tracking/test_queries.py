@@ -26,3 +26,15 @@ def test_registered_fingerprints_scores_and_models_of_every_version(sqlite: Plac
     other = [started("b"), candidate("teacher", 2000, "6" * 64), verdict("teacher", 2001, "6" * 64)]
     sqlite.publish("b", other)
     assert registered_fingerprints(sqlite.uri) == {"0" * 64, "1" * 64, "5" * 64, "6" * 64}
+
+
+def test_connect_database_that_mlflow_refuses_is_unavailable(sqlite: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    import mlflow
+
+    def refuse(*_: object) -> None:
+        raise RuntimeError("the schema is that of a newer version")
+
+    sqlite.publish("o", [started("o")])
+    monkeypatch.setattr(mlflow, "MlflowClient", refuse)
+    with pytest.raises(TrackingUnavailable, match="newer version"):
+        query_candidates(sqlite.uri)
