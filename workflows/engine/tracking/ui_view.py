@@ -14,7 +14,10 @@ VIEW = "mlflow.sharedViewState.candidates"
 
 def view_state() -> str:
     """Return the state of MLflow's run table in which the candidates stand side by side, best first."""
-    columns = [f"metrics.`{metric.name}`" for metric in METRICS if metric.column is not None]
+    shown = [metric for metric in METRICS if metric.column is not None]
+    # A screen shows about five columns: what the rows are ordered by first, then those that the tables never drop.
+    shown.sort(key=lambda metric: (metric.name != PRIMARY_METRIC, metric.column))
+    columns = [f"metrics.`{metric.name}`" for metric in shown]
     return json.dumps(
         {
             "searchFilter": "tags.kind = 'candidate'",
