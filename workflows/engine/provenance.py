@@ -1,9 +1,9 @@
 """Evidence about where a result came from: commit, code digests, package versions, host. Recorded, never identity."""
 
-import ast
 import hashlib
 import inspect
 import platform
+import re
 import socket
 import subprocess
 from contextlib import suppress
@@ -21,6 +21,11 @@ PACKAGES = (
 
 ROOT = Path(__file__).parents[2]
 """The folder that holds `stages` and `workflows`."""
+IMPORTS = re.compile(
+    r"^[ \t]*(?:from[ \t]+([.\w]+)[ \t]+import[ \t]*(\([^)]*\)|[^\n]*)|import[ \t]+([^\n#]*))", re.MULTILINE
+)
+"""An import statement: source and names, or modules. Parsing the files instead took 0.2 s of each plan; a line of text
+that looks like one only adds a file to a digest."""
 
 
 @cache
@@ -61,20 +66,15 @@ def _read(file: Path) -> bytes:
 @cache
 def _imported_files(file: Path, root: Path) -> frozenset[Path]:
     modules: set[str] = set()
-    try:
-        tree = ast.parse(_read(file))
-    except (SyntaxError, ValueError):
-        return frozenset()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            modules |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            package = ""
-            if node.level and file.is_relative_to(root):
-                package = ".".join(file.relative_to(root).parts[: -node.level])
-            base = ".".join(part for part in (package, node.module) if part)
-            modules |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
-    paths = {root.joinpath(*module.split(".")) for module in modules}
+    for source, names, plain in IMPORTS.findall(_read(file).decode(errors="replace")):
+        modules |= {name.split()[0] for name in plain.split(",") if name.split()}
+        if source:
+            level = len(source) - len(source.lstrip("."))
+            package = file.relative_to(root).parts[:-level] if level and file.is_relative_to(root) else ()
+            base = ".".join([*package, *filter(None, [source[level:]])])
+            modules |= {base, *(f"{base}.{name}" for name in re.findall(r"\w+", names))}
+    ours = {path.stem for path in root.iterdir()}
+    paths = {root.joinpath(*module.split(".")) for module in modules if module.partition(".")[0] in ours}
     files = {p.with_suffix(".py") for p in paths}
     for path in paths:
         files |= {folder / "__init__.py" for folder in (path, *path.parents) if folder.is_relative_to(root)}
