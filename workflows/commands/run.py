@@ -148,7 +148,8 @@ def _print_failure(out: Console, step: StepResult, *, brief: bool) -> None:
 def _print_report(out: Console, report: Report) -> None:
     """Print a report's leaderboard and its verdict."""
     verdict = report.verdict
-    out.print("\n", leaderboard_table(report, out.width), "\n", sep="")
+    for part in ("", leaderboard_table(report, out.width), ""):
+        out.print(part)
     out.print(Text(verdict.outcome, style="bold green" if verdict.champion else "bold yellow"))
     for line in [*verdict.reasons, *(claim.text for claim in verdict.claims)]:
         out.print(f"  {line}", highlight=False, soft_wrap=True)
