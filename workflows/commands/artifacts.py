@@ -34,7 +34,7 @@ def list_artifacts(*, at: StoreOptions = StoreOptions(), output: OutputOptions =
             "kind": commit.artifact.kind,
             "step": _step(commit),
             "size_bytes": _total_bytes(commit),
-            "seconds": commit.seconds,
+            "seconds": commit.manifest.seconds,
             "created": commit.manifest.created,
             "run": commit.manifest.run,
             "generation": commit.generation,
@@ -87,7 +87,7 @@ def show(artifact: str, *, at: StoreOptions = StoreOptions(), output: OutputOpti
         "generation": commit.generation,
         "load from": "\n".join(folders) or "no checkpoint",
         "size": size(_total_bytes(commit)),
-        "took": duration(commit.seconds),
+        "took": duration(manifest.seconds),
         "peak memory": size(manifest.peak_memory_bytes),
         "metrics": manifest.metrics,
         "inputs": {name: part.fingerprint[:12] for name, part in manifest.inputs.items()},
@@ -107,7 +107,7 @@ def verify(*which: str, at: StoreOptions = StoreOptions(), output: OutputOptions
     Args:
         which: fingerprints or WORKFLOW/STEP; all if none is given.
     """
-    store, out, rows, rotten = find_store(at.store), console(quiet=output.json), [], 0
+    store, out, rows, corrupt = find_store(at.store), console(quiet=output.json), [], 0
     fingerprints = list(map(store.resolve, which)) if which else store.fingerprints()
     with progress_line(out, "verifying") as show:
         watch = watch_hashing(show)
@@ -116,15 +116,15 @@ def verify(*which: str, at: StoreOptions = StoreOptions(), output: OutputOptions
             problems = store.problems(commit, deep=True, watch=partial(watch, step), anew=True)
             rows.append({"fingerprint": commit.fingerprint, "step": step, "problems": problems})
             if problems:
-                rotten += 1
+                corrupt += 1
                 store.withdraw(commit, problems[0])
                 text = f"✗ {commit.fingerprint[:12]} {step}: {'; '.join(problems)}; withdrawn"
                 out.print(Text(text, style="bold red"), soft_wrap=True)
     if output.json:
         print_json({"artifacts": rows})
     else:
-        say(f"{len(rows) - rotten} artifacts verify, {rotten} do not")
-    return FAILED if rotten else OK
+        say(f"{len(rows) - corrupt} artifacts verify, {corrupt} do not")
+    return FAILED if corrupt else OK
 
 
 @artifacts.command

@@ -10,22 +10,19 @@ from workflows.commands.find import find_store
 from workflows.commands.formatting import fitting_table
 from workflows.commands.options import FAILED, OK, OutputOptions, StoreOptions, TrackingOptions
 from workflows.commands.output import console, print_json, say
-from workflows.engine.events import EventLog
+from workflows.engine.events import READS_AT_ONCE, EventLog
 from workflows.engine.store import ArtifactStore
 from workflows.engine.tracking.publisher import publish_history
 from workflows.engine.tracking.view import fold
 
 runs = App(name="runs", help="List earlier runs, and publish them to MLflow anew.")
 
-LOOKS_AT_ONCE = 16
-"""Runs that are read at once: an object store takes some 30 ms for each request."""
-
 
 @runs.command(name="list")
 def list_runs(*, at: StoreOptions = StoreOptions(), output: OutputOptions = OutputOptions()) -> int:
     """List the runs that the store keeps, the newest last."""
     store = find_store(at.store)
-    with ThreadPoolExecutor(LOOKS_AT_ONCE) as pool:
+    with ThreadPoolExecutor(READS_AT_ONCE) as pool:
         found = pool.map(partial(_describe, store), (store.root / "runs").children())
         rows = [row for row in found if row is not None]
     if output.json:

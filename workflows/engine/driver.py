@@ -247,7 +247,7 @@ class Driver:
         took = {"seconds": manifest.seconds, "peak_memory_bytes": float(manifest.peak_memory_bytes)}
         metrics, tags = {**ended.artifact.metrics, **took}, {"artifact": self.store.out(claim).uri}
         self._recorder.closed(name, state.attempt, "FINISHED", metrics, tags)
-        self._show(self.watcher.step, name, Phase.COMMITTED, f"{ended.seconds:.1f} s")
+        self._show(self.watcher.step, name, Phase.COMMITTED, f"{manifest.seconds:.1f} s")
         return [schedule.Committed(name, self.clock())]
 
     def _failed(self, name: str, attempt: int, failure: Failure, status: RunStatus = "FAILED") -> list[Event]:

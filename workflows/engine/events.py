@@ -18,13 +18,13 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 from stages.storage import AlreadyExists, Folder
 from workflows.engine.redaction import redacted_tree
 
-__all__ = ["EventLog", "RunEvent"]
+__all__ = ["READS_AT_ONCE", "EventLog", "RunEvent"]
 
 logger = logging.getLogger(__name__)
 
 RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
 READS_AT_ONCE = 16
-"""Batches that are read at once: an object store takes some 30 ms for each."""
+"""Small objects that are read at once: an object store takes some 30 ms for each."""
 
 
 class _Event(BaseModel):

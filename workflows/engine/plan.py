@@ -166,7 +166,7 @@ def _plan_step(
     cluster: ClusterResources | None,
     strict_code: bool,
 ) -> StepPlan:
-    estimate = found.previous.seconds if found.previous else None
+    estimate = found.previous.manifest.seconds if found.previous else None
     if isinstance(identity, Unknown):
         return StepPlan(step, "BLOCKED" if identity.own else "MISS", identity.reason, seconds_estimate=estimate)
     miss = _why_miss(step, identity, found, before, strict_code)

@@ -18,9 +18,10 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -63,11 +64,6 @@ class Commit:
     generation: int
     manifest: Manifest
     artifact: Artifact
-
-    @property
-    def seconds(self) -> float:
-        """Wall-clock seconds that the attempt took."""
-        return self.manifest.seconds
 
 
 class ArtifactStore:
@@ -311,18 +307,21 @@ def seal(out: Folder, resume: Folder, root: Folder) -> tuple[ManifestFile, ...]:
 
 def cost_seconds(store: ArtifactStore, fingerprint: Fingerprint) -> float:
     """Return the wall-clock seconds of all the steps that an artifact was made by, each counted once."""
-    commits = (store.newest(found) for found in reachable(store, [fingerprint]))
-    return sum(commit.seconds for commit in commits if commit is not None)
+    made_by = _lineage(lambda each: islice(store.commits(each), 1), [fingerprint])
+    return sum(commit.manifest.seconds for commits in made_by.values() for commit in commits)
 
 
 def reachable(store: ArtifactStore, roots: Iterable[str]) -> set[str]:
     """Return the fingerprints that some roots are made of, themselves included."""
-    found: set[str] = set()
+    return set(_lineage(store.commits, roots))
+
+
+def _lineage(read: Callable[[str], Iterable[Commit]], roots: Iterable[str]) -> dict[str, list[Commit]]:
+    """Return the commits that `read` gives of each root and of all that those were made from; each is read once."""
+    found: dict[str, list[Commit]] = {}
     todo = list(roots)
     while todo:
-        current = todo.pop()
-        if current not in found:
-            found.add(current)
-            for commit in store.commits(current):
-                todo.extend(part.fingerprint for part in commit.manifest.inputs.values())
+        if (current := todo.pop()) not in found:
+            found[current] = list(read(current))
+            todo.extend(part.fingerprint for commit in found[current] for part in commit.manifest.inputs.values())
     return found

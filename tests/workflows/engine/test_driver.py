@@ -367,7 +367,7 @@ def test_drive_stage_that_tells_nothing_has_begun(store: ArtifactStore) -> None:
 
 def test_cost_counts_each_step_before_a_result_once(store: ArtifactStore) -> None:
     result, _ = drive(graph(), store, InlineTasks())
-    total = sum(step.commit.seconds for step in result.steps.values() if step.commit)
+    total = sum(step.commit.manifest.seconds for step in result.steps.values() if step.commit)
     assert cost_seconds(store, store.resolve("flow/second")) == pytest.approx(total)
 
 

@@ -22,7 +22,7 @@ from typing import Literal
 
 from stages.errors import ConfigError
 from stages.storage import AlreadyExists, Folder
-from workflows.engine.events import EventLog, RunEvent
+from workflows.engine.events import READS_AT_ONCE, EventLog, RunEvent
 from workflows.engine.heartbeat import Holder, Liveness
 from workflows.engine.lease import Lease
 from workflows.engine.redaction import redacted
@@ -45,8 +45,6 @@ BACKOFF_SECONDS = (1.0, 2.0, 5.0, 15.0, 60.0)
 CLOSING_TRIES = 3
 CLOSING_PAUSE_SECONDS = 1.0
 """Tries, and the pause between them, once the run is over: longer outages are for a later run's publisher."""
-LOOKS_AT_ONCE = 16
-"""Requests at once when old runs are looked through: an object store takes some 30 ms for each."""
 PUBLISHED = "published.json"
 """Object of a run that is over and wholly in MLflow: nothing is left to do for it."""
 
@@ -125,7 +123,7 @@ def publish_earlier(runs: Folder, store: MlflowStore, run: str = "") -> list[str
         TrackingUnavailable: MLflow cannot be reached.
     """
     names = sorted(set(runs.children()) - {run})
-    with ThreadPoolExecutor(LOOKS_AT_ONCE) as pool:
+    with ThreadPoolExecutor(READS_AT_ONCE) as pool:
         done = list(pool.map(lambda name: (runs / name).has(PUBLISHED), names))
     waiting = [name for name, published in zip(names, done, strict=True) if not published]
     published, failed = [], []
