@@ -8,10 +8,7 @@ replaced by `***`. Does not: find a secret of unknown shape that no variable hol
 import os
 import re
 from collections.abc import Mapping
-from functools import lru_cache
 from typing import Any
-
-__all__ = ["redacted", "redacted_tree", "secrets_of"]
 
 HIDDEN = "***"
 MIN_SECRET_CHARACTERS = 8
@@ -39,24 +36,13 @@ def secrets_of(environ: Mapping[str, str]) -> tuple[str, ...]:
         for name, value in environ.items()
         if len(value) >= MIN_SECRET_CHARACTERS and _SPEAKING_NAME.search(name) and not os.path.exists(value)
     }
-    return tuple(sorted(named, key=lambda value: (-len(value), value)))
-
-
-@lru_cache(maxsize=8)
-def _values(secrets: tuple[str, ...]) -> re.Pattern[str] | None:
-    return re.compile("|".join(re.escape(value) for value in secrets)) if secrets else None
+    return tuple(sorted(named, key=len, reverse=True))
 
 
 def redacted(text: str, secrets: tuple[str, ...] | None = None) -> str:
-    """Return a text with every secret in it replaced by `***`.
-
-    Args:
-        text: what shall be shown or sent.
-        secrets: values to hide besides those of known shape; by default those of `os.environ`.
-    """
-    values = _values(secrets_of(os.environ) if secrets is None else secrets)
-    if values is not None:
-        text = values.sub(HIDDEN, text)
+    """Return a text with what is known to be secret, by default by `os.environ`, or looks like it replaced by `***`."""
+    for secret in secrets_of(os.environ) if secrets is None else secrets:
+        text = text.replace(secret, HIDDEN)
     for shape, replacement in _SHAPES:
         text = shape.sub(replacement, text)
     return text
