@@ -95,25 +95,20 @@ def git_commit() -> str:
         return "unknown"
 
 
-@cache
-def packages() -> dict[str, str]:
-    """Return the versions of the packages that matter."""
-    found = {}
-    for name in PACKAGES:
-        with suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found
-
-
 def code_evidence(stage: type) -> dict[str, str]:
     """Return what a manifest records about the code that a result came from; asked on the driver, which has it."""
     return {"commit": git_commit(), "code_digest": code_digest(stage)}
 
 
+@cache
 def environment() -> dict[str, Any]:
     """Return what a manifest records about the worker that a result came from."""
+    versions = {}
+    for name in PACKAGES:
+        with suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
     return {
-        "packages": packages(),
+        "packages": versions,
         "python": platform.python_version(),
         "host": socket.gethostname(),
         "platform": platform.platform(),
