@@ -56,12 +56,11 @@ def drive_seconds(flow: Workflow, store: ArtifactStore, tasks, *, mlflow: bool) 
     from workflows.engine.driver import Driver
 
     runs, run = store.root / "runs", f"bench-{time.time_ns()}"
-    root = store.root.uri_of("mlflow/artifacts")
     plan = make_plan(flow, store)
     began = time.perf_counter()
     tracker = None
     if mlflow:
-        tracker = RunTracker(tracking_uri=default_tracking_uri(store.uri), artifact_root=root, runs=runs, run=run)
+        tracker = RunTracker(tracking_uri=default_tracking_uri(store.uri), runs=runs, run=run)
         tracker.record(run_started(run, flow, {}, "bench", store))
     record = tracker.record if tracker else lambda event: None
     with Heartbeat(runs, run):
@@ -98,6 +97,7 @@ def main() -> None:
             by_value=sys.modules[__name__] if __name__ != "__main__" else None,
         )
         tasks = RayExecutor()
+        tasks.start()
         with contextlib.closing(tasks):
             drive_seconds(chain(Nothing, 20, salt=10**5), store, tasks, mlflow=False)
             without = drive_seconds(chain(Nothing, STEPS, salt=1000), store, tasks, mlflow=False)

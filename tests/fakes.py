@@ -89,6 +89,9 @@ class InlineTasks:
         self._box = ProgressCollector()
         self._cluster = ClusterResources(cpus, 0, cpus, 0, "the test's cluster")
 
+    def start(self) -> None:
+        pass
+
     def cluster_resources(self) -> ClusterResources:
         return self._cluster
 

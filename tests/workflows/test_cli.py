@@ -413,7 +413,7 @@ def test_doctor_of_a_store_in_s3_without_a_tracking_uri_says_to_pass_one(
 def store_with_garbage(tmp_path: Path) -> ArtifactStore:
     made = ArtifactStore(str(tmp_path / "store"))
     made.folder("ab" * 32).put("out/000001/text.txt", b"malt")
-    connect(default_tracking_uri(made.uri), made.uri)
+    connect(default_tracking_uri(made.uri))
     return made
 
 

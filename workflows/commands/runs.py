@@ -6,13 +6,14 @@ from functools import partial
 
 from cyclopts import App
 
+from stages.errors import ConfigError
 from workflows.commands.find import find_store
 from workflows.commands.formatting import fitting_table
 from workflows.commands.options import FAILED, OK, OutputOptions, StoreOptions, TrackingOptions
 from workflows.commands.output import console, print_json, say
 from workflows.engine.events import READS_AT_ONCE, EventLog
 from workflows.engine.store import ArtifactStore
-from workflows.engine.tracking.publisher import publish_history
+from workflows.engine.tracking.publisher import mlflow_store, publish_runs
 from workflows.engine.tracking.view import fold
 
 runs = App(name="runs", help="List earlier runs, and publish them to MLflow anew.")
@@ -56,8 +57,12 @@ def publish(*names: str, at: TrackingOptions = TrackingOptions(), output: Output
         names: run ids; all of the store's runs where none is given.
     """
     store = find_store(at.store)
-    root, uri = store.root.uri_of("mlflow/artifacts"), at.settings.tracking(store)
-    found = publish_history(store.root / "runs", names, tracking_uri=uri, artifact_root=root)
+    folder = store.root / "runs"
+    known = folder.children()
+    if missing := sorted(set(names) - set(known)):
+        raise ConfigError(f"the store has no run {missing[0]!r}; `stillhouse runs list` shows those that it has")
+    mlflow = mlflow_store(folder, "publish", at.settings.tracking(store))
+    found = list(publish_runs(folder, names or known, mlflow))
     published = [run.run for run in found if run.published]
     left_out = [run.run for run in found if run.state == "held"]
     failed = {run.run: run.error for run in found if run.state == "failed"}

@@ -9,16 +9,17 @@ Does not: know MLflow, or who reads the events. Batches may hold NaN and infinit
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
+from stages.formats.report import Report
 from stages.storage import AlreadyExists, Folder
 from workflows.engine.redaction import redacted_tree
-
-__all__ = ["READS_AT_ONCE", "EventLog", "RunEvent"]
+from workflows.engine.retrying import brief
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +31,8 @@ READS_AT_ONCE = 16
 class _Event(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, ser_json_inf_nan="constants")
 
+    at_ms: int = Field(default_factory=lambda: int(time.time() * 1000))
+
 
 class RunStarted(_Event):
     """An execution of a workflow began."""
@@ -38,7 +41,6 @@ class RunStarted(_Event):
     run: str
     workflow: str
     experiment: str
-    at_ms: int
     params: Mapping[str, str]
     """Few and short: the workflow's parameters that differ from their defaults."""
     command: str
@@ -58,14 +60,11 @@ class AttemptStarted(_AttemptEvent):
     """A step's attempt began, or a cached step was found."""
 
     type: Literal["attempt_started"] = "attempt_started"
-    at_ms: int
     stage: str
     fingerprint: str
     cache: Literal["hit", "miss"]
-    params: Mapping[str, str]
-    """The fields of the stage's config that fit a table's cell."""
-    config: str
-    """The whole config as JSON."""
+    config: Mapping[str, Any]
+    """The stage's whole config."""
 
 
 class CurvePoints(_AttemptEvent):
@@ -80,45 +79,26 @@ class AttemptEnded(_AttemptEvent):
     """A step's attempt ended."""
 
     type: Literal["attempt_ended"] = "attempt_ended"
-    at_ms: int
     status: RunStatus
     metrics: Mapping[str, float]
     tags: Mapping[str, str]
     """Where the result lies or who made it, or the error."""
 
 
-class CandidateFound(_Event):
-    """A model that could ship, with the same `final/*` metrics as every other."""
+class ReportMade(_Event):
+    """A report was made, or found: candidates, and the gate's verdict on them; the registry follows."""
 
-    type: Literal["candidate_found"] = "candidate_found"
+    type: Literal["report_made"] = "report_made"
     scores: str
-    """Fingerprint of the scores that it was judged by: with the name, the candidate's identity over all runs."""
-    name: str
-    at_ms: int
-    artifact: str
-    """URI of the folder to load the checkpoint from."""
-    params: Mapping[str, str]
-    metrics: Mapping[str, float]
-    tags: Mapping[str, str]
-
-
-class VerdictReached(_Event):
-    """The gate decided; the registry follows."""
-
-    type: Literal["verdict_reached"] = "verdict_reached"
-    scores: str
-    registered_name: str
-    champion: str | None
-    """Name of the accepted candidate, or None."""
-    at_ms: int
-    reasons: tuple[str, ...]
+    """Fingerprint of the scores that they were judged by: with a name, a candidate's identity over all runs."""
+    made_by_run: str
+    report: Report
 
 
 class RunEnded(_Event):
     """An execution of a workflow ended."""
 
     type: Literal["run_ended"] = "run_ended"
-    at_ms: int
     status: RunStatus
     note: str
     """Markdown: what came out and how to reproduce it."""
@@ -126,17 +106,17 @@ class RunEnded(_Event):
     """URIs of small files (leaderboard, figure) that are shown with the run."""
 
 
-RunEvent = RunStarted | AttemptStarted | CurvePoints | AttemptEnded | CandidateFound | VerdictReached | RunEnded
+RunEvent = RunStarted | AttemptStarted | CurvePoints | AttemptEnded | ReportMade | RunEnded
 _BATCH: TypeAdapter[list[RunEvent]] = TypeAdapter(list[Annotated[RunEvent, Field(discriminator="type")]])
 
 
 class EventLog:
-    """The events of one run, in the folder `<store>/runs/<run>/events`."""
+    """The events of one run, in the folder `<store>/runs/<run>/events`; written or read in order."""
 
     def __init__(self, folder: Folder) -> None:
-        """Open the log; nothing is written yet."""
         self._folder = folder
         self._last = 0
+        """The number of the batch that was written or read last."""
 
     def append(self, events: Sequence[RunEvent]) -> int:
         """Write one batch and return its number.
@@ -157,42 +137,41 @@ class EventLog:
             self._last += 1
         return self._last
 
-    def read_from(self, number: int) -> list[list[RunEvent]]:
-        """Return the batches from a number on, in order; one that a power cut tore is empty."""
-        batches: list[list[RunEvent]] = []
-        at_once = 1
-        with ThreadPoolExecutor(READS_AT_ONCE) as pool:
-            while True:
-                first = number + len(batches)
-                for batch in pool.map(self._read, range(first, first + at_once)):
-                    if batch is None:
-                        return batches
-                    batches.append(batch)
-                at_once = min(2 * at_once, READS_AT_ONCE)  # a reader that follows finds one batch or none
+    def read_new(self) -> list[RunEvent]:
+        """Return the events since the last call, in order."""
+        last = self._last
+        while self._folder.has(_name(last + 1)):
+            last += 1
+        events = self._read(map(_name, range(self._last + 1, last + 1)))
+        self._last = last
+        return events
+
+    def read_all(self) -> list[RunEvent]:
+        """Return all events, in order."""
+        return self._read(entry.name for entry in self._folder.entries())
+
+    def read_ends(self) -> list[RunEvent] | None:
+        """Return the events of the first and the last batch: how the run began and ended. None: there is no batch."""
+        names = [entry.name for entry in self._folder.entries()]
+        return self._read(sorted({names[0], names[-1]})) if names else None
 
     def has_events(self) -> bool:
         """Return whether there is a batch."""
         return self._folder.has(_name(1))
 
-    def read_ends(self) -> list[RunEvent] | None:
-        """Return the events of the first and the last batch: how the run began and ended. None: there is no batch."""
-        last = len(self._folder.entries())
-        batches = [self._read(number) for number in sorted({1, last})] if last else []
-        return [event for batch in batches for event in batch or []] if batches else None
+    def _read(self, names: Iterable[str]) -> list[RunEvent]:
+        """Return the events of some batches; one that a power cut tore, or that was deleted, is left out."""
 
-    def read_all(self) -> list[RunEvent]:
-        """Return all events, in order."""
-        return [event for batch in self.read_from(1) for event in batch]
+        def read(name: str) -> list[RunEvent]:
+            try:
+                return _BATCH.validate_json(self._folder.get(name))
+            except (FileNotFoundError, ValueError) as error:
+                problem = f"{self._folder.uri_of(name)} cannot be read and is left out"
+                logger.warning("%s: torn, or written by another version (%s)", problem, brief(error))
+                return []
 
-    def _read(self, number: int) -> list[RunEvent] | None:
-        name = _name(number)
-        try:
-            return _BATCH.validate_json(self._folder.get(name))
-        except FileNotFoundError:
-            return None
-        except ValueError as error:
-            logger.warning("%s cannot be read and is left out: %s", self._folder.uri_of(name), error)
-            return []
+        with ThreadPoolExecutor(READS_AT_ONCE) as pool:
+            return [event for batch in pool.map(read, names) for event in batch]
 
 
 def _name(number: int) -> str:

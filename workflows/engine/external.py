@@ -68,7 +68,6 @@ class ResolvedSteps:
     """The resolved steps of a run."""
 
     def __init__(self) -> None:
-        """Begin with none."""
         self._steps: dict[str, ResolvedStep] = {}
         self._resolve = cache(lambda external: replace(external, checkpoint=external.checkpoint.resolved()))
 

@@ -71,23 +71,33 @@ class RayExecutor:
     def __init__(
         self, *, address: str | None = None, verbose: bool = False, by_value: ModuleType | None = None
     ) -> None:
-        """Start Ray on this machine, or join the cluster at an address.
+        """Start nothing yet.
 
         Args:
             address: `HOST:PORT` of a running cluster's head; None starts Ray here.
             verbose: let Ray's and the workers' own output through to the terminal.
             by_value: the user's own workflow module, which workers cannot import and are sent.
+        """
+        self._address, self._verbose, self._by_value = address, verbose, by_value
+        self._ray: Any = None
+        self._actors: dict[Any, Any] = {}
+        self._running: dict[Any, str] = {}
+        self._cancelled: dict[Any, float] = {}
+        self._orphans_until = 0.0
+
+    def start(self) -> None:
+        """Start Ray on this machine, or join the cluster at the address.
 
         Raises:
             ConfigError: nothing answers at the address.
         """
+        address, verbose = self._address, self._verbose
         if address:
             probe(address)
         _set_environment(local=address is None)
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        self._ray = ray
         where: dict[str, Any] = {
             "address": address,
             "runtime_env": {"py_modules": [_package("stages"), _package("workflows")]},
@@ -105,24 +115,22 @@ class RayExecutor:
         where |= {"namespace": f"stillhouse-{secrets.token_hex(4)}", "configure_logging": verbose}
         with preserve_signal_handlers():
             ray.init(log_to_driver=verbose, logging_level=logging.INFO if verbose else logging.ERROR, **where)
+        self._ray = ray
         if not verbose:
             silence_ray_stdout()
-        if by_value is not None:
-            ray.cloudpickle.register_pickle_by_value(by_value)
+        if self._by_value is not None:
+            ray.cloudpickle.register_pickle_by_value(self._by_value)
         remote = importlib.import_module("workflows.engine.worker")
-        self._address = address
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
         once = ray.remote(num_cpus=0, max_concurrency=1, max_restarts=-1, scheduling_strategy=here)
         self._collector = once(remote.ProgressCollector).remote()
         self._run = ray.remote(num_cpus=0, num_gpus=0, max_retries=0)(remote.run_attempt)
         self._fresh = ray.remote(num_cpus=0, num_gpus=0, max_restarts=0)(remote.FreshWorker)
-        self._actors: dict[Any, Any] = {}
-        self._running: dict[Any, str] = {}
-        self._cancelled: dict[Any, float] = {}
-        self._orphans_until = 0.0
 
     def cluster_resources(self) -> ClusterResources:
-        """Return what the cluster's living nodes have."""
+        """Return what the cluster's living nodes have; what this machine has before Ray is started here."""
+        if self._ray is None:
+            return local_resources()
         nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
         cpus, gpus = [node.get("CPU", 0.0) for node in nodes], [node.get("GPU", 0.0) for node in nodes]
         name = f"the cluster at {self._address}" if self._address else "this machine"
@@ -229,6 +237,8 @@ class RayExecutor:
 
     def close(self) -> None:
         """Leave the cluster; what still runs there for us ends."""
+        if self._ray is None:
+            return
         with killing_workers_left_behind(local=self._address is None):
             self._ray.shutdown()
 

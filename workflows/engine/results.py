@@ -1,21 +1,13 @@
-"""How a run goes and how it ended: what the driver shows a watcher, and what it returns."""
+"""How a run goes and how it ended: what the driver shows a watcher, what it records, and what it returns."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from workflows.engine.events import AttemptEnded, AttemptStarted, CurvePoints, RunEvent, RunStatus
+from workflows.engine.plan import Plan
 from workflows.engine.schedule import Phase
 from workflows.engine.store import Commit
-
-StepStatus = Literal["hit", "committed", "shared", "failed", "skipped", "cancelled"]
-
-
-STATUS_OF: Mapping[Phase, StepStatus] = {
-    Phase.COMMITTED: "committed",
-    Phase.FAILED: "failed",
-    Phase.SKIPPED: "skipped",
-    Phase.CANCELLED: "cancelled",
-}
 
 
 class Watcher:
@@ -32,11 +24,52 @@ class Watcher:
 
 
 @dataclass(frozen=True, slots=True)
+class Recorder:
+    """Records the attempts of one run's steps as events."""
+
+    plan: Plan
+    record: Callable[[RunEvent], None]
+
+    def hit(self, name: str, commit: Commit, attempt: int = 0) -> None:
+        """A step's result was found: when the run was planned, or later, by which attempt."""
+        self.opened(name, attempt, "hit")
+        self.closed(name, attempt, "FINISHED", commit.artifact.metrics, {"made_by_run": commit.manifest.run})
+
+    def opened(self, name: str, attempt: int, cache: Literal["hit", "miss"]) -> None:
+        """An attempt began."""
+        planned = self.plan.steps[name]
+        assert planned.fingerprint is not None
+        stage = planned.step.stage
+        self.record(
+            AttemptStarted(
+                step=name,
+                attempt=attempt,
+                stage=type(stage).__name__,
+                fingerprint=planned.fingerprint,
+                cache=cache,
+                config=stage.model_dump(mode="json"),
+            )
+        )
+
+    def closed(
+        self, name: str, attempt: int, status: RunStatus, metrics: Mapping[str, float], tags: Mapping[str, str]
+    ) -> None:
+        """An attempt ended."""
+        self.record(AttemptEnded(step=name, attempt=attempt, status=status, metrics=metrics, tags=tags))
+
+    def curves(self, name: str, attempt: int, points: list[tuple[str, float, int, int]]) -> None:
+        """An attempt's curves grew."""
+        whole = tuple((metric, value, int(step), at_ms) for metric, value, step, at_ms in points)
+        self.record(CurvePoints(step=name, attempt=attempt, points=whole))
+
+
+@dataclass(frozen=True, slots=True)
 class StepResult:
     """How a step of a run ended."""
 
     name: str
-    outcome: StepStatus
+    outcome: str
+    """`hit`, `shared` (another run committed it meanwhile), or the phase in which it ended."""
     reason: str
     commit: Commit | None
     log: str | None

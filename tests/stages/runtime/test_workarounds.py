@@ -114,7 +114,7 @@ def test_ray_under_a_long_temp_dir_starts(tmp_path: Path) -> None:
     long.mkdir(parents=True)
     code = (
         "from workflows.engine.ray_executor import RayExecutor\n"
-        "executor = RayExecutor()\nprint(executor.cluster_resources().cpus > 0)\nexecutor.close()\n"
+        "executor = RayExecutor()\nexecutor.start()\nprint(executor.cluster_resources().cpus > 0)\nexecutor.close()\n"
     )
     environment = {**os.environ, "TMPDIR": str(long)}
     environment.pop("RAY_TMPDIR", None)

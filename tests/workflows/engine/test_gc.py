@@ -37,7 +37,7 @@ def store(tmp_path: Path) -> ArtifactStore:
         gone = replace(Holder.of_this_process(run), started=0.0)
         (made.root / "runs" / run).put_json("heartbeat.json", gone.to_json())
         (made.root / "runs" / run).put_json("events/000001.json", {})
-    connect(default_tracking_uri(made.uri), made.uri)
+    connect(default_tracking_uri(made.uri))
     return made
 
 
@@ -224,6 +224,6 @@ def age(store: ArtifactStore, *parts: str, seconds: float) -> None:
 
 def register(uri: str, fingerprint: str) -> None:
     """Let a registry name an artifact."""
-    client = connect(uri, "").client
+    client = connect(uri)
     client.create_registered_model("student")
     client.create_model_version("student", "file:///nowhere", tags={"fingerprint": fingerprint})

@@ -31,6 +31,7 @@ def tasks() -> Iterator[RayExecutor]:
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
     cluster.add_node(num_cpus=1)
     tasks = RayExecutor(address=cluster.address)
+    tasks.start()
     yield tasks
     tasks.close()
     cluster.shutdown()

@@ -93,7 +93,7 @@ def test_execute_keeps_what_happened_in_the_store_and_in_mlflow(tmp_path: Path, 
     happened = [event.type for event in EventLog(root / "runs" / execution.result.run / "events").read_all()]
     assert happened == [
         "run_started", "attempt_started", "attempt_ended", "attempt_started", "attempt_ended",
-        "candidate_found", "verdict_reached", "run_ended",
+        "report_made", "run_ended",
     ]  # fmt: skip
     again = run_it(tmp_path / "store")
     assert {step.outcome for step in again.result.steps.values()} == {"hit"}

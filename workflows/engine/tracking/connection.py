@@ -9,112 +9,57 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from functools import cache
+from math import ceil
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
-from urllib.parse import urlsplit
 
-from stages.storage import Folder, cache_root
+from stages.storage import cache_root
 from workflows.engine.redaction import redacted
-from workflows.engine.tracking.tracking_uri import (
-    TrackingUnavailable,
-    check_tracking_uri,
-    is_on_network,
-    is_server,
-    sqlite_path,
-)
+from workflows.engine.tracking.tracking_uri import TrackingUnavailable, check_tracking_uri, is_on_network, sqlite_path
 from workflows.engine.tracking.view import MetricPoint
-
-__all__ = ["MAX_METRICS", "Connection", "connect", "is_refusal", "pages", "unless_made_already"]
 
 MAX_METRICS, MAX_OTHERS = 800, 100
 """Metrics, and params or tags, in one `log_batch`: the server takes 1000, 100 and 1000 in all."""
-REACHABLE = ("", "file", "s3", "gs", "az")
-"""Schemes of artifact URIs that are written without MLflow; a server that keeps them has `mlflow-artifacts:/…`."""
 SETTINGS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "15",
 }
 """MLflow's environment: no calls home, no URLs printed (each costs a request), and no request for its 120 s."""
-REFUSALS = frozenset(
-    {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "MALFORMED_REQUEST", "RESOURCE_DOES_NOT_EXIST", "INVALID_STATE"}
-)
+REFUSALS = ["INVALID_PARAMETER_VALUE", "BAD_REQUEST", "MALFORMED_REQUEST", "RESOURCE_DOES_NOT_EXIST", "INVALID_STATE"]
 """MLflow's error codes for what it will never take."""
 _connecting = threading.Lock()
 
 
-class Connection:
-    """A connection to MLflow."""
+def batches(
+    points: Sequence[MetricPoint], params: Mapping[str, str], tags: Mapping[str, str], model_id: str | None = None
+) -> Iterator[dict[str, list[Any]]]:
+    """Yield the arguments of as many `log_batch` as it takes to write what a run, and its logged model, lacks."""
+    from mlflow.entities import Metric, Param, RunTag
 
-    def __init__(self, client: Any, uri: str, artifact_root: str) -> None:
-        """Wrap an `MlflowClient`."""
-        self.client, self.uri = client, uri
-        self.artifact_location = None if is_server(uri) else artifact_root
-        """Where artifacts lie where no server keeps them."""
+    num_batches = max(ceil(len(points) / MAX_METRICS), ceil(max(len(params), len(tags)) / MAX_OTHERS))
+    all_params, all_tags = [Param(*item) for item in params.items()], [RunTag(*item) for item in tags.items()]
+    for n in range(num_batches):
+        others = slice(n * MAX_OTHERS, (n + 1) * MAX_OTHERS)
+        now = points[n * MAX_METRICS : (n + 1) * MAX_METRICS]
+        metrics = [Metric(name, value, at_ms, step, model_id=model_id) for name, value, step, at_ms in now]
+        yield {"metrics": metrics, "params": all_params[others], "tags": all_tags[others]}
 
-    def log(
-        self,
-        run_id: str,
-        *,
-        points: Sequence[MetricPoint],
-        params: Mapping[str, str] = MappingProxyType({}),
-        tags: Mapping[str, str] = MappingProxyType({}),
-        model_id: str | None = None,
-    ) -> None:
-        """Write `MAX_METRICS` points of an MLflow run, and of its logged model, then params, then tags, at most."""
-        from mlflow.entities import Metric, Param, RunTag
 
-        metrics = [Metric(name, value, at_ms, step, model_id=model_id) for name, value, step, at_ms in points]
-        others: list[Any] = [Param(*item) for item in params.items()] + [RunTag(*item) for item in tags.items()]
-        while metrics or others:
-            now, others = others[:MAX_OTHERS], others[MAX_OTHERS:]
-            self.client.log_batch(
-                run_id,
-                metrics=metrics,
-                params=[item for item in now if isinstance(item, Param)],
-                tags=[item for item in now if isinstance(item, RunTag)],
-            )
-            metrics = []
+def link(client: Any, run_id: str, model_id: str) -> None:
+    """Make a logged model an output of an MLflow run."""
+    from mlflow.entities import LoggedModelOutput
 
-    def put(self, run_id: str, artifacts: str, path: str, data: bytes) -> None:
-        """Write a small artifact of an MLflow run: to its URI where that is in reach (0.2 ms, not 4)."""
-        folder, _, name = path.rpartition("/")
-        if urlsplit(artifacts).scheme in REACHABLE:
-            Folder.at(artifacts).put(path, data)
-            return
-        with tempfile.TemporaryDirectory() as temporary:
-            Path(temporary, name).write_bytes(data)
-            self.client.log_artifact(run_id, f"{temporary}/{name}", folder or None)
-
-    def link(self, run_id: str, model_id: str) -> None:
-        """Make a logged model an output of an MLflow run."""
-        from mlflow.entities import LoggedModelOutput
-
-        self.client.log_outputs(run_id, [LoggedModelOutput(model_id, step=0)])
-
-    def set_globals(self) -> None:
-        """Set MLflow's global URIs: its client falls back on them in places, and would write to the current folder."""
-        import mlflow
-
-        variables = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")
-        before = {name: os.environ[name] for name in variables if name in os.environ}
-        mlflow.set_tracking_uri(self.uri)
-        mlflow.set_registry_uri(self.uri)
-        for name in variables:  # it sets them too, which would follow us into workers and later runs
-            os.environ.pop(name, None)
-        os.environ.update(before)
+    client.log_outputs(run_id, [LoggedModelOutput(model_id, step=0)])
 
 
 def pages(search: Callable[[str | None], Any]) -> Iterator[Any]:
     """Yield what a search of MLflow's finds, page after page."""
-    token: str | None = None
-    while True:
-        page = search(token)
+    page = search(None)
+    yield from page
+    while page.token:
+        page = search(page.token)
         yield from page
-        token = page.token
-        if not token:
-            return
 
 
 @contextmanager
@@ -133,8 +78,8 @@ def is_refusal(error: Exception) -> bool:
     return getattr(error, "error_code", None) in REFUSALS or isinstance(error, flaws)
 
 
-def connect(tracking_uri: str, artifact_root: str) -> Connection:
-    """Connect to MLflow; imports it (2 s) and makes a new sqlite database.
+def connect(tracking_uri: str) -> Any:
+    """Return an `MlflowClient`; imports MLflow (2 s) and makes a new sqlite database.
 
     Raises:
         ConfigError: the URI is none that can be used.
@@ -159,12 +104,18 @@ def connect(tracking_uri: str, artifact_root: str) -> Connection:
         try:
             client = mlflow.MlflowClient(tracking_uri, tracking_uri)
         except Exception as error:  # of SQLAlchemy or MLflow, as a database of a newer version
-            raise TrackingUnavailable(
-                f"cannot open MLflow at {redacted(tracking_uri)}: {redacted(str(error))}"
-            ) from error
-        connection = Connection(client, tracking_uri, artifact_root)
-        connection.set_globals()
-        return connection
+            problem = f"cannot open MLflow at {redacted(tracking_uri)}: {redacted(str(error))}"
+            raise TrackingUnavailable(problem) from error
+        # Its client falls back on MLflow's global URIs in places: it would write to the current folder, and its sqlite
+        # registry look for logged models there. Setting them sets variables that would follow us into other processes.
+        variables = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")
+        before = {name: os.environ[name] for name in variables if name in os.environ}
+        mlflow.set_tracking_uri(tracking_uri)
+        mlflow.set_registry_uri(tracking_uri)
+        for name in variables:
+            os.environ.pop(name, None)
+        os.environ.update(before)
+        return client
 
 
 @cache

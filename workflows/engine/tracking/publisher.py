@@ -13,12 +13,12 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 from stages.errors import ConfigError
 from stages.storage import AlreadyExists, Folder
@@ -27,12 +27,10 @@ from workflows.engine.heartbeat import Holder, Liveness
 from workflows.engine.lease import Lease
 from workflows.engine.redaction import redacted
 from workflows.engine.retrying import attempt_once, brief
-from workflows.engine.tracking.connection import Connection, connect
+from workflows.engine.tracking.connection import connect
 from workflows.engine.tracking.mlflow_store import MlflowStore
-from workflows.engine.tracking.tracking_uri import TrackingUnavailable
+from workflows.engine.tracking.tracking_uri import TrackingUnavailable, check_tracking_uri
 from workflows.engine.tracking.view import fold
-
-__all__ = ["Publication", "follow", "mlflow_store", "publish_earlier", "publish_history", "publisher_lease"]
 
 logger = logging.getLogger(__name__)
 
@@ -40,8 +38,8 @@ POLL_SECONDS = 1.0
 """How long events gather in the store before they are published together."""
 SHARE_OF_TIME = 0.2
 """Of one core: what folding a run of very many events anew each time may take."""
-BACKOFF_SECONDS = (1.0, 2.0, 5.0, 15.0, 60.0)
-"""Pauses after the first, second, … failure while the run goes on."""
+PAUSES_SECONDS = (POLL_SECONDS, 1.0, 2.0, 5.0, 15.0, 60.0)
+"""Pauses after no, one, two, … failures in a row while the run goes on."""
 CLOSING_TRIES = 3
 CLOSING_PAUSE_SECONDS = 1.0
 """Tries, and the pause between them, once the run is over: longer outages are for a later run's publisher."""
@@ -54,12 +52,12 @@ def publisher_lease(runs: Folder, run: str, liveness: Liveness) -> Lease:
     return Lease(runs / run / "publisher", liveness)
 
 
-def mlflow_store(
-    runs: Folder, run: str, tracking_uri: str, artifact_root: str, connect: Callable[[str, str], Connection] = connect
-) -> MlflowStore:
+def mlflow_store(runs: Folder, run: str, tracking_uri: str, connect: Callable[[str], Any] = connect) -> MlflowStore:
     """Return MLflow as a process that acts for a run publishes to it; nothing is connected yet."""
-    shared = Lease(Folder(runs.uri.rpartition("/")[0]) / "mlflow" / "shared", Liveness(runs))
-    return MlflowStore(partial(connect, tracking_uri, artifact_root), lambda: shared.held(Holder.of_this_process(run)))
+    beside = Folder(runs.uri.rpartition("/")[0]) / "mlflow"
+    shared = Lease(beside / "shared", Liveness(runs))
+    holding = partial(shared.held, Holder.of_this_process(run))
+    return MlflowStore(tracking_uri, beside.uri_of("artifacts"), connect, holding)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +75,7 @@ class Publication:
         return self.state in ("over", "running")
 
 
-def publish_runs(runs: Folder, names: Sequence[str], store: MlflowStore) -> Iterator[Publication]:
+def publish_runs(runs: Folder, names: Iterable[str], store: MlflowStore) -> Iterator[Publication]:
     """Publish all that there is of some runs, one after another; one that fails holds up no other.
 
     Raises:
@@ -87,13 +85,12 @@ def publish_runs(runs: Folder, names: Sequence[str], store: MlflowStore) -> Iter
     liveness = Liveness(runs)
     for run in names:
         try:
-            found = _publish_run(runs, run, store, liveness)
+            yield _publish_run(runs, run, store, liveness)
         except (ConfigError, TrackingUnavailable):
             raise
         except Exception as error:  # noqa: BLE001  of MLflow or the store, and perhaps for this run alone
-            store.check_reachable()
-            found = Publication(run, "failed", redacted(brief(error)))
-        yield found
+            check_tracking_uri(store.uri)
+            yield Publication(run, "failed", redacted(brief(error)))
 
 
 def _publish_run(runs: Folder, run: str, store: MlflowStore, liveness: Liveness) -> Publication:
@@ -124,32 +121,19 @@ def publish_earlier(runs: Folder, store: MlflowStore, run: str = "") -> list[str
     """
     names = sorted(set(runs.children()) - {run})
     with ThreadPoolExecutor(READS_AT_ONCE) as pool:
-        done = list(pool.map(lambda name: (runs / name).has(PUBLISHED), names))
-    waiting = [name for name, published in zip(names, done, strict=True) if not published]
+        done = pool.map(lambda name: (runs / name).has(PUBLISHED), names)
+        waiting = [name for name, is_done in zip(names, done, strict=True) if not is_done]
     published, failed = [], []
     for found in publish_runs(runs, waiting, store):
         if found.state == "over":
             attempt_once(f"mark run {found.run} as published", partial(mark_published, runs, found.run))
         if found.published:
             published.append(found.run)
-        elif found.state == "failed":
+        elif found.error:
             failed.append(f"{found.run} ({found.error})")
     if failed:
         logger.warning("earlier runs could not be published, and a later run tries again: %s", ", ".join(failed))
     return published
-
-
-def publish_history(runs: Folder, names: Sequence[str], *, tracking_uri: str, artifact_root: str) -> list[Publication]:
-    """Publish some runs, or all if none is named, to an MLflow that need not know them.
-
-    Raises:
-        ConfigError: there is no such run, or the tracking URI is none that can be used.
-        TrackingUnavailable: MLflow cannot be reached.
-    """
-    known = sorted(runs.children())
-    if missing := sorted(set(names) - set(known)):
-        raise ConfigError(f"the store has no run {missing[0]!r}; `stillhouse runs list` shows those that it has")
-    return list(publish_runs(runs, names or known, mlflow_store(runs, "publish", tracking_uri, artifact_root)))
 
 
 def mark_published(runs: Folder, run: str) -> None:
@@ -159,27 +143,18 @@ def mark_published(runs: Folder, run: str) -> None:
 
 
 def follow(run: str, runs: Folder, store: MlflowStore, over: threading.Event) -> str | None:
-    """Publish a run as its events come, until its driver is gone; then try a few times more.
-
-    Args:
-        run: held by this process.
-        runs: the store's folder of runs.
-        store: MLflow.
-        over: set when the driver is gone, and so no more events come.
+    """Publish a run, held by this process, as its events come, until `over` is set; then try a few times more.
 
     Returns:
         Why MLflow lacks something in the end, or None.
     """
     log, events = EventLog(runs / run / "events"), list[RunEvent]()
-    num_batches = num_sent = failures = tries = 0
+    num_sent = failures = tries = 0
     pause = POLL_SECONDS
     while True:
-        over.wait(pause)
-        ended, fold_seconds, error = over.is_set(), 0.0, None
+        ended, fold_seconds, error = over.wait(pause), 0.0, None
         try:
-            for batch in log.read_from(num_batches + 1):
-                events += batch
-                num_batches += 1
+            events += log.read_new()
             if len(events) > num_sent or (ended and events):
                 began = time.monotonic()
                 view = fold(events, over=ended)
@@ -198,8 +173,7 @@ def follow(run: str, runs: Folder, store: MlflowStore, over: threading.Event) ->
             return error
         if ended:
             time.sleep(CLOSING_PAUSE_SECONDS)
-        pause = BACKOFF_SECONDS[min(failures, len(BACKOFF_SECONDS)) - 1] if failures else POLL_SECONDS
-        pause = max(pause, fold_seconds / SHARE_OF_TIME)
+        pause = max(PAUSES_SECONDS[min(failures, len(PAUSES_SECONDS) - 1)], fold_seconds / SHARE_OF_TIME)
 
 
 class _Forwarding(logging.Handler):
@@ -210,7 +184,7 @@ class _Forwarding(logging.Handler):
             print(json.dumps(record.getMessage()), flush=True)  # noqa: T201
 
 
-def main(artifact_root: str, runs_uri: str, run: str) -> None:
+def main(runs_uri: str, run: str) -> None:
     """Be the process beside a driver: standard input gives the tracking URI, and ends with the driver.
 
     Standard output ends once the run is in MLflow or given up, for which the driver waits.
@@ -224,14 +198,13 @@ def main(artifact_root: str, runs_uri: str, run: str) -> None:
 
     def sweep() -> None:
         with suppress(Exception):  # out of reach: they wait for a later sweep
-            publish_earlier(runs, mlflow_store(runs, run, tracking_uri, artifact_root), run)
+            publish_earlier(runs, mlflow_store(runs, run, tracking_uri), run)
 
     behind = threading.Thread(target=sweep, name="earlier", daemon=True)
     threading.Thread(target=wait_for_driver, name="driver", daemon=True).start()
     behind.start()
-    store = mlflow_store(runs, run, tracking_uri, artifact_root)
     with publisher_lease(runs, run, Liveness(runs)).held(Holder.of_this_process(run)):
-        error = follow(run, runs, store, over)
+        error = follow(run, runs, mlflow_store(runs, run, tracking_uri), over)
     if error:
         sys.exit(error)  # which the driver reads and shows
     sys.stdout.flush()

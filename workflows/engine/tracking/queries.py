@@ -10,8 +10,6 @@ from workflows.engine.tracking.connection import connect, pages
 from workflows.engine.tracking.tracking_uri import TrackingUnavailable, sqlite_path
 from workflows.engine.tracking.view import RUN
 
-__all__ = ["query_candidates", "registered_fingerprints"]
-
 
 @contextmanager
 def _client(tracking_uri: str) -> Iterator[Any]:
@@ -25,30 +23,22 @@ def _client(tracking_uri: str) -> Iterator[Any]:
         raise TrackingUnavailable(
             f"there is no MLflow database at {path} yet; run a workflow, or pass the tracking URI that its runs use"
         )
-    client = connect(tracking_uri, "").client
+    client = connect(tracking_uri)
     try:
         yield client
     except Exception as error:
-        shown = redacted(tracking_uri), redacted(str(error))
-        raise TrackingUnavailable("MLflow at {} cannot be asked ({})".format(*shown)) from error
+        problem = f"MLflow at {tracking_uri} cannot be asked ({error})"
+        raise TrackingUnavailable(redacted(problem)) from error
 
 
-def query_candidates(
-    tracking_uri: str, *, run_ids: Sequence[str] | None = None, experiment: str | None = None
-) -> list[dict[str, Any]]:
-    """Return the candidates in MLflow, each as plain values, by experiment and name.
-
-    Args:
-        tracking_uri: MLflow's.
-        run_ids: only candidates that one of these runs has.
-        experiment: only those of this experiment.
+def query_candidates(tracking_uri: str, *, run_ids: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """Return the candidates in MLflow, or those that one of some runs has, as plain values, by experiment and name.
 
     Raises:
         TrackingUnavailable: MLflow cannot be asked.
     """
     with _client(tracking_uri) as client:
-        found = pages(lambda token: client.search_experiments(page_token=token))
-        names = {e.experiment_id: e.name for e in found if experiment in (None, e.name)}
+        names = {e.experiment_id: e.name for e in pages(lambda token: client.search_experiments(page_token=token))}
         where = "tags.kind = 'candidate'"
         runs = pages(lambda token: client.search_runs(list(names), where, page_token=token)) if names else ()
         rows = [_candidate(run, names[run.info.experiment_id]) for run in runs]
@@ -82,6 +72,5 @@ def registered_fingerprints(tracking_uri: str) -> set[str]:
     """
     with _client(tracking_uri) as client:
         versions = list(pages(lambda token: client.search_model_versions(max_results=1000, page_token=token)))
-    named = {version.tags.get(tag) for version in versions for tag in ("fingerprint", "scores")}
-    paths = {part for version in versions for part in re.findall(r"\b[0-9a-f]{64}\b", version.tags.get("artifact", ""))}
-    return {fingerprint for fingerprint in named if fingerprint} | paths
+    tags = [version.tags.get(tag, "") for version in versions for tag in ("fingerprint", "scores", "artifact")]
+    return {fingerprint for tag in tags for fingerprint in re.findall(r"\b[0-9a-f]{64}\b", tag)}

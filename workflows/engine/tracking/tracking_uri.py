@@ -16,17 +16,6 @@ from stages.errors import ConfigError, StillhouseError
 from stages.storage import Folder, is_remote
 from workflows.engine.redaction import redacted
 
-__all__ = [
-    "TrackingUnavailable",
-    "check_tracking_uri",
-    "default_tracking_uri",
-    "is_server",
-    "known_tracking_uris",
-    "remember_tracking_uri",
-    "sqlite_path",
-    "without_userinfo",
-]
-
 CONNECT_SECONDS = 2.0
 """How long a tracking server may take to accept a TCP connection; MLflow itself would try for minutes."""
 DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
@@ -87,6 +76,8 @@ def known_tracking_uris(root: Folder) -> list[str]:
 def check_tracking_uri(uri: str) -> None:
     """Check that a tracking URI is one to use and, of a server or a database, that something listens there.
 
+    Nobody logs in.
+
     Raises:
         ConfigError: the URI is none that can be used, or there is no driver for its database.
         TrackingUnavailable: nothing listens at its address.
@@ -100,7 +91,16 @@ def check_tracking_uri(uri: str) -> None:
         return
     address, kind = urlsplit(uri), uri.partition("://")[0].partition("+")[0]
     if kind in DATABASE_PORTS:
-        _check_driver(uri)
+        from sqlalchemy import make_url
+        from sqlalchemy.exc import SQLAlchemyError
+
+        try:
+            make_url(uri).get_dialect().import_dbapi()
+        except (SQLAlchemyError, ValueError) as error:
+            raise ConfigError(f"the tracking URI {redacted(uri)} is no database's ({redacted(str(error))})") from error
+        except ImportError as error:
+            problem = f"{redacted(uri)} needs a driver that is not installed: pip install {error.name}"
+            raise ConfigError(problem) from error
     elif not is_server(uri) or not address.hostname:
         raise ConfigError(
             f"the tracking URI {redacted(uri)!r} is none that can be used; expected http(s)://host:port or sqlite:////path/to/file.db"
@@ -113,23 +113,6 @@ def check_tracking_uri(uri: str) -> None:
     except OSError as error:
         what = "MLflow server" if is_server(uri) else "database"
         raise TrackingUnavailable(f"no {what} answers at {address.hostname}:{port} ({error})") from error
-
-
-def _check_driver(uri: str) -> None:
-    """Check that a database's URI is one, and that its driver is installed; nobody logs in.
-
-    Raises:
-        ConfigError: it is none, or there is no driver for it.
-    """
-    from sqlalchemy import make_url
-    from sqlalchemy.exc import SQLAlchemyError
-
-    try:
-        make_url(uri).get_dialect().import_dbapi()
-    except (SQLAlchemyError, ValueError) as error:
-        raise ConfigError(f"the tracking URI {redacted(uri)} is no database's ({redacted(str(error))})") from error
-    except ImportError as error:
-        raise ConfigError(f"{redacted(uri)} needs a driver that is not installed: pip install {error.name}") from error
 
 
 def is_on_network(path: Path) -> bool:

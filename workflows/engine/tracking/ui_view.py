@@ -4,8 +4,6 @@ import json
 
 from stages.formats.metrics import METRICS, PRIMARY_METRIC
 
-__all__ = ["CANDIDATES_PATH", "VIEW", "view_state"]
-
 CANDIDATES_PATH = "#/experiments/{experiment_id}/runs?viewStateShareKey=candidates"
 """Where MLflow's UI shows an experiment's candidates side by side; with `&compareRunsMode=CHART` as charts."""
 VIEW = "mlflow.sharedViewState.candidates"

@@ -3,15 +3,15 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from stages.formats.report import Report, ReportedCandidate, Verdict
 from workflows.engine.events import (
     AttemptEnded,
     AttemptStarted,
-    CandidateFound,
     CurvePoints,
+    ReportMade,
     RunEnded,
     RunEvent,
     RunStarted,
-    VerdictReached,
 )
 
 EXPERIMENT = "quickstart/llama-6l"
@@ -49,11 +49,10 @@ def step(name: str, stage: str, at_ms: int, *, hit: bool = False) -> list[RunEve
         stage=stage,
         fingerprint="f" * 64,
         cache="hit" if hit else "miss",
-        params={"seed": "0"},
-        config='{"seed": 0}',
+        config={"seed": 0},
     )
     points = tuple(("train/loss", 5.0 - k, k, at_ms + k) for k in range(3))
-    curves: list[RunEvent] = [] if hit else [CurvePoints(step=name, attempt=attempt, points=points)]
+    curves: list[RunEvent] = [] if hit else [CurvePoints(step=name, attempt=attempt, at_ms=at_ms + 2, points=points)]
     tags = {"made_by_run": "an-earlier-run"} if hit else {}
     return [begin, *curves, ended(name, attempt, at_ms + 90, metrics={"seconds": 0.09}, tags=tags)]
 
@@ -63,31 +62,24 @@ def ended(name: str, attempt: int, at_ms: int, status: str = "FINISHED", **field
     return AttemptEnded.model_validate(values)
 
 
-def candidate(name: str, at_ms: int, scores: str = SCORES, **metrics: float) -> CandidateFound:
+def candidate(name: str, latency_p50_ms: float = 3.5) -> ReportedCandidate:
     fingerprint = f"{list(KL).index(name)}" * 64
-    return CandidateFound(
-        scores=scores,
-        name=name,
-        at_ms=at_ms,
-        artifact=f"/store/artifacts/{fingerprint}/out/1/model",
-        params={"method": "none"},
-        metrics={
-            "final/kl_to_teacher": KL[name],
-            "final/size_bytes": 1e6,
-            "final/latency_p50_ms": metrics.get("latency_p50_ms", 3.5),
-        },
-        tags={"fingerprint": fingerprint},
-    )
+    metrics = {"final/kl_to_teacher": KL[name], "final/size_bytes": 1e6, "final/latency_p50_ms": latency_p50_ms}
+    return ReportedCandidate(
+        name=name, fingerprint=fingerprint, folder="model", uri=f"/store/artifacts/{fingerprint}/out/1/model",
+        kind="distilled", base=None, params={"method": "none"}, metrics=metrics, intervals={}, notes={},
+    )  # fmt: skip
 
 
-def verdict(champion: str | None, at_ms: int, scores: str = SCORES) -> VerdictReached:
-    return VerdictReached(
-        scores=scores,
-        registered_name="llama-6l",
-        champion=champion,
-        at_ms=at_ms,
-        reasons=("kl_to_teacher is below 0.25 nats",),
-    )
+def judged(*candidates: ReportedCandidate, at_ms: int, champion: str | None = None, scores: str = SCORES) -> ReportMade:
+    """Return the report on some candidates."""
+    reasons = ("kl_to_teacher is below 0.25 nats",)
+    verdict = Verdict(
+        outcome="accepted" if champion else "rejected", champion=champion, registered_name="llama-6l",
+        reasons=reasons, claims=(), checks={},
+    )  # fmt: skip
+    report = Report(verdict=verdict, reference=None, split="validation", tokens=10, documents=1, candidates=candidates)
+    return ReportMade(at_ms=at_ms, scores=scores, made_by_run="r", report=report)
 
 
 def night(
@@ -104,8 +96,7 @@ def night(
     events: list[RunEvent] = [started(run, at_ms, experiment)]
     for index, (name, stage) in enumerate(STEPS[:steps]):
         events += step(name, stage, at_ms + 100 * (index + 1), hit=index == 0)
-    events += [candidate(name, at_ms + 1000) for name in candidates]
-    events.append(verdict(champion, at_ms + 1001))
+    events.append(judged(*map(candidate, candidates), at_ms=at_ms + 1000, champion=champion))
     note = "**finished**: all is well"
     return [*events, RunEnded(at_ms=at_ms + 1002, status="FINISHED", note=note, files=tuple(map(str, files)))]
 

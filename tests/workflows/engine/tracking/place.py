@@ -11,7 +11,7 @@ from typing import Any
 from stages.storage import Folder
 from tests.workflows.engine.tracking.nights import EXPERIMENT
 from workflows.engine.events import EventLog, RunEvent
-from workflows.engine.tracking.connection import Connection, connect
+from workflows.engine.tracking.connection import connect
 from workflows.engine.tracking.publisher import mlflow_store, publish_earlier
 from workflows.engine.tracking.tracker import RunTracker
 
@@ -22,14 +22,13 @@ class Place:
     def __init__(self, folder: Path, uri: str) -> None:
         self.folder, self.uri = folder, uri
         self.runs = Folder.at(folder / "runs")
-        self.root = str(folder / "mlflow/artifacts")
 
     @cached_property
     def client(self) -> Any:
-        return connect(self.uri, self.root).client
+        return connect(self.uri)
 
     def tracker(self, run: str, uri: str | None = None) -> RunTracker:
-        return RunTracker(tracking_uri=uri or self.uri, artifact_root=self.root, runs=self.runs, run=run)
+        return RunTracker(tracking_uri=uri or self.uri, runs=self.runs, run=run)
 
     def log(self, run: str, *batches: Sequence[RunEvent]) -> EventLog:
         log = EventLog(self.runs / run / "events")
@@ -37,9 +36,9 @@ class Place:
             log.append(batch)
         return log
 
-    def catch_up(self, connecting: Callable[[str, str], Connection] = connect) -> list[str]:
+    def catch_up(self, connecting: Callable[[str], Any] = connect) -> list[str]:
         """Publish what is not wholly in MLflow, as a later run's publisher does."""
-        return publish_earlier(self.runs, mlflow_store(self.runs, "later", self.uri, self.root, connecting))
+        return publish_earlier(self.runs, mlflow_store(self.runs, "later", self.uri, connecting))
 
     def publish(self, run: str, events: Sequence[RunEvent]) -> list[str]:
         self.log(run, events)

@@ -12,13 +12,13 @@ from tests.workflows.engine.tracking.nights import (
     EXPERIMENT,
     SCORES,
     candidate,
+    judged,
     night,
     started,
     step,
 )
 from tests.workflows.engine.tracking.place import Place, by_name
 from workflows.engine.events import CurvePoints
-from workflows.engine.tracking.connection import Connection
 from workflows.engine.tracking.mlflow_store import MlflowStore
 from workflows.engine.tracking.queries import query_candidates, registered_fingerprints
 from workflows.engine.tracking.view import fold
@@ -62,7 +62,8 @@ def test_publish_two_nights_stand_in_mlflow_as_described(
         (2, 3.0, 1202),
     ]
     assert (
-        Path(client.download_artifacts(teacher.info.run_id, "config.json", str(tmp_path))).read_text() == '{"seed": 0}'
+        Path(client.download_artifacts(teacher.info.run_id, "config.json", str(tmp_path))).read_text()
+        == '{\n "seed": 0\n}'
     )
     assert (rows["corpus"].data.tags["cache"], rows["corpus"].data.tags["made_by_run"]) == ("hit", "an-earlier-run")
     assert_candidates_stand(place, ["night-1"])
@@ -95,7 +96,7 @@ def assert_candidates_stand(place: Place, nights: list[str]) -> None:
     experiment = client.get_experiment_by_name(EXPERIMENT)
     assert len(client.search_logged_models([experiment.experiment_id])) == 4
     assert experiment.tags["mlflow.experiment.primaryMetric.name"] == "final/kl_to_teacher"
-    found = query_candidates(place.uri, run_ids=nights[:1], experiment=EXPERIMENT)
+    found = query_candidates(place.uri, run_ids=nights[:1])
     assert [(c["name"], c["scores"], c["runs"]) for c in found] == [
         (row.info.run_name, SCORES, nights) for row in sorted(rows, key=lambda row: str(row.info.run_name))
     ]
@@ -142,8 +143,8 @@ def test_verdict_published_late_does_not_move_the_alias_back(sqlite: Place) -> N
 
 
 def test_candidate_measured_anew_shows_the_new_figure_once(sqlite: Place) -> None:
-    sqlite.publish("a", [started("a"), candidate("student", 1000)])
-    sqlite.publish("b", [started("b"), candidate("student", 2000, latency_p50_ms=2.5)])
+    sqlite.publish("a", [started("a"), judged(candidate("student"), at_ms=1000)])
+    sqlite.publish("b", [started("b"), judged(candidate("student", latency_p50_ms=2.5), at_ms=2000)])
     (row,) = sqlite.mlflow_runs("tags.kind = 'candidate'")
     history = {key: sqlite.client.get_metric_history(row.info.run_id, key) for key in row.data.metrics}
     assert [point.value for point in history["final/latency_p50_ms"]] == [3.5, 2.5]
@@ -198,7 +199,7 @@ class Counting:
 
 def counting_store(place: Place) -> tuple[MlflowStore, Counting]:
     client = Counting(place.client)
-    return MlflowStore(lambda: Connection(client, place.uri, place.root)), client
+    return MlflowStore(place.uri, str(place.folder / "mlflow/artifacts"), lambda _: client), client
 
 
 def test_publish_growing_run_sends_only_what_is_new(sqlite: Place) -> None:

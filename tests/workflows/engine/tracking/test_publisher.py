@@ -6,15 +6,21 @@ from typing import Any
 
 import pytest
 
-from stages.errors import ConfigError
 from tests.workflows.engine.tracking.nights import ended, night, short_night, started, step
 from tests.workflows.engine.tracking.place import Place, by_name, free_port
 from workflows.engine.events import EventLog, RunEvent
 from workflows.engine.heartbeat import Holder, Liveness
 from workflows.engine.tracking import publisher
-from workflows.engine.tracking.connection import Connection, connect
+from workflows.engine.tracking.connection import connect
 from workflows.engine.tracking.mlflow_store import MlflowStore
-from workflows.engine.tracking.publisher import Publication, follow, publish_earlier, publish_history, publisher_lease
+from workflows.engine.tracking.publisher import (
+    Publication,
+    follow,
+    mlflow_store,
+    publish_earlier,
+    publish_runs,
+    publisher_lease,
+)
 from workflows.engine.tracking.tracking_uri import TrackingUnavailable, default_tracking_uri
 from workflows.engine.tracking.view import RunView
 
@@ -55,9 +61,9 @@ def test_publish_killed_in_any_call_ends_with_the_same_mlflow(sqlite: Place, tmp
         place.log("r", short_night()[:3], short_night()[3:])
         made: list[Mortal] = []
 
-        def connect_mortal(uri: str, root: str, made: list[Mortal] = made, fatal: int = fatal) -> Connection:
-            made.append(Mortal(connect(uri, root).client, fatal))
-            return Connection(made[0], uri, root)
+        def connect_mortal(uri: str, made: list[Mortal] = made, fatal: int = fatal) -> Mortal:
+            made.append(Mortal(connect(uri), fatal))
+            return made[0]
 
         try:
             place.catch_up(connect_mortal)
@@ -126,16 +132,37 @@ def test_publish_run_with_a_living_publisher_is_left_alone(sqlite: Place) -> Non
 def test_publish_nothing_waiting_touches_no_mlflow(sqlite: Place) -> None:
     sqlite.publish("r", short_night())
 
-    def never(_: str, __: str) -> Connection:
+    def never(_: str) -> Any:
         raise AssertionError("there was nothing to send")
 
     assert sqlite.catch_up(never) == []
 
 
-def test_publish_flawed_event_is_refused_and_the_rest_is_sent(sqlite: Place, caplog: pytest.LogCaptureFixture) -> None:
-    assert sqlite.publish("r", night("r", champion="nobody", candidates=[])) == ["r"]
-    assert "'nobody', which was never found" in caplog.text
-    assert by_name(sqlite.mlflow_runs())["r"].info.status == "FINISHED"
+class Picky:
+    """A client of an MLflow that never takes a run of one name."""
+
+    def __init__(self, client: Any, refused: str) -> None:
+        self._client, self._refused = client, refused
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._client, name)
+
+    def create_run(self, *args: Any, run_name: str, **kwargs: Any) -> Any:
+        if run_name == self._refused:
+            raise ValueError("it is too odd")
+        return self._client.create_run(*args, run_name=run_name, **kwargs)
+
+
+@pytest.mark.parametrize("refused", ["teacher", "student"])
+def test_publish_what_mlflow_never_takes_is_refused_and_the_rest_is_sent(
+    sqlite: Place, caplog: pytest.LogCaptureFixture, refused: str
+) -> None:
+    sqlite.log("r", night("r", steps=2, candidates=["student", "student-w8a8"]))
+    assert sqlite.catch_up(lambda uri: Picky(connect(uri), refused)) == ["r"]
+    assert f"MLflow does not take {refused} (" in caplog.text
+    assert "it is too odd" in caplog.text
+    sent = {"r", "corpus", "teacher", "student", "student-w8a8"} - {refused}
+    assert {row.info.run_name: row.info.status for row in sqlite.mlflow_runs()} == dict.fromkeys(sent, "FINISHED")
     assert sqlite.catch_up() == []
 
 
@@ -154,6 +181,8 @@ def test_publish_run_that_does_not_say_how_it_began_holds_up_no_other(
 
 class FakeStore(MlflowStore):
     """Remembers the views that it was to publish; fails for the first of them."""
+
+    uri = "sqlite:////mlflow.db"
 
     def __init__(self, *, outages: int = 0) -> None:
         self.views: list[RunView] = []
@@ -239,16 +268,14 @@ class Refusing(FakeStore):
 
     def __init__(self, *runs: str, gone: bool = False) -> None:
         super().__init__()
-        self.runs, self.gone = runs, gone
+        self.runs = runs
+        if gone:
+            self.uri = f"http://127.0.0.1:{free_port()}"
 
     def publish(self, view: RunView) -> None:
         if view.run in self.runs:
             raise RuntimeError(f"500 for {view.run} at https://me:pw@mlflow")
         super().publish(view)
-
-    def check_reachable(self) -> None:
-        if self.gone:
-            raise TrackingUnavailable("nobody answers")
 
 
 @pytest.fixture
@@ -279,18 +306,21 @@ def test_publish_earlier_stops_where_mlflow_is_gone(three: Place) -> None:
 # On command ---------------------------------------------------------------------------------------------------------
 
 
-def test_publish_history_fills_an_empty_mlflow_with_the_same(sqlite: Place) -> None:
+def test_publish_runs_fills_an_empty_mlflow_with_the_same(sqlite: Place) -> None:
     sqlite.publish("a", night("a"))
     sqlite.publish("b", night("b", at_ms=50_000, champion="student-w4a16"))
     sqlite.publish("c", [started("c", 90_000), *step("corpus", "Prepare", 90_100, hit=True)])
     second = Place(sqlite.folder, f"sqlite:///{sqlite.folder}/second.db")
-    options = {"tracking_uri": second.uri, "artifact_root": second.root}
-    assert names(publish_history(second.runs, [], **options)) == ["a", "b", "c"]
+    assert names(on_command(second, ["a", "b", "c"])) == ["a", "b", "c"]
     assert second.picture() == sqlite.picture()
     before = rows_of(second)
-    assert names(publish_history(second.runs, ["b"], **options)) == ["b"]
-    assert names(publish_history(second.runs, [], **options)) == ["a", "b", "c"]
+    assert names(on_command(second, ["b"])) == ["b"]
+    assert names(on_command(second, ["a", "b", "c"])) == ["a", "b", "c"]
     assert rows_of(second) == before
+
+
+def on_command(place: Place, runs: Sequence[str]) -> list[Publication]:
+    return list(publish_runs(place.runs, runs, mlflow_store(place.runs, "publish", place.uri)))
 
 
 def names(found: Sequence[Publication]) -> list[str]:
@@ -307,15 +337,10 @@ def rows_of(place: Place) -> dict[str, list[Any]]:
         return {name: sorted(database.execute(f'SELECT * FROM "{name}"').fetchall(), key=repr) for name in tables}
 
 
-def test_publish_history_unknown_run_is_a_config_error(sqlite: Place) -> None:
-    with pytest.raises(ConfigError, match="no run 'x'"):
-        publish_history(sqlite.runs, ["x"], tracking_uri=sqlite.uri, artifact_root=sqlite.root)
-
-
-def test_publish_history_dead_server_is_unavailable(sqlite: Place) -> None:
+def test_publish_runs_dead_server_is_unavailable(sqlite: Place) -> None:
     sqlite.log("r", short_night())
     with pytest.raises(TrackingUnavailable):
-        publish_history(sqlite.runs, [], tracking_uri=f"http://127.0.0.1:{free_port()}", artifact_root=sqlite.root)
+        on_command(Place(sqlite.folder, f"http://127.0.0.1:{free_port()}"), ["r"])
 
 
 def test_publish_attempt_that_failed_shows_its_error(sqlite: Place) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.workflows.engine.tracking.nights import candidate, started, verdict
+from tests.workflows.engine.tracking.nights import candidate, judged, started
 from tests.workflows.engine.tracking.place import Place, free_port
 from workflows.engine.tracking.queries import query_candidates, registered_fingerprints
 from workflows.engine.tracking.tracking_uri import TrackingUnavailable, default_tracking_uri
@@ -22,8 +22,8 @@ def test_read_candidates_dead_places_are_unavailable(tmp_path: Path) -> None:
 def test_registered_fingerprints_scores_and_models_of_every_version(sqlite: Place) -> None:
     sqlite.publish("o", [started("o")])
     assert registered_fingerprints(sqlite.uri) == set()
-    sqlite.publish("a", [started("a"), candidate("student", 1000), verdict("student", 1001)])
-    other = [started("b"), candidate("teacher", 2000, "6" * 64), verdict("teacher", 2001, "6" * 64)]
+    sqlite.publish("a", [started("a"), judged(candidate("student"), at_ms=1000, champion="student")])
+    other = [started("b"), judged(candidate("teacher"), at_ms=2000, champion="teacher", scores="6" * 64)]
     sqlite.publish("b", other)
     assert registered_fingerprints(sqlite.uri) == {"0" * 64, "1" * 64, "5" * 64, "6" * 64}
 

@@ -25,7 +25,7 @@ from workflows.engine.tracking.tracker import RunTracker
 from workflows.engine.tracking.tracking_uri import default_tracking_uri
 root = sys.argv[1]
 runs = Folder.at(root + "/runs")
-tracker = RunTracker(tracking_uri=default_tracking_uri(root), artifact_root=root + "/mlflow/artifacts", runs=runs, run="r")
+tracker = RunTracker(tracking_uri=default_tracking_uri(root), runs=runs, run="r")
 for event in night("r")[:6]:
     tracker.record(event)
 while not (runs / "r/events").has("000001.json"):
@@ -147,9 +147,7 @@ def test_tracker_password_of_the_tracking_uri_stands_in_no_argument_and_no_log(
 def test_tracker_no_secret_reaches_mlflow_or_the_store(sqlite: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wJalrXUtnFEMIK7MDENG")
     leak = "wJalrXUtnFEMIK7MDENG at https://me:hunter2@host/"
-    begin = step("teacher", "Train", 1200)[0].model_copy(
-        update={"params": {"source": leak}, "config": f'{{"uri": "{leak}"}}'}
-    )
+    begin = step("teacher", "Train", 1200)[0].model_copy(update={"config": {"source": leak, "nested": {"uri": leak}}})
     failed = ended("teacher", 1, 1300, "FAILED", tags={"error": leak})
     over = RunEnded(at_ms=1400, status="FAILED", note=f"failed: {leak}")
     sqlite.publish("r", [started("r"), begin, failed, over])

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.workflows.engine.tracking.nights import SCORES, candidate, ended, night, started, step, verdict
+from tests.workflows.engine.tracking.nights import SCORES, candidate, ended, judged, night, started, step
 from workflows.engine.tracking.view import fold, legal_name
 
 
@@ -20,7 +20,7 @@ def test_fold_events_of_one_attempt_become_one_row() -> None:
         ("train/loss", 3.0, 2, 102),
         ("seconds", 0.09, 0, 190),
     ]
-    assert (row.params, row.texts) == ({"seed": "0"}, {"config.json": '{"seed": 0}'})
+    assert (row.params, row.texts) == ({"seed": "0"}, {"config.json": '{\n "seed": 0\n}'})
 
 
 def test_fold_whole_run_is_a_row_for_each_step_and_its_candidates() -> None:
@@ -31,8 +31,8 @@ def test_fold_whole_run_is_a_row_for_each_step_and_its_candidates() -> None:
     assert (view.rows[0].started_ms, view.rows[0].ended_ms) == (1000, 2002)
     assert view.rows[0].tags["verdict"] == "champion: student-w8a8"
     assert [found.name for found in view.candidates] == ["teacher", "student", "student-w8a8", "student-w4a16"]
-    (wish,) = view.registrations
-    assert (wish.registered_name, wish.candidate, wish.at_ms) == ("llama-6l", f"{SCORES}/student-w8a8", 2001)
+    (wish,) = [found for found in view.candidates if found.registered_name is not None]
+    assert (wish.registered_name, wish.key, wish.started_ms) == ("llama-6l", f"{SCORES}/student-w8a8", 2000)
 
 
 def test_fold_run_in_its_midst_leaves_open_what_is_open() -> None:
@@ -41,12 +41,12 @@ def test_fold_run_in_its_midst_leaves_open_what_is_open() -> None:
     assert [(row.status, row.ended_ms) for row in fold(events, over=True).rows] == [("KILLED", 1000), ("KILLED", 1000)]
 
 
-def test_fold_again_gives_the_same_digests_and_more_events_other_ones() -> None:
+def test_fold_again_gives_equal_rows_and_more_events_other_ones() -> None:
     events = [started("r"), *step("teacher", "Train", 100)]
     once, again, less = fold(events), fold(events), fold(events[:-1])
-    assert [row.digest for row in once.rows] == [row.digest for row in again.rows]
-    assert once.rows[1].digest != less.rows[1].digest
-    assert once.rows[0].digest == less.rows[0].digest
+    assert once == again
+    assert once.rows[1] != less.rows[1]
+    assert once.rows[0] == less.rows[0]
 
 
 def test_fold_second_attempt_has_a_row_of_its_own() -> None:
@@ -67,8 +67,8 @@ def test_fold_run_tags_fill_mlflows_own_columns() -> None:
 
 
 def test_fold_rejecting_verdict_registers_nothing() -> None:
-    view = fold([started("r"), candidate("student", 1000), verdict(None, 1001)])
-    assert view.registrations == ()
+    view = fold([started("r"), judged(candidate("student"), at_ms=1000)])
+    assert [found.registered_name for found in view.candidates] == [None]
     assert view.rows[0].tags["verdict"] == "rejected"
 
 
@@ -91,9 +91,20 @@ def test_legal_name_any_name_is_one_mlflow_takes(name: str) -> None:
 
 
 def test_fold_long_values_are_cut_at_mlflows_limits() -> None:
-    begin = step("teacher", "Train", 100)[0].model_copy(update={"params": {"p": "x" * 7000}})
-    row = fold([started("r"), begin, ended("teacher", 1, 200, "FAILED", tags={"error": "x" * 9000})]).rows[1]
-    assert (len(row.params["p"]), len(row.tags["error"])) == (6000, 8000)
+    begin = started("r").model_copy(update={"params": {"p": "x" * 7000}})
+    failed = ended("teacher", 1, 200, "FAILED", tags={"error": "x" * 9000})
+    top, row = fold([begin, step("teacher", "Train", 100)[0], failed]).rows
+    assert (len(top.params["p"]), len(row.tags["error"])) == (6000, 8000)
+
+
+def test_fold_step_params_are_the_fields_of_its_config_that_fit_a_cell() -> None:
+    config = {"seed": 0, "on": True, "name": "x" * 99, "none": None, "nested": {"a": 1}, "many": [1]}
+    config |= {f"field{k}": k for k in range(20)}
+    begin = step("teacher", "Train", 100)[0].model_copy(update={"config": config})
+    params = fold([started("r"), begin]).rows[1].params
+    assert {"seed": "0", "on": "True", "name": "x" * 60, "field0": "0"}.items() <= params.items()
+    assert len(params) == 12
+    assert not {"none", "nested", "many"} & set(params)
 
 
 def test_fold_values_that_are_not_finite_become_tags() -> None:
@@ -104,12 +115,12 @@ def test_fold_values_that_are_not_finite_become_tags() -> None:
         "not_finite.b": "nan",
         "not_finite.c_": "inf",
     }
-    found = candidate("student", 1000).model_copy(update={"metrics": metrics})
-    (shown,) = fold([started("r"), found]).candidates
-    assert (shown.metrics, shown.tags["not_finite.b"]) == ({"a": 1.0}, "nan")
+    found = candidate("student").model_copy(update={"metrics": metrics})
+    (shown,) = fold([started("r"), judged(found, at_ms=1000)]).candidates
+    assert (shown.points, shown.tags["not_finite.b"]) == ([("a", 1.0, 0, 1000)], "nan")
 
 
 def test_fold_quote_in_a_candidates_name_cannot_leave_the_filter() -> None:
-    found = candidate("student", 1000).model_copy(update={"name": "x' or `a"})
-    (shown,) = fold([started("r"), found]).candidates
+    found = candidate("student").model_copy(update={"name": "x' or `a"})
+    (shown,) = fold([started("r"), judged(found, at_ms=1000)]).candidates
     assert not {"'", "`"} & set(shown.key)
