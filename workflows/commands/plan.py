@@ -12,7 +12,7 @@ from workflows.commands.options import OK, RunOptions, Tokens, Workflow
 from workflows.commands.output import console, print_json
 from workflows.commands.parameters import with_parameters
 from workflows.commands.terminal import plan_summary
-from workflows.engine.plan import Plan, StepPlan
+from workflows.engine.plan import Plan
 from workflows.engine.run import plan_only
 
 STATUS_STYLE = {"HIT": "green", "MISS": "yellow", "BLOCKED": "bold red"}
@@ -47,12 +47,7 @@ def plan_table(plan: Plan) -> Table:
     for step in plan.steps.values():
         last = duration(step.seconds_estimate) if step.seconds_estimate is not None else "–"
         status = Text(step.status, style=STATUS_STYLE[step.status])
-        table.add_row(step.step.name, type(step.step.stage).__name__, status, step.reason, _needs(step), last)
+        table.add_row(
+            step.step.name, type(step.step.stage).__name__, status, step.reason, step.step.resources.demand, last
+        )
     return table
-
-
-def _needs(step: StepPlan) -> str:
-    """Return what a step takes of the cluster."""
-    resources = step.step.resources
-    text = f"{resources.workers} × {resources.cpus_per_worker:g} CPU"
-    return text + (f" + {resources.gpus_per_worker:g} GPU" if resources.gpus_per_worker else "")

@@ -58,10 +58,10 @@ class StepPlan:
         return self.identity.fingerprint if self.identity else None
 
     @property
-    def inputs(self) -> Mapping[str, str]:
-        """Input → fingerprint, of a step whose own fingerprint is known."""
+    def known(self) -> Identity:
+        """The identity of a step that has one."""
         assert self.identity is not None
-        return self.identity.inputs
+        return self.identity
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON."""
@@ -193,7 +193,7 @@ def _why_miss(
         if before[need].commit is None:
             return f"{need} is run again"
     commits = {name: plan.commit for name, plan in before.items() if plan.commit}
-    if outdated := commit.manifest.outdated_input(input_commits(step, identity.inputs, commits)):
+    if outdated := commit.manifest.outdated_input(input_commits(step, identity, commits)):
         return f"{_source_name(dict(step.sources())[outdated])} has a newer commit than the one this was made from"
     if strict_code and commit.manifest.provenance.code_digest != code_digest(type(step.stage)):
         return f"the code of {type(step.stage).__name__} changed (--strict-code)"
@@ -218,18 +218,12 @@ def _source_name(source: Source) -> str:
     return source.step if isinstance(source, Handle) else f"external {source.name}"
 
 
-def input_commits(step: Step, inputs: Mapping[str, str], commits: Mapping[str, Commit]) -> dict[str, InputCommit]:
-    """Return the commits that a step would read.
-
-    Args:
-        step: the step.
-        inputs: input → fingerprint.
-        commits: the commit of each step that it needs.
-    """
+def input_commits(step: Step, identity: Identity, commits: Mapping[str, Commit]) -> dict[str, InputCommit]:
+    """Return the commits that a step would read, given the commit of each step that it needs."""
     generations = {
         name: commits[source.step].generation if isinstance(source, Handle) else 0 for name, source in step.sources()
     }
-    return {name: InputCommit(fingerprint=inputs[name], generation=number) for name, number in generations.items()}
+    return {name: InputCommit(fingerprint=identity.inputs[name], generation=g) for name, g in generations.items()}
 
 
 def _lacking(need: Resources, cluster: ClusterResources) -> str | None:
