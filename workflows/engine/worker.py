@@ -27,6 +27,8 @@ from workflows.engine.provenance import environment
 from workflows.engine.redaction import redacted, secrets_of
 from workflows.engine.store import seal
 
+logger = logging.getLogger(__name__)
+
 PROGRESS_SECONDS = 0.2
 """At most one progress report so often from each process, but for the first and the last."""
 
@@ -42,7 +44,6 @@ class ProgressCollector:
     """The actor that keeps what stages report until the driver fetches it."""
 
     def __init__(self) -> None:
-        """Start empty."""
         self._kept = ProgressUpdates()
 
     def add(self, updates: ProgressUpdates) -> None:
@@ -63,7 +64,6 @@ class ActorReporter:
     """A `stages.contract.Reporter` that sends to the actor without waiting for it."""
 
     def __init__(self, collector: Any, step: str, attempt: int) -> None:
-        """Report for one attempt."""
         self._collector, self._key = collector, (step, attempt)
         self._last = 0.0
 
@@ -98,7 +98,6 @@ def run_attempt(attempt: Attempt, collector: Any) -> AttemptResult | Failure:
     reporter = ActorReporter(collector, attempt.step, attempt.attempt)
     with _log(attempt) as log:
         started = time.monotonic()
-        logger = logging.getLogger(__name__)
         logger.info("%s attempt %d on %s: %r", attempt.step, attempt.attempt, socket.gethostname(), attempt.stage)
         context = Context(attempt.fingerprint, attempt.inputs, attempt.out, attempt.resume, attempt.resources, reporter)
         if not attempt.stage.PLACES_WORKERS:
@@ -110,12 +109,10 @@ def run_attempt(attempt: Attempt, collector: Any) -> AttemptResult | Failure:
         except Exception as error:  # noqa: BLE001  the border of the step's process: every error becomes a decision of the engine
             log.write(traceback.format_exc())
             return classify(error)
-        seconds = time.monotonic() - started
-        size = sum(file.size_bytes for file in files)
+        seconds, size = time.monotonic() - started, sum(file.size_bytes for file in files)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        logger.info(
-            "%s done in %.1f s: %d files, %d bytes, peak memory %d bytes", attempt.step, seconds, len(files), size, peak
-        )
+        text = "%s done in %.1f s: %d files, %d bytes, peak memory %d bytes"
+        logger.info(text, attempt.step, seconds, len(files), size, peak)
     return AttemptResult(files, metrics, seconds, peak, environment())
 
 
@@ -127,14 +124,11 @@ def _checked(metrics: Mapping[str, Any]) -> dict[str, float]:
     """
     found = {}
     for name, value in metrics.items():
-        try:
+        with contextlib.suppress(TypeError, ValueError):
             found[name] = float(value)
-        except (TypeError, ValueError):
-            found[name] = math.nan
-        if not math.isfinite(found[name]):
-            raise StageFailed(
-                f"its metric {name!r} is {value!r}, expected a finite number; leave it out if there is none"
-            )
+        if not math.isfinite(found.get(name, math.nan)):
+            problem = f"its metric {name!r} is {value!r}, expected a finite number"
+            raise StageFailed(f"{problem}; leave it out if there is none")
     return found
 
 
@@ -171,8 +165,7 @@ class _RedactedLog(io.TextIOWrapper):
 @contextlib.contextmanager
 def _log(attempt: Attempt) -> Iterator[TextIO]:
     """Send the process's Python output and log records to the attempt's log file in the store, secrets redacted."""
-    name = f"{attempt.step}.{attempt.attempt}.log"
-    local = attempt.logs.local_path()
+    name, local = f"{attempt.step}.{attempt.attempt}.log", attempt.logs.local_path()
     path = (local or Path(tempfile.mkdtemp(prefix="stillhouse-log-"))) / name
     path.parent.mkdir(parents=True, exist_ok=True)
     root = logging.getLogger()
