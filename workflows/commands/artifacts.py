@@ -10,9 +10,8 @@ from rich.text import Text
 
 from stages.errors import ConfigError
 from workflows.commands.find import find_store
-from workflows.commands.formatting import duration, fitting_table, size
 from workflows.commands.options import FAILED, OK, Count, Hours, OutputOptions, StoreOptions, TrackingOptions
-from workflows.commands.output import console, print_fields, print_json, say
+from workflows.commands.output import console, duration, print_fields, print_json, print_table, say, size
 from workflows.commands.terminal import progress_line
 from workflows.engine.gc import delete, find_garbage
 from workflows.engine.plan import watch_hashing
@@ -45,21 +44,13 @@ def list_artifacts(*, at: StoreOptions = StoreOptions(), output: OutputOptions =
     if output.json:
         print_json({"artifacts": rows})
         return OK
-    cells = [
-        [
-            row["step"],
-            row["kind"],
-            size(row["size_bytes"]),
-            duration(row["seconds"]),
-            time.strftime("%Y-%m-%d %H:%M", time.localtime(row["created"])),
-            row["fingerprint"][:12],
-            "pinned" if row["pinned"] else "",
-        ]
-        for row in rows
-    ]
-    out = console()
+    cells = []
+    for row in rows:
+        made = time.strftime("%Y-%m-%d %H:%M", time.localtime(row["created"]))
+        amounts = size(row["size_bytes"]), duration(row["seconds"]), made
+        cells.append([row["step"], row["kind"], *amounts, row["fingerprint"][:12], "pinned" if row["pinned"] else ""])
     headings = ("workflow/step", "kind", "size", "took", "made", "fingerprint", "")
-    out.print(fitting_table(headings, cells, width=out.width, droppable=("took", "kind", "made")))
+    print_table(console(), headings, cells, droppable=("took", "kind", "made"))
     say(f"{len(rows)} artifacts, {size(sum(row['size_bytes'] for row in rows))}")
     return OK
 
@@ -164,10 +155,9 @@ def gc(
     store = find_store(at.store)
     age = min_age_hours * 3600
     garbage = find_garbage(store, tracking_uri=at.tracking_uri, keep_runs=keep_runs, min_age_seconds=age)
-    rows, sizes, counts = [], Counter[str](), Counter[str]()
+    rows, sizes = [], Counter[str]()
     for item in garbage.items:
         sizes[item.kind] += item.size_bytes
-        counts[item.kind] += 1
         name = "run" if item.kind == "run" else "fingerprint"
         rows.append({"kind": item.kind, name: item.name, "step": item.text, "size_bytes": item.size_bytes})
         if not output.json:
@@ -178,8 +168,8 @@ def gc(
         answer = {"collected": rows, "size_bytes": sizes.total(), "size_bytes_by_kind": sizes}
         print_json({**answer, "kept": len(garbage.kept), "kept_runs": garbage.kept_runs, "deleted": yes})
         return OK
-    for kind, num_bytes in sizes.items():
-        say(f"{counts[kind]} {kind}s, {size(num_bytes)}")
+    for kind, number in Counter(item.kind for item in garbage.items).items():
+        say(f"{number} {kind}s, {size(sizes[kind])}")
     verb = "deleted" if yes else "would be deleted (give --yes to do it)"
     say(f"{size(sizes.total())} {verb}; {len(garbage.kept)} artifacts kept")
     return OK

@@ -2,9 +2,8 @@
 
 from stages.formats.metrics import droppable_labels, known_columns
 from workflows.commands.find import find_run, find_store
-from workflows.commands.formatting import fitting_table
 from workflows.commands.options import OK, OutputOptions, TrackingOptions
-from workflows.commands.output import console, print_json, say
+from workflows.commands.output import console, print_json, print_table, say
 from workflows.engine.store import ArtifactStore
 from workflows.engine.tracking.queries import query_candidates
 
@@ -27,9 +26,8 @@ def compare(*runs: str, at: TrackingOptions = TrackingOptions(), output: OutputO
     elif not rows:
         say("no candidates yet: run a workflow that ends with Promote, e.g. `stillhouse run quickstart`")
     else:
-        out = console()
         columns = known_columns(row["metrics"] for row in rows)
         headings = ["candidate", *(column.label for column in columns)]
         cells = [[row["name"], *(column.cell(row["metrics"]) for column in columns)] for row in rows]
-        out.print(fitting_table(headings, cells, width=out.width, droppable=droppable_labels()))
+        print_table(console(), headings, cells, droppable=droppable_labels())
     return OK

@@ -148,12 +148,12 @@ def _function(module: ModuleType, name: str) -> Callable[..., Workflow]:
         and value.__annotations__.get("return") in (Workflow, "Workflow")
     }
     file, names = module.__file__, list(known)
-    if not name and not known:
-        raise ConfigError(f"{file!r} has no function that returns a Workflow (`def name(…) -> Workflow`)")
-    if not name and len(known) > 1:
-        raise ConfigError(f"{file!r} has several workflows ({', '.join(names)}); choose one: {file}:{names[0]}")
-    if name and name not in known:
+    if name in known or (not name and len(known) == 1):
+        return known[name or names[0]]
+    if name:
         raise ConfigError(
             f"{file} has no workflow function {name!r}{nearest(name, names)}; it must be declared `-> Workflow`"
         )
-    return known[name or names[0]]
+    if not known:
+        raise ConfigError(f"{file!r} has no function that returns a Workflow (`def name(…) -> Workflow`)")
+    raise ConfigError(f"{file!r} has several workflows ({', '.join(names)}); choose one: {file}:{names[0]}")

@@ -4,7 +4,7 @@ cyclopts flattens these dataclasses into a command's own options (`name="*"`): a
 help.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated
 
@@ -52,7 +52,8 @@ class TrackingOptions(StoreOptions):
     @property
     def settings(self) -> Settings:
         """What the engine is asked with."""
-        return Settings(store=self.store, tracking_uri=self.tracking_uri)
+        asked = {field.name for field in fields(Settings)}
+        return Settings(**{name: value for name, value in asdict(self).items() if name in asked})
 
 
 @Parameter(name="*")
@@ -77,11 +78,6 @@ class RunOptions(WorkflowOptions, TrackingOptions):
     """A found result whose stage's code changed since is made again."""
     verbose: Flag = False
     """Let Ray's and the workers' own output through."""
-
-    @property
-    def settings(self) -> Settings:
-        """What the engine is asked with."""
-        return Settings(self.store, self.tracking_uri, self.address, self.only, self.strict_code, self.verbose)
 
 
 @Parameter(name="*")

@@ -7,9 +7,8 @@ from rich.table import Table
 from rich.text import Text
 
 from workflows.commands.find import FoundWorkflow, find_workflow
-from workflows.commands.formatting import duration, plain_table
 from workflows.commands.options import OK, RunOptions, Tokens, Workflow
-from workflows.commands.output import console, print_json
+from workflows.commands.output import console, duration, plain_table, print_json
 from workflows.commands.parameters import with_parameters
 from workflows.commands.terminal import plan_summary
 from workflows.engine.plan import Plan

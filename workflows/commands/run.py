@@ -8,16 +8,14 @@ from functools import partial
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from stages.formats.metrics import droppable_labels
 from stages.formats.report import Report
 from stages.promote.leaderboard import CHAMPION_MARK, leaderboard
 from workflows.commands.find import FoundWorkflow, find_workflow
-from workflows.commands.formatting import duration, fitting_table
 from workflows.commands.options import FAILED, INTERRUPTED, OK, RunOptions, Tokens, Workflow
-from workflows.commands.output import console, print_json
+from workflows.commands.output import console, duration, print_json, print_table
 from workflows.commands.parameters import changed_parameters, with_parameters
 from workflows.commands.terminal import progress_line, watching
 from workflows.engine.interrupts import interruptible
@@ -84,13 +82,7 @@ def execution_json(execution: Execution) -> dict[str, Any]:
     ]
     reports = list(execution.reports.values())
     candidates = [
-        {
-            "name": candidate.name,
-            "artifact": candidate.uri,
-            "metrics": candidate.metrics,
-            "params": candidate.params,
-            "notes": candidate.notes,
-        }
+        {"artifact": candidate.uri, **candidate.model_dump(mode="json", include={"name", "metrics", "params", "notes"})}
         for report in reports
         for candidate in report.candidates
     ]
@@ -147,19 +139,9 @@ def _print_failure(out: Console, step: StepResult, *, brief: bool) -> None:
 
 def _print_report(out: Console, report: Report) -> None:
     """Print a report's leaderboard and its verdict."""
-    verdict = report.verdict
-    for part in ("", leaderboard_table(report, out.width), ""):
-        out.print(part)
-    out.print(Text(verdict.outcome, style="bold green" if verdict.champion else "bold yellow"))
+    verdict, (headings, rows) = report.verdict, leaderboard(report)
+    out.print()
+    print_table(out, headings, rows, droppable=droppable_labels(), title="candidates", marked=CHAMPION_MARK)
+    out.print(Text(f"\n{verdict.outcome}", style="bold green" if verdict.champion else "bold yellow"))
     for line in [*verdict.reasons, *(claim.text for claim in verdict.claims)]:
         out.print(f"  {line}", highlight=False, soft_wrap=True)
-
-
-def leaderboard_table(report: Report, width: int) -> Table:
-    """Return a report's candidates as a table, the champion's row in green."""
-    headings, rows = leaderboard(report)
-    table = fitting_table(headings, rows, width=width, droppable=droppable_labels(), title="candidates")
-    for row, cells in zip(table.rows, rows, strict=True):
-        if CHAMPION_MARK in cells[0]:
-            row.style = "bold green"
-    return table

@@ -7,9 +7,8 @@ from functools import partial
 from cyclopts import App
 
 from workflows.commands.find import find_store
-from workflows.commands.formatting import fitting_table
 from workflows.commands.options import FAILED, OK, OutputOptions, StoreOptions, TrackingOptions
-from workflows.commands.output import console, print_json, say
+from workflows.commands.output import console, print_json, print_table, say
 from workflows.engine.events import READS_AT_ONCE, EventLog
 from workflows.engine.store import ArtifactStore
 from workflows.engine.tracking.publisher import publish_history
@@ -30,8 +29,7 @@ def list_runs(*, at: StoreOptions = StoreOptions(), output: OutputOptions = Outp
     elif not rows:
         say("no runs yet: start one, e.g. `stillhouse run quickstart`")
     else:
-        out = console()
-        out.print(fitting_table(list(rows[0]), [list(row.values()) for row in rows], width=out.width))
+        print_table(console(), list(rows[0]), [list(row.values()) for row in rows])
     return OK
 
 
