@@ -43,10 +43,6 @@ class Fenced(StillhouseError):
     """Another run took this step over; what this attempt wrote is not committed."""
 
 
-class TornCommit(StillhouseError):
-    """A power cut left half a manifest: it counts as absent."""
-
-
 @dataclass(frozen=True, slots=True)
 class Claim:
     """The right to write one fingerprint's next commit, as long as no higher epoch exists."""
@@ -70,7 +66,6 @@ class ArtifactStore:
     """A store: artifacts by fingerprint."""
 
     def __init__(self, uri: str) -> None:
-        """Open a store at a path or URI; nothing is written."""
         self.root = Folder.at(uri)
         self.liveness = Liveness(self.root / "runs")
 
@@ -106,34 +101,26 @@ class ArtifactStore:
     def commits(self, fingerprint: str) -> Iterator[Commit]:
         """Yield the commits that are whole and not withdrawn, newest first."""
         for generation in reversed(self.generations(fingerprint)):
-            try:
-                yield self.read(Fingerprint(fingerprint), generation)
-            except TornCommit as error:
-                logger.warning("%s", error)
+            if commit := self.read(fingerprint, generation):
+                yield commit
 
     def newest(self, fingerprint: str) -> Commit | None:
         """Return the newest commit that is whole and not withdrawn."""
         return next(self.commits(fingerprint), None)
 
-    def read(self, fingerprint: Fingerprint, generation: int) -> Commit:
-        """Read one commit.
+    def read(self, fingerprint: str, generation: int) -> Commit | None:
+        """Read one commit; None where there is none, or where a power cut left half of it.
 
         Raises:
-            TornCommit: a power cut left half of it.
             ConfigError: another version of stillhouse wrote it.
         """
         folder, name = self.folder(fingerprint), f"commits/{generation:06d}.json"
-        data = folder.get(name)
-        try:
-            manifest = Manifest.parse(data, where=folder.uri_of(name))
-        except ConfigError:
-            raise
-        except ValueError as error:
-            size = f"{len(data)} bytes, not JSON"
-            raise TornCommit(f"the manifest {folder.uri_of(name)} is torn ({size}): it counts as absent") from error
+        if (value := folder.find_json(name)) is None:
+            return None
+        manifest = Manifest.from_json(value, where=folder.uri_of(name))
         files = tuple(File(f.name, folder.uri_of(f.path), f.size_bytes, f.sha256) for f in manifest.files)
         artifact = Artifact(manifest.kind, fingerprint, files, manifest.metrics)
-        return Commit(fingerprint, generation, manifest, artifact)
+        return Commit(Fingerprint(fingerprint), generation, manifest, artifact)
 
     def fingerprints(self) -> list[str]:
         """Return every fingerprint that the store knows."""
@@ -184,10 +171,8 @@ class ArtifactStore:
     def resume(self, claim: Claim, inputs: Mapping[str, InputCommit] | None = None) -> Folder:
         """Return the folder that attempts at this generation share, if they read the same commits of their inputs."""
         text = json.dumps({name: part.model_dump() for name, part in (inputs or {}).items()}, sort_keys=True)
-        return self._resume(claim) / hashlib.sha256(text.encode()).hexdigest()[:12]
-
-    def _resume(self, claim: Claim) -> Folder:
-        return self.folder(claim.fingerprint) / "resume" / f"{claim.generation:06d}"
+        digest = hashlib.sha256(text.encode()).hexdigest()[:12]
+        return self.folder(claim.fingerprint) / "resume" / f"{claim.generation:06d}" / digest
 
     def commit(self, claim: Claim, manifest: Manifest) -> Commit:
         """Publish an attempt's files; a commit of this claim that stands already, its answer lost, is returned.
@@ -199,22 +184,18 @@ class ArtifactStore:
         if (highest := self.lease(claim.fingerprint).latest()) > claim.epoch:
             problem = f"epoch {claim.epoch} of {short} was overtaken by epoch {highest}; its output is not committed"
         else:
-            try:
+            problem = f"generation {claim.generation} of {short} is committed already"
+            with suppress(AlreadyExists):
                 folder.put_json(f"commits/{claim.generation:06d}.json", manifest.to_json(), durable=True)
-            except AlreadyExists:
-                problem = f"generation {claim.generation} of {short} is committed already"
-            else:
-                return self.read(claim.fingerprint, claim.generation)
-        with suppress(FileNotFoundError, TornCommit):
-            standing = self.read(claim.fingerprint, claim.generation)
-            if (standing.manifest.run, standing.manifest.epoch) == (manifest.run, claim.epoch):
-                return standing
-        raise Fenced(problem)
+        standing = self.read(claim.fingerprint, claim.generation)
+        if standing is None or (standing.manifest.run, standing.manifest.epoch) != (manifest.run, claim.epoch):
+            raise Fenced(problem)
+        return standing
 
     def forget_resume(self, claim: Claim) -> None:
         """Delete what attempts kept in order to go on: the commit names every file that counts."""
-        folder = self._resume(claim)
-        folder.delete([entry.name for entry in folder.entries()])
+        folder = self.folder(claim.fingerprint)
+        folder.delete([entry.name for entry in folder.entries(f"resume/{claim.generation:06d}")])
 
     def withdraw(self, commit: Commit, reason: str) -> None:
         """Make a commit count no longer; nothing is deleted."""

@@ -20,7 +20,7 @@ from tests.fakes import fake_manifest
 from workflows.engine.heartbeat import Heartbeat, Holder, Liveness
 from workflows.engine.identity import Fingerprint
 from workflows.engine.manifest import InputCommit, Manifest
-from workflows.engine.store import ArtifactStore, Claim, Commit, Fenced, TornCommit, reachable, seal
+from workflows.engine.store import ArtifactStore, Claim, Commit, Fenced, reachable, seal
 
 F = Fingerprint("f" * 64)
 
@@ -297,8 +297,7 @@ def test_object_that_a_power_cut_tore_counts_as_absent(
             folder.put("commits/000001.json", torn)
             assert store.newest(F) is None
             assert reachable(store, [F]) == {F}
-            with pytest.raises(TornCommit, match="not JSON"):
-                store.read(F, 1)
+            assert store.read(F, 1) is None
             again = claimed(store)
             assert store.commit(again, manifest(store, again)).generation == 2
         case "claim":
