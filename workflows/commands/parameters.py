@@ -32,14 +32,9 @@ def with_parameters(
     options: Chosen,
     act: Callable[[FoundWorkflow, Mapping[str, Any], Chosen], int],
 ) -> int:
-    """Parse a workflow's own parameters beside the common options, then act; return the exit code.
+    """Parse a workflow's own parameters beside the common options (given: their defaults), then act on both.
 
-    Args:
-        verb: the command.
-        found: the workflow.
-        tokens: the rest of the command line.
-        options: the common options' defaults.
-        act: what to do with the workflow, its parameters and the common options.
+    Returns the exit code.
     """
     signature = inspect.signature(found.build)
     hints = get_type_hints(found.build, include_extras=True)

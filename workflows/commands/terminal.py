@@ -60,7 +60,6 @@ class LiveWatcher(Watcher):
     rows: dict[str, _Row] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Take the plan's hits as committed, and what it has blocked as skipped."""
         first = {"HIT": (Phase.COMMITTED, "found"), "BLOCKED": (Phase.SKIPPED, ""), "MISS": (Phase.WAITING, "")}
         self.rows = {name: _Row(*first[step.status]) for name, step in self.plan.steps.items()}
         for step in self.plan.having("BLOCKED"):

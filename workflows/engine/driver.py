@@ -72,7 +72,6 @@ class Driver:
     _next_lease_check: float = field(init=False, default=0.0)
 
     def __post_init__(self) -> None:
-        """Take the plan's hits as committed."""
         plan, cluster = self.plan, self.executor.cluster_resources()
         self._folder = self.store.root / "runs" / self.run
         self._recorder = Recorder(plan, self.record)

@@ -4,6 +4,7 @@ import os
 import socket
 import threading
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -86,7 +87,6 @@ class Liveness:
     """Watches other runs' heartbeats."""
 
     def __init__(self, runs: Folder) -> None:
-        """Watch the runs below a folder."""
         self._runs = runs
         self._seen: dict[tuple[str, float], tuple[float, float]] = {}
         """(run, since) → (its last sign of life by the store's clock, when this process first saw that)."""
@@ -99,12 +99,9 @@ class Liveness:
     def alive(self, holder: Holder, *, since: float = 0.0) -> bool:
         """Return whether a holder may still write.
 
-        Args:
-            holder: who.
-            since: when it took its lease, by the store's clock: a sign of life as good as a heartbeat.
+        When it took its lease, `since` by the store's clock, is a sign of life as good as a heartbeat.
         """
-        lives = holder.process_lives()
-        if lives is not None:
+        if (lives := holder.process_lives()) is not None:
             return lives
         beats = [entry.modified for entry in (self._runs / holder.run).entries() if entry.name == "heartbeat.json"]
         last = max([since, *beats])
@@ -124,7 +121,6 @@ class Heartbeat:
     """
 
     def __init__(self, runs: Folder, run: str) -> None:
-        """Begin to beat."""
         self._folder, self._run = runs / run, run
         self._stop = threading.Event()
         self._beat()
@@ -135,7 +131,6 @@ class Heartbeat:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Stop beating; the last beat stays."""
         self._stop.set()
         self._thread.join(timeout=BEAT_SECONDS)
 
@@ -144,7 +139,5 @@ class Heartbeat:
 
     def _loop(self) -> None:
         while not self._stop.wait(BEAT_SECONDS):
-            try:
+            with suppress(Exception):  # a missed beat is what the others' patience (STALE_SECONDS) is for
                 self._beat()
-            except Exception:  # noqa: BLE001  a missed beat is what the others' patience (STALE_SECONDS) is for
-                continue

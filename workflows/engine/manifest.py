@@ -5,14 +5,15 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from stages.contract import Config, Kind, Resources
+from stages.contract import Kind, Resources
 from stages.errors import ConfigError
+from stages.formats.json_format import FormatModel
 
 SCHEMA = 2
 """Raised with each change of the fields below that another version could not read."""
 
 
-class ManifestFile(Config):
+class ManifestFile(FormatModel):
     """One file of an artifact."""
 
     name: str
@@ -23,7 +24,7 @@ class ManifestFile(Config):
     sha256: str
 
 
-class InputCommit(Config):
+class InputCommit(FormatModel):
     """The commit that an input was read from."""
 
     fingerprint: str
@@ -31,7 +32,7 @@ class InputCommit(Config):
     """0 for data from outside."""
 
 
-class Provenance(Config):
+class Provenance(FormatModel):
     """Evidence about where a result came from: recorded, never identity."""
 
     commit: str
@@ -43,7 +44,7 @@ class Provenance(Config):
     platform: str
 
 
-class Manifest(Config):
+class Manifest(FormatModel):
     """One commit of an artifact."""
 
     fingerprint: str

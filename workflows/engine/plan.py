@@ -22,6 +22,8 @@ from workflows.engine.provenance import code_digest
 from workflows.engine.store import ArtifactStore, Commit
 
 PlanStatus = Literal["HIT", "MISS", "BLOCKED"]
+WatchFile = Callable[[str, str, int], None]
+"""Is called with a step, a path and the bytes of it that were just read, while files are hashed."""
 
 STORE_READERS = 8
 """Steps looked up at once: a look-up is two to four requests, which on S3 take some 20 ms each."""
@@ -112,9 +114,7 @@ def make_plan(
     only: str | None = None,
     strict_code: bool = False,
     cluster: ClusterResources | None = None,
-    deep: bool = False,
-    progress: Callable[[str], None] | None = None,
-    interrupt: Flag | None = None,
+    watch: WatchFile | None = None,
 ) -> Plan:
     """Plan a workflow, or what one step of it needs.
 
@@ -124,13 +124,11 @@ def make_plan(
         only: plan this step and what it needs.
         strict_code: a HIT whose stage's code has changed since is a MISS.
         cluster: what there is to run on; None skips that check.
-        deep: hash the files that steps to be run will read, rather than only compare sizes; once, while they stay.
-        progress: is called with a line for people, again and again, while files are hashed.
-        interrupt: once set, no more files are hashed.
+        watch: hash the files that steps to be run will read, rather than only compare sizes; once, while they stay.
 
     Raises:
         ConfigError: the graph cannot run, or there is no step `only`.
-        PlanInterrupted: `interrupt` was set while files were hashed.
+        PlanInterrupted: by `watch`, while files were hashed.
     """
     check(workflow)
     wanted = workflow.upstream(find_step(workflow, only).name) if only else set(workflow.steps)
@@ -143,7 +141,7 @@ def make_plan(
         for step in workflow.in_order():
             if (name := step.name) in wanted:
                 plan[name] = _plan_step(step, known[name], looked_up[name], plan, cluster, strict_code)
-        if not (deep and _withdraw_corrupt_inputs(store, plan, watch_hashing(progress, interrupt))):
+        if watch is None or not _withdraw_corrupt_inputs(store, plan, watch):
             return Plan(workflow, plan)
 
 
@@ -239,15 +237,8 @@ def _lacking(need: Resources, cluster: ClusterResources) -> str | None:
     return None
 
 
-def watch_hashing(
-    progress: Callable[[str], None] | None, interrupt: Flag | None = None
-) -> Callable[[str, str, int], None]:
-    """Return what to call with a step, a path and the bytes of it that were just read, to show how far hashing is.
-
-    Args:
-        progress: is called with a line for people.
-        interrupt: once set, `PlanInterrupted` is raised.
-    """
+def watch_hashing(progress: Callable[[str], None] | None, interrupt: Flag | None = None) -> WatchFile:
+    """Return what shows how far hashing is, as a line for people; it raises once `interrupt` is set."""
     total = 0
 
     def watch(step: str, path: str, num_bytes: int) -> None:
@@ -261,9 +252,7 @@ def watch_hashing(
     return watch
 
 
-def _withdraw_corrupt_inputs(
-    store: ArtifactStore, plan: Mapping[str, StepPlan], watch: Callable[[str, str, int], None]
-) -> bool:
+def _withdraw_corrupt_inputs(store: ArtifactStore, plan: Mapping[str, StepPlan], watch: WatchFile) -> bool:
     """Withdraw commits that steps to be run would read and whose files do not verify; return whether there were any."""
     corrupt = False
     for name in sorted({need for step in plan.values() if step.status == "MISS" for need in step.step.needs()}):

@@ -22,7 +22,7 @@ from workflows.engine.failures import Failure
 from workflows.engine.graph import Workflow
 from workflows.engine.heartbeat import Heartbeat
 from workflows.engine.identity import Fingerprint
-from workflows.engine.plan import ClusterResources, Plan, PlanInterrupted, make_plan
+from workflows.engine.plan import ClusterResources, Plan, PlanInterrupted, make_plan, watch_hashing
 from workflows.engine.provenance import git_commit
 from workflows.engine.ray_executor import RayExecutor, local_resources
 from workflows.engine.recorder import now_ms
@@ -153,8 +153,8 @@ def execute(
     with _announced(runs, run), ExitStack() as stack:
 
         def plan_for(cluster: ClusterResources | None) -> Plan:
-            options = {**settings.of_plan, "deep": True, "progress": progress, "interrupt": interrupt}
-            plan = make_plan(workflow, store, **options, cluster=cluster)
+            watch = watch_hashing(progress, interrupt)
+            plan = make_plan(workflow, store, **settings.of_plan, cluster=cluster, watch=watch)
             refuse_blocked(plan)
             return plan
 
