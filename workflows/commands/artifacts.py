@@ -23,7 +23,7 @@ artifacts = App(
 
 
 @artifacts.command(name="list")
-def list_artifacts(*, at: StoreOptions = StoreOptions(), output: OutputOptions = OutputOptions()) -> int:
+def list_artifacts(*, at: StoreOptions = StoreOptions(), output: OutputOptions = OutputOptions()) -> None:
     """List the artifacts: kind, step, size, when they were made."""
     store = find_store(at.store)
     pins, commits = set(store.pins()), filter(None, map(store.newest, store.fingerprints()))
@@ -43,7 +43,7 @@ def list_artifacts(*, at: StoreOptions = StoreOptions(), output: OutputOptions =
     ]
     if output.json:
         print_json({"artifacts": rows})
-        return OK
+        return
     cells = []
     for row in rows:
         made = time.strftime("%Y-%m-%d %H:%M", time.localtime(row["created"]))
@@ -52,11 +52,10 @@ def list_artifacts(*, at: StoreOptions = StoreOptions(), output: OutputOptions =
     headings = ("workflow/step", "kind", "size", "took", "made", "fingerprint", "")
     print_table(console(), headings, cells, droppable=("took", "kind", "made"))
     say(f"{len(rows)} artifacts, {size(sum(row['size_bytes'] for row in rows))}")
-    return OK
 
 
 @artifacts.command
-def show(artifact: str, *, at: StoreOptions = StoreOptions(), output: OutputOptions = OutputOptions()) -> int:
+def show(artifact: str, *, at: StoreOptions = StoreOptions(), output: OutputOptions = OutputOptions()) -> None:
     """Show an artifact: files, metrics, lineage, and the folder to load a checkpoint from.
 
     Args:
@@ -86,7 +85,6 @@ def show(artifact: str, *, at: StoreOptions = StoreOptions(), output: OutputOpti
         "files": [{"name": file.name, "size_bytes": file.size_bytes, "uri": file.uri} for file in files],
     }
     print_fields(answer, as_json=output.json)
-    return OK
 
 
 @artifacts.command
@@ -119,7 +117,7 @@ def verify(*which: str, at: StoreOptions = StoreOptions(), output: OutputOptions
 
 
 @artifacts.command
-def pin(artifact: str, *, note: str = "", at: StoreOptions = StoreOptions()) -> int:
+def pin(artifact: str, *, note: str = "", at: StoreOptions = StoreOptions()) -> None:
     """Keep an artifact and what it was made from, whatever `gc` would say.
 
     Args:
@@ -130,7 +128,6 @@ def pin(artifact: str, *, note: str = "", at: StoreOptions = StoreOptions()) -> 
     fingerprint = store.resolve(artifact)
     store.pin(fingerprint, note)
     say(f"pinned {fingerprint[:12]}")
-    return OK
 
 
 @artifacts.command
@@ -141,7 +138,7 @@ def gc(
     yes: bool = False,
     at: TrackingOptions = TrackingOptions(),
     output: OutputOptions = OutputOptions(),
-) -> int:
+) -> None:
     """Collect what no pinned artifact, kept run or registered version reaches. Only lists, unless `--yes`.
 
     Also: what failed attempts left, snapshots that no attempt goes on from, and the records of old runs whose artifacts
@@ -167,12 +164,11 @@ def gc(
     if output.json:
         answer = {"collected": rows, "size_bytes": sizes.total(), "size_bytes_by_kind": sizes}
         print_json({**answer, "kept": len(garbage.kept), "kept_runs": garbage.kept_runs, "deleted": yes})
-        return OK
+        return
     for kind, number in Counter(item.kind for item in garbage.items).items():
         say(f"{number} {kind}s, {size(sizes[kind])}")
     verb = "deleted" if yes else "would be deleted (give --yes to do it)"
     say(f"{size(sizes.total())} {verb}; {len(garbage.kept)} artifacts kept")
-    return OK
 
 
 def _step(commit: Commit) -> str:

@@ -2,13 +2,13 @@
 
 from stages.formats.metrics import droppable_labels, known_columns
 from workflows.commands.find import find_run, find_store
-from workflows.commands.options import OK, OutputOptions, TrackingOptions
+from workflows.commands.options import OutputOptions, TrackingOptions
 from workflows.commands.output import console, print_json, print_table, say
 from workflows.engine.store import ArtifactStore
 from workflows.engine.tracking.queries import query_candidates
 
 
-def compare(*runs: str, at: TrackingOptions = TrackingOptions(), output: OutputOptions = OutputOptions()) -> int:
+def compare(*runs: str, at: TrackingOptions = TrackingOptions(), output: OutputOptions = OutputOptions()) -> None:
     """Show the leaderboard out of MLflow: of some runs, or of all.
 
     Args:
@@ -30,4 +30,3 @@ def compare(*runs: str, at: TrackingOptions = TrackingOptions(), output: OutputO
         headings = ["candidate", *(column.label for column in columns)]
         cells = [[row["name"], *(column.cell(row["metrics"]) for column in columns)] for row in rows]
         print_table(console(), headings, cells, droppable=droppable_labels())
-    return OK

@@ -69,7 +69,12 @@ def doctor(
     }
     if not is_remote(store.uri):
         checks["disk (store)"] = partial(_disk, store.uri)
-    findings = {name: _found(check) for name, check in checks.items()}
+    findings = {}
+    for name, check in checks.items():
+        try:
+            findings[name] = check()
+        except ConfigError as error:
+            findings[name] = Finding("wrong", str(error))
     if output.json:
         print_json({"findings": [{"subject": name, **asdict(found)} for name, found in findings.items()]})
     else:
@@ -80,13 +85,6 @@ def doctor(
             table.add_row(Text(mark, style=style), name, found.text + remedy)
         console().print(table)
     return FAILED if any(found.state == "wrong" for found in findings.values()) else OK
-
-
-def _found(check: Callable[[], Finding]) -> Finding:
-    try:
-        return check()
-    except ConfigError as error:
-        return Finding("wrong", str(error))
 
 
 def _python() -> Finding:

@@ -6,7 +6,7 @@ from typing import Any
 
 from stages.errors import ConfigError, nearest
 from workflows.commands.find import FoundWorkflow, find_run, find_workflow
-from workflows.commands.options import OK, ExplainOptions, Tokens, Workflow
+from workflows.commands.options import ExplainOptions, Tokens, Workflow
 from workflows.commands.output import print_fields
 from workflows.commands.parameters import with_parameters
 from workflows.engine.check import check, find_step
@@ -14,17 +14,17 @@ from workflows.engine.identity import Identity, differences, identities
 from workflows.engine.store import ArtifactStore
 
 
-def explain(workflow: Workflow, step: str, *tokens: Tokens) -> int:
+def explain(workflow: Workflow, step: str, *tokens: Tokens) -> None:
     """Show what a step's fingerprint is made of; `--against RUN` shows what differs from that run's.
 
     Args:
         workflow: a name or a file.
         step: the step's name.
     """
-    return with_parameters("explain", find_workflow(workflow), tokens, ExplainOptions(), partial(_explain, step))
+    with_parameters("explain", find_workflow(workflow), tokens, ExplainOptions(), partial(_explain, step))
 
 
-def _explain(step: str, found: FoundWorkflow, parameters: Mapping[str, Any], options: ExplainOptions) -> int:
+def _explain(step: str, found: FoundWorkflow, parameters: Mapping[str, Any], options: ExplainOptions) -> None:
     graph, store = found.graph(parameters), ArtifactStore(options.store)
     check(graph)
     name = find_step(graph, step).name
@@ -41,7 +41,6 @@ def _explain(step: str, found: FoundWorkflow, parameters: Mapping[str, Any], opt
     if options.against:
         answer[f"against {options.against}"] = _difference(store, name, identity, options.against)
     print_fields(answer, as_json=options.json)
-    return OK
 
 
 def _difference(store: ArtifactStore, name: str, identity: Identity, run: str) -> Any:

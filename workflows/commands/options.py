@@ -13,7 +13,8 @@ from cyclopts import Parameter, validators
 from workflows.engine.run import Settings
 
 OK, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
-"""Exit codes: every required step is committed; a step failed; the request is wrong; Ctrl-C."""
+"""Exit codes: every required step is committed; a step failed; the request is wrong; Ctrl-C. A command may return
+one; else it is OK."""
 
 Workflow = Annotated[str, Parameter(allow_leading_hyphen=True, show_default=False)]
 Tokens = Annotated[str, Parameter(show=False, allow_leading_hyphen=True)]

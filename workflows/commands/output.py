@@ -31,14 +31,14 @@ class LastingConsole(Console):
 def console(*, stderr: bool = False, quiet: bool = False) -> Console:
     """Return a console that fits the terminal; a file or pipe gets lines of a fixed width."""
     # No markup: errors and names hold brackets of their own, as gloo's "[/pytorch/…]".
-    plain: dict[str, Any] = {"stderr": stderr, "quiet": quiet, "markup": False, "emoji": False}
+    plain: dict[str, Any] = {"stderr": stderr, "quiet": quiet, "markup": False, "emoji": False, "highlight": False}
     made = LastingConsole(**plain)
     return made if made.is_terminal else LastingConsole(**plain, width=PIPE_COLUMNS)
 
 
 def say(text: str) -> None:
     """Print a line as it is: neither wrapped nor colored."""
-    console().print(text, highlight=False, soft_wrap=True)
+    console().print(text, soft_wrap=True)
 
 
 def print_json(value: Any) -> None:

@@ -30,12 +30,9 @@ def with_parameters(
     found: FoundWorkflow,
     tokens: Sequence[str],
     options: Chosen,
-    act: Callable[[FoundWorkflow, Mapping[str, Any], Chosen], int],
-) -> int:
-    """Parse a workflow's own parameters beside the common options (given: their defaults), then act on both.
-
-    Returns the exit code.
-    """
+    act: Callable[[FoundWorkflow, Mapping[str, Any], Chosen], int | None],
+) -> int | None:
+    """Parse a workflow's own parameters beside the common options, which have defaults, then act on both."""
     signature = inspect.signature(found.build)
     hints = get_type_hints(found.build, include_extras=True)
     own = [_with_defaults_inside(parameter, hints[name]) for name, parameter in signature.parameters.items()]
@@ -46,7 +43,7 @@ def with_parameters(
         )
     common = inspect.Parameter(OPTIONS, inspect.Parameter.KEYWORD_ONLY, default=options, annotation=type(options))
 
-    def command(**values: Any) -> int:
+    def command(**values: Any) -> int | None:
         chosen = values.pop(OPTIONS, options)
         given = {name: _as_declared(value, signature.parameters[name]) for name, value in values.items()}
         return act(found, given, chosen)
@@ -63,8 +60,8 @@ def with_parameters(
         default_parameter=Parameter(consume_multiple=True),  # `--documents a.txt b.txt`, as a shell's glob gives it
     )
     sub.default(command)
-    result = sub(list(tokens), exit_on_error=False, print_error=False)
-    return result if isinstance(result, int) else 0  # `--help` was asked for, and is printed
+    result: int | None = sub(list(tokens), exit_on_error=False, print_error=False)
+    return result
 
 
 def _with_defaults_inside(parameter: inspect.Parameter, hint: Any) -> inspect.Parameter:

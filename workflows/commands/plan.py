@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from workflows.commands.find import FoundWorkflow, find_workflow
-from workflows.commands.options import OK, RunOptions, Tokens, Workflow
+from workflows.commands.options import RunOptions, Tokens, Workflow
 from workflows.commands.output import console, duration, plain_table, print_json
 from workflows.commands.parameters import with_parameters
 from workflows.commands.terminal import plan_summary
@@ -17,16 +17,16 @@ from workflows.engine.run import plan_only
 STATUS_STYLE = {"HIT": "green", "MISS": "yellow", "BLOCKED": "bold red"}
 
 
-def plan(workflow: Workflow, *tokens: Tokens) -> int:
+def plan(workflow: Workflow, *tokens: Tokens) -> None:
     """Show what a run would do: each step HIT, MISS or BLOCKED, and why. Starts nothing.
 
     Args:
         workflow: a name (`stillhouse workflows` lists them) or a file: path/to/file.py[:function].
     """
-    return with_parameters("plan", find_workflow(workflow), tokens, RunOptions(), _plan)
+    with_parameters("plan", find_workflow(workflow), tokens, RunOptions(), _plan)
 
 
-def _plan(found: FoundWorkflow, parameters: Mapping[str, Any], options: RunOptions) -> int:
+def _plan(found: FoundWorkflow, parameters: Mapping[str, Any], options: RunOptions) -> None:
     planned = plan_only(found.graph(parameters), options.settings)
     if options.json:
         steps = [step.to_json() for step in planned.steps.values()]
@@ -34,8 +34,7 @@ def _plan(found: FoundWorkflow, parameters: Mapping[str, Any], options: RunOptio
     else:
         out = console()
         out.print(plan_table(planned))
-        out.print(plan_summary(planned), highlight=False)
-    return OK
+        out.print(plan_summary(planned))
 
 
 def plan_table(plan: Plan) -> Table:

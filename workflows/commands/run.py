@@ -25,7 +25,7 @@ from workflows.engine.results import StepResult, Watcher
 from workflows.engine.run import Execution, execute
 
 
-def run(workflow: Workflow, *tokens: Tokens) -> int:
+def run(workflow: Workflow, *tokens: Tokens) -> int | None:
     """Run a workflow; `stillhouse run WORKFLOW --help` lists its parameters.
 
     Args:
@@ -110,7 +110,7 @@ def print_execution(out: Console, execution: Execution, options: RunOptions) -> 
     counts = [f"{result.executed} steps run", f"{outcomes['hit']} found"]
     counts += [f"{outcomes[name]} {name}" for name in ("failed", "skipped", "cancelled") if outcomes[name]]
     state = "finished" if result.succeeded else "interrupted" if result.interrupted else "failed"
-    out.print(f"\nrun {result.run} {state} in {duration(execution.seconds)}: {', '.join(counts)}", highlight=False)
+    out.print(f"\nrun {result.run} {state} in {duration(execution.seconds)}: {', '.join(counts)}")
     if execution.tracking.waiting:
         text = (
             f"{execution.tracking.waiting} events wait for MLflow at {redacted(execution.tracking_uri)}: "
@@ -121,10 +121,10 @@ def print_execution(out: Console, execution: Execution, options: RunOptions) -> 
     uri = options.tracking_uri
     tracking = where + (f" --tracking-uri {shlex.quote(redacted(uri))}" if uri else "")
     look = f"look: stillhouse ui{tracking} · stillhouse compare{tracking} · stillhouse artifacts list{where}"
-    out.print(look, highlight=False, soft_wrap=True)
+    out.print(look, soft_wrap=True)
     if not result.succeeded:
         fix = "fix what failed, then " if outcomes["failed"] else ""
-        out.print(f"go on: {fix}run the same command again; what is committed is not run again", highlight=False)
+        out.print(f"go on: {fix}run the same command again; what is committed is not run again")
 
 
 def _print_failure(out: Console, step: StepResult, *, brief: bool) -> None:
@@ -134,7 +134,7 @@ def _print_failure(out: Console, step: StepResult, *, brief: bool) -> None:
         style = "bold red" if step.outcome == "failed" else "dim"
         out.print(Text(f"{step.name} {step.outcome}{reason}", style=style), soft_wrap=True)
     if step.log:
-        out.print(f"  the whole log: {step.log}", highlight=False, soft_wrap=True)
+        out.print(f"  the whole log: {step.log}", soft_wrap=True)
 
 
 def _print_report(out: Console, report: Report) -> None:
@@ -144,4 +144,4 @@ def _print_report(out: Console, report: Report) -> None:
     print_table(out, headings, rows, droppable=droppable_labels(), title="candidates", marked=CHAMPION_MARK)
     out.print(Text(f"\n{verdict.outcome}", style="bold green" if verdict.champion else "bold yellow"))
     for line in [*verdict.reasons, *(claim.text for claim in verdict.claims)]:
-        out.print(f"  {line}", highlight=False, soft_wrap=True)
+        out.print(f"  {line}", soft_wrap=True)

@@ -18,7 +18,7 @@ runs = App(name="runs", help="List earlier runs, and publish them to MLflow anew
 
 
 @runs.command(name="list")
-def list_runs(*, at: StoreOptions = StoreOptions(), output: OutputOptions = OutputOptions()) -> int:
+def list_runs(*, at: StoreOptions = StoreOptions(), output: OutputOptions = OutputOptions()) -> None:
     """List the runs that the store keeps, the newest last."""
     store = find_store(at.store)
     with ThreadPoolExecutor(READS_AT_ONCE) as pool:
@@ -30,7 +30,6 @@ def list_runs(*, at: StoreOptions = StoreOptions(), output: OutputOptions = Outp
         say("no runs yet: start one, e.g. `stillhouse run quickstart`")
     else:
         print_table(console(), list(rows[0]), [list(row.values()) for row in rows])
-    return OK
 
 
 def _describe(store: ArtifactStore, run: str) -> dict[str, str] | None:

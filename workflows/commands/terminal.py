@@ -141,7 +141,7 @@ def progress_line(console: Console, text: str) -> Iterator[Callable[[str], None]
     def show(line: str) -> None:
         nonlocal last
         if time.monotonic() - last > LINE_SECONDS:
-            console.print(line, highlight=False, soft_wrap=True)
+            console.print(line, soft_wrap=True)
             last = time.monotonic()
 
     yield show

@@ -5,7 +5,7 @@ import socket
 import sys
 
 from stages.errors import ConfigError
-from workflows.commands.options import OK, Port, TrackingOptions
+from workflows.commands.options import Port, TrackingOptions
 from workflows.commands.output import say
 from workflows.engine.redaction import redacted
 from workflows.engine.store import ArtifactStore
@@ -17,7 +17,7 @@ QUIET = {"MLFLOW_LOGGING_LEVEL": "WARNING", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION"
 """The server's runner of jobs, of which stillhouse has none, would be eight more processes of 240 MB each."""
 
 
-def ui(*, at: TrackingOptions = TrackingOptions(), port: Port = 5000) -> int:
+def ui(*, at: TrackingOptions = TrackingOptions(), port: Port = 5000) -> None:
     """Serve the MLflow UI on the store's tracking database, on this machine only.
 
     Args:
@@ -26,7 +26,7 @@ def ui(*, at: TrackingOptions = TrackingOptions(), port: Port = 5000) -> int:
     tracking = at.settings.tracking(ArtifactStore(at.store))
     if is_server(tracking):
         say(f"the tracking server has its own UI: {redacted(tracking)}")
-        return OK
+        return
     path = sqlite_path(tracking)
     if path is not None and not path.exists():
         raise ConfigError(
