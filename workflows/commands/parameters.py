@@ -45,8 +45,10 @@ def with_parameters(
 
     def command(**values: Any) -> int | None:
         chosen = values.pop(OPTIONS, options)
-        given = {name: _as_declared(value, signature.parameters[name]) for name, value in values.items()}
-        return act(found, given, chosen)
+        for name, value in values.items():
+            if isinstance(default := signature.parameters[name].default, BaseModel):
+                values[name] = type(default)(**dict(value))  # not of the class that carried its defaults
+        return act(found, values, chosen)
 
     command.__signature__ = inspect.Signature([*own, common])  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in (*own, common)}
@@ -75,11 +77,6 @@ def _with_defaults_inside(parameter: inspect.Parameter, hint: Any) -> inspect.Pa
     }
     model = create_model(hint.__name__, __base__=hint, **changed)
     return parameter.replace(annotation=model, default=model(**dict(default)))
-
-
-def _as_declared(value: Any, parameter: inspect.Parameter) -> Any:
-    """Return a value as the class that the workflow declares, not the one that carried its defaults."""
-    return type(parameter.default)(**dict(value)) if isinstance(parameter.default, BaseModel) else value
 
 
 def _params_file(tokens: Sequence[str], known: Sequence[str]) -> list[Dict]:
@@ -117,11 +114,10 @@ def changed_parameters(found: FoundWorkflow, parameters: Mapping[str, Any]) -> d
 
 def format_validation_error(error: ValidationError, owner: str) -> str:
     """Return what pydantic found wrong with a value of `owner` (a stage, or `--teacher`) in one line."""
-    return "; ".join(_sentence(problem, owner) for problem in error.errors())
-
-
-def _sentence(problem: Mapping[str, Any], owner: str) -> str:
-    where = ".".join([owner, *map(str, problem["loc"])])
-    where = where.replace("_", "-") if owner.startswith("--") else where
-    text = f"{where}: " + str(problem["msg"]).removeprefix("Value error, ")
-    return text + ("" if problem["type"] in ("missing", "value_error") else f"; got {problem['input']!r}")
+    found = []
+    for problem in error.errors():
+        where = ".".join([owner, *map(str, problem["loc"])])
+        where = where.replace("_", "-") if owner.startswith("--") else where
+        got = "" if problem["type"] in ("missing", "value_error") else f"; got {problem['input']!r}"
+        found.append(f"{where}: {problem['msg'].removeprefix('Value error, ')}{got}")
+    return "; ".join(found)

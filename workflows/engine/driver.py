@@ -33,7 +33,7 @@ from workflows.engine.recorder import Recorder
 from workflows.engine.results import STATUS_OF, RunResult, StepResult, StepStatus, Watcher
 from workflows.engine.retrying import PAUSES_SECONDS, attempt_once, brief, persist
 from workflows.engine.schedule import Event, Phase, Schedule, StepState
-from workflows.engine.store import ArtifactStore, Claim, Commit, Fenced
+from workflows.engine.store import ArtifactStore, Claim, Commit
 from workflows.engine.worker import classify
 
 logger = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ LEASE_SECONDS = 5.0
 
 @dataclass(slots=True)
 class Driver:
-    """One run of a plan, in a process whose heartbeat beats (`heartbeat.Heartbeat`)."""
+    """One run of a plan, in a process whose heartbeat beats (`heartbeat.beating`)."""
 
     plan: Plan
     store: ArtifactStore
@@ -237,9 +237,7 @@ class Driver:
         )
         try:
             return persist(f"commit {name}", lambda: self.store.commit(claim, manifest), self.interrupt)
-        except Fenced as error:
-            return Failure(FailureKind.FENCED, str(error))
-        except STORE_ERRORS as error:
+        except (StillhouseError, *STORE_ERRORS) as error:
             return _of_store(error)
 
     def _overtaken(self) -> list[Event]:

@@ -4,11 +4,12 @@ import os
 import socket
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import psutil
 
@@ -114,30 +115,27 @@ class Liveness:
         return time.monotonic() - first_seen < STALE_SECONDS
 
 
-class Heartbeat:
-    """A run's sign of life, written from a thread.
+@contextmanager
+def beating(runs: Folder, run: str) -> Iterator[None]:
+    """Write a run's sign of life from a thread; the last one stays.
 
-    A context manager around all that a run does, its planning included: `gc` must see a run before that reads.
+    To be held around all that a run does, its planning included: `gc` must see a run before that reads.
     """
+    stop = threading.Event()
 
-    def __init__(self, runs: Folder, run: str) -> None:
-        self._folder, self._run = runs / run, run
-        self._stop = threading.Event()
-        self._beat()
-        self._thread = threading.Thread(target=self._loop, name="heartbeat", daemon=True)
-        self._thread.start()
+    def beat() -> None:
+        (runs / run).put_json("heartbeat.json", Holder.of_this_process(run).to_json())
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join(timeout=BEAT_SECONDS)
-
-    def _beat(self) -> None:
-        self._folder.put_json("heartbeat.json", Holder.of_this_process(self._run).to_json())
-
-    def _loop(self) -> None:
-        while not self._stop.wait(BEAT_SECONDS):
+    def go_on() -> None:
+        while not stop.wait(BEAT_SECONDS):
             with suppress(Exception):  # a missed beat is what the others' patience (STALE_SECONDS) is for
-                self._beat()
+                beat()
+
+    beat()
+    thread = threading.Thread(target=go_on, name="heartbeat", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join(timeout=BEAT_SECONDS)

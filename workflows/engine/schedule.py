@@ -178,7 +178,10 @@ def advance(schedule: Schedule, event: Event) -> Schedule:
         case Overtaken(step):
             _stop(draft, step, Failure(FailureKind.FENCED, "another run took it over while it ran"))
         case Interrupted():
-            _interrupt(draft)
+            for state in draft.in_phase(Phase.RUNNING):
+                _enter(draft, state.name, Phase.STOPPING, "the run was interrupted")
+            for state in draft.in_phase(Phase.WAITING, Phase.BACKING_OFF, Phase.HELD):
+                _enter(draft, state.name, Phase.CANCELLED, "the run was interrupted")
         case Tick(at):
             _stop_overdue(draft, at)
     if not draft.interrupted:
@@ -217,13 +220,6 @@ def _fail(draft: Schedule, name: str, at: float, failure: Failure) -> None:
         )
     else:
         _enter(draft, name, Phase.FAILED, f"{failure.message} ({decision.reason})")
-
-
-def _interrupt(draft: Schedule) -> None:
-    for state in draft.in_phase(Phase.RUNNING):
-        _enter(draft, state.name, Phase.STOPPING, "the run was interrupted")
-    for state in draft.in_phase(Phase.WAITING, Phase.BACKING_OFF, Phase.HELD):
-        _enter(draft, state.name, Phase.CANCELLED, "the run was interrupted")
 
 
 def _stop_overdue(draft: Schedule, at: float) -> None:

@@ -9,7 +9,6 @@ import logging
 import math
 import os
 import resource
-import shutil
 import socket
 import tempfile
 import time
@@ -25,7 +24,7 @@ from workflows.engine.executor import Attempt, AttemptResult, ProgressUpdates
 from workflows.engine.failures import Failure, FailureKind
 from workflows.engine.provenance import environment
 from workflows.engine.redaction import redacted, secrets_of
-from workflows.engine.store import seal
+from workflows.engine.store import Fenced, seal
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +33,7 @@ PROGRESS_SECONDS = 0.2
 
 KINDS = (
     (OutOfMemory, FailureKind.OUT_OF_MEMORY),
+    (Fenced, FailureKind.FENCED),
     (WorkerLost, FailureKind.WORKER_LOST),
     (Transient, FailureKind.TRANSIENT),
     (StillhouseError, FailureKind.PERMANENT),
@@ -165,24 +165,21 @@ class _RedactedLog(io.TextIOWrapper):
 @contextlib.contextmanager
 def _log(attempt: Attempt) -> Iterator[TextIO]:
     """Send the process's Python output and log records to the attempt's log file in the store, secrets redacted."""
-    name, local = f"{attempt.step}.{attempt.attempt}.log", attempt.logs.local_path()
-    path = (local or Path(tempfile.mkdtemp(prefix="stillhouse-log-"))) / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    root = logging.getLogger()
-    with _RedactedLog(path) as log:
-        handler = logging.StreamHandler(log)
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-        level = root.level
-        root.addHandler(handler)
-        root.setLevel(logging.INFO)
-        try:
-            with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+    name, local, root = f"{attempt.step}.{attempt.attempt}.log", attempt.logs.local_path(), logging.getLogger()
+    with tempfile.TemporaryDirectory(prefix="stillhouse-log-") as scratch:
+        path = (local or Path(scratch)) / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _RedactedLog(path) as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+            handler, level = logging.StreamHandler(log), root.level
+            handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+            root.addHandler(handler)
+            root.setLevel(logging.INFO)
+            try:
                 yield log
-        finally:
-            root.removeHandler(handler)
-            root.setLevel(level)
-            if local is None:
-                log.flush()
-                with contextlib.suppress(Exception):  # a log that cannot be stored must not hide how the attempt ended
-                    attempt.logs.upload(path, name)
-                shutil.rmtree(path.parent)
+            finally:
+                root.removeHandler(handler)
+                root.setLevel(level)
+                if local is None:
+                    log.flush()
+                    with contextlib.suppress(Exception):  # must not hide how the attempt ended
+                        attempt.logs.upload(path, name)

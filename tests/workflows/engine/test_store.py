@@ -17,7 +17,7 @@ from stages.contract import Shards
 from stages.errors import ConfigError, StageFailed, StillhouseError
 from stages.storage import File, Folder, fetch
 from tests.fakes import fake_manifest
-from workflows.engine.heartbeat import Heartbeat, Holder, Liveness
+from workflows.engine.heartbeat import Holder, Liveness, beating
 from workflows.engine.identity import Fingerprint
 from workflows.engine.manifest import InputCommit, Manifest
 from workflows.engine.store import ArtifactStore, Claim, Commit, Fenced, reachable, seal
@@ -79,14 +79,14 @@ def test_claim_of_another_host_lives_as_long_as_its_heartbeat_moves(
     liveness, now = Liveness(runs), [100.0]
     monkeypatch.setattr("workflows.engine.heartbeat.time.monotonic", lambda: now[0])
     assert not liveness.alive(holder), "no heartbeat was ever written"
-    with Heartbeat(runs, "far"):
+    with beating(runs, "far"):
         pass
     assert liveness.alive(holder)
     now[0] += 59
     assert liveness.alive(holder)
     now[0] += 2
     assert not liveness.alive(holder)
-    with Heartbeat(runs, "far"):
+    with beating(runs, "far"):
         pass
     assert liveness.alive(holder), "it moved again"
 
