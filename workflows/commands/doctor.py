@@ -16,7 +16,7 @@ from rich.text import Text
 
 from stages.errors import ConfigError
 from stages.storage import cache_root, is_remote
-from workflows.commands.options import FAILED, OK, OutputOptions, TrackingOptions
+from workflows.commands.options import DEFAULT_STORE, FAILED, OK, Address, Json, Store, TrackingUri
 from workflows.commands.output import console, plain_table, print_json
 from workflows.engine.ray_executor import local_resources, probe
 from workflows.engine.redaction import redacted
@@ -45,37 +45,35 @@ class Finding:
 
 def doctor(
     *,
-    at: TrackingOptions = TrackingOptions(),
-    address: str | None = None,
-    output: OutputOptions = OutputOptions(),
+    store: Store = DEFAULT_STORE,
+    tracking_uri: TrackingUri = None,
+    address: Address = None,
+    json: Json = False,
 ) -> int:
     """Look at Python, torch, GPU, Ray, MLflow, store, hub and disk: what is fine, what is not, what to do.
 
     Nothing is changed but a probe in the store.
-
-    Args:
-        address: HOST:PORT of a Ray cluster's head.
     """
-    store = ArtifactStore(at.store)
+    opened = ArtifactStore(store)
     checks: dict[str, Callable[[], Finding]] = {
         "Python": _python,
         **{name: partial(_package, name) for name in SUPPORTED},
         "GPU": _devices,
         "Ray": partial(_ray, address),
-        "store": partial(_store, store),
-        "MLflow": partial(_tracking, at.settings, store),
+        "store": partial(_store, opened),
+        "MLflow": partial(_tracking, Settings(store, tracking_uri), opened),
         "hub": _hub,
         "disk (cache)": partial(_disk, str(cache_root())),
     }
-    if not is_remote(store.uri):
-        checks["disk (store)"] = partial(_disk, store.uri)
+    if not is_remote(opened.uri):
+        checks["disk (store)"] = partial(_disk, opened.uri)
     findings = {}
     for name, check in checks.items():
         try:
             findings[name] = check()
         except ConfigError as error:
             findings[name] = Finding("wrong", str(error))
-    if output.json:
+    if json:
         print_json({"findings": [{"subject": name, **asdict(found)} for name, found in findings.items()]})
     else:
         table = plain_table()

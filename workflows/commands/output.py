@@ -2,10 +2,9 @@
 
 import json
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from typing import IO, Any
+from typing import Any
 
 from rich.console import Console
 from rich.filesize import decimal as size
@@ -25,7 +24,8 @@ class LastingConsole(Console):
     def on_broken_pipe(self) -> None:
         """Send what is still printed nowhere, rather than end the process in the middle of a run."""
         self.quiet = True
-        _discard(self.file)
+        with suppress(OSError):  # it is no file of the system's
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
 
 
 def console(*, stderr: bool = False, quiet: bool = False) -> Console:
@@ -43,17 +43,7 @@ def say(text: str) -> None:
 
 def print_json(value: Any) -> None:
     """Write one JSON document to standard output."""
-    try:
-        sys.stdout.write(json.dumps(value, indent=1) + "\n")
-        sys.stdout.flush()
-    except BrokenPipeError:
-        _discard(sys.stdout)
-
-
-def _discard(stream: IO[str]) -> None:
-    """Let what a stream still holds, and all that comes, go nowhere."""
-    with suppress(OSError):  # it is no file of the system's
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    console().out(json.dumps(value, indent=1), highlight=False)
 
 
 def print_fields(answer: Mapping[str, Any], *, as_json: bool) -> None:

@@ -14,7 +14,7 @@ from stages.formats.metrics import droppable_labels
 from stages.formats.report import Report
 from stages.promote.leaderboard import CHAMPION_MARK, leaderboard
 from workflows.commands.find import FoundWorkflow, find_workflow
-from workflows.commands.options import FAILED, INTERRUPTED, OK, RunOptions, Tokens, Workflow
+from workflows.commands.options import DEFAULT_STORE, FAILED, INTERRUPTED, OK, RunOptions, Tokens, Workflow
 from workflows.commands.output import console, duration, print_json, print_table
 from workflows.commands.parameters import changed_parameters, with_parameters
 from workflows.commands.terminal import progress_line, watching
@@ -117,7 +117,7 @@ def print_execution(out: Console, execution: Execution, options: RunOptions) -> 
             f"{execution.tracking.error}; a later run publishes those that the store has"
         )
         out.print(Text(text, style="yellow"))
-    where = "" if options.store == RunOptions.store else f" --store {shlex.quote(options.store)}"
+    where = "" if options.store == DEFAULT_STORE else f" --store {shlex.quote(options.store)}"
     uri = options.tracking_uri
     tracking = where + (f" --tracking-uri {shlex.quote(redacted(uri))}" if uri else "")
     look = f"look: stillhouse ui{tracking} · stillhouse compare{tracking} · stillhouse artifacts list{where}"

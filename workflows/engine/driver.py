@@ -30,7 +30,7 @@ from workflows.engine.manifest import InputCommit, Manifest, Provenance
 from workflows.engine.plan import Plan, StepPlan, input_commits
 from workflows.engine.provenance import code_evidence
 from workflows.engine.recorder import Recorder
-from workflows.engine.results import STATUS_OF, RunResult, StepResult, StepStatus, Watcher
+from workflows.engine.results import RunResult, StepResult, Watcher
 from workflows.engine.retrying import PAUSES_SECONDS, attempt_once, brief, persist
 from workflows.engine.schedule import Event, Phase, Schedule, StepState
 from workflows.engine.store import ArtifactStore, Claim, Commit
@@ -188,7 +188,6 @@ class Driver:
             stage=resolved.stage,
             fingerprint=claim.fingerprint,
             inputs=planned.step.wired(artifact),
-            root=self.store.folder(claim.fingerprint),
             out=self.store.out(claim),
             resume=self.store.resume(claim, inputs),
             logs=self._folder / "logs",
@@ -270,7 +269,7 @@ class Driver:
         results = {}
         for name, state in self._schedule.steps.items():
             hit, shared = self.plan.steps[name].status == "HIT", name in self._shared
-            outcome: StepStatus = "hit" if hit else "shared" if shared else STATUS_OF[state.phase]
+            outcome = "hit" if hit else "shared" if shared else state.phase.value
             log = self._folder.uri_of(f"logs/{name}.{state.attempt}.log") if state.attempt and not shared else None
             results[name] = StepResult(name, outcome, state.reason, self._commits.get(name), log, state.attempt)
         return RunResult(self.run, results, self._schedule.succeeded, self._schedule.interrupted)

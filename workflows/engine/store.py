@@ -266,12 +266,13 @@ class ArtifactStore:
         return [entry.name.removesuffix(".json") for entry in (self.root / "pins").entries()]
 
 
-def seal(out: Folder, resume: Folder, root: Folder) -> tuple[ManifestFile, ...]:
+def seal(out: Folder, resume: Folder) -> tuple[ManifestFile, ...]:
     """Return a manifest's file list: shards by their receipts, all else in `out` by its digest as written or hashed.
 
     Raises:
         StillhouseError: a shard that a receipt names is not there or not whole.
     """
+    root = Folder(out.uri.rpartition("/out/")[0])
     sizes = {root.uri_of(f"out/{entry.name}"): entry.size_bytes for entry in (root / "out").entries()}
     files = {file.uri: file for file in read_receipts(resume)}
     for uri, file in files.items():

@@ -105,7 +105,7 @@ def run_attempt(attempt: Attempt, collector: Any) -> AttemptResult | Failure:
         try:
             outcome = attempt.stage.run(context)
             metrics = _checked(outcome.metrics)
-            files = seal(attempt.out, attempt.resume, attempt.root)
+            files = seal(attempt.out, attempt.resume)
         except Exception as error:  # noqa: BLE001  the border of the step's process: every error becomes a decision of the engine
             log.write(traceback.format_exc())
             return classify(error)

@@ -39,7 +39,7 @@ def claimed(store: ArtifactStore, run: str = "run", fingerprint: Fingerprint = F
 
 
 def manifest(store: ArtifactStore, claim: Claim, **inputs: InputCommit) -> Manifest:
-    files = seal(store.out(claim), store.resume(claim), store.folder(claim.fingerprint))
+    files = seal(store.out(claim), store.resume(claim))
     return fake_manifest(claim, files=files, inputs=inputs)
 
 
@@ -191,7 +191,7 @@ def test_shards_same_shard_from_two_attempts_is_kept_once(store: ArtifactStore) 
     first, second = claimed(store), claimed(store)
     Shards(store.out(second), store.resume(second)).write("s/0.txt", b"zero", {})
     Shards(store.out(first), store.resume(second)).write("s/0.txt", b"zero", {})
-    files = seal(store.out(second), store.resume(second), store.folder(F))
+    files = seal(store.out(second), store.resume(second))
     assert [file.path for file in files] == ["out/000002/s/0.txt"]
     assert store.out(first).entries() == []
 
@@ -201,7 +201,7 @@ def test_seal_lost_shard_is_an_error(store: ArtifactStore) -> None:
     Shards(store.out(claim), store.resume(claim)).write("s/0.txt", b"zero", {})
     store.out(claim).delete(["s/0.txt"])
     with pytest.raises(StillhouseError, match="missing or cut short"):
-        seal(store.out(claim), store.resume(claim), store.folder(F))
+        seal(store.out(claim), store.resume(claim))
 
 
 def test_commit_whose_answer_was_lost_stands(store: ArtifactStore, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,7 +256,7 @@ def test_seal_lists_the_folder_once_and_reads_nothing_back(
     entries = Folder.entries
     monkeypatch.setattr(Folder, "entries", lambda self, prefix="": listed.append(self.uri) or entries(self, prefix))
     monkeypatch.setattr(Folder, "stream", lambda self, name: pytest.fail(f"{name} is read back"))
-    files = seal(store.out(claim), store.resume(claim), store.folder(F))
+    files = seal(store.out(claim), store.resume(claim))
     assert len(files) == 7
     assert {file.name: file.sha256 for file in files}["model/weights"] == uploaded.sha256
     assert [uri.rsplit("/", 1)[1] for uri in listed] == ["out", "receipts"]
@@ -268,7 +268,7 @@ def test_seal_object_that_notes_no_digest_is_hashed(s3: str, tmp_path: Path) -> 
     claim = claimed(store)
     inner, key = store.out(claim)._key("x.txt")
     obstore.put(inner, key, b"spirit")
-    (file,) = seal(store.out(claim), store.resume(claim), store.folder(F))
+    (file,) = seal(store.out(claim), store.resume(claim))
     assert file.sha256 == hashlib.sha256(b"spirit").hexdigest()
 
 
