@@ -102,7 +102,7 @@ def verify(*which: str, store: Store = DEFAULT_STORE, json: Json = False) -> int
         watch = watch_hashing(show)
         for commit in filter(None, map(opened.newest, fingerprints)):
             step = commit.manifest.step
-            problems = opened.problems(commit, deep=True, watch=partial(watch, step), anew=True)
+            problems = opened.problems(commit, partial(watch, step), anew=True)
             rows.append({"fingerprint": commit.fingerprint, "step": step, "problems": problems})
             if problems:
                 corrupt += 1

@@ -117,8 +117,8 @@ def _devices() -> Finding:
 def _ray(address: str | None) -> Finding:
     mode = os.environ.get("RAY_AUTH_MODE")
     if address is None:
-        token = "token, with a token of its own for each run"
-        return Finding("fine", f"started here for each run; authentication: {mode or token}")
+        mode = mode or "token, with a token of its own for each run"
+        return Finding("fine", f"started here for each run; authentication: {mode}")
     probe(address)
     return Finding("fine", f"a cluster answers at {address}; authentication: {mode or 'Ray’s default'}")
 

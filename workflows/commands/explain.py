@@ -38,23 +38,14 @@ def _explain(step: str, found: FoundWorkflow, parameters: Mapping[str, Any], opt
         **identity.record,
         "committed": f"generation {commit.generation} by run {commit.manifest.run}" if commit else "no",
     }
-    if options.against:
-        answer[f"against {options.against}"] = _difference(store, name, identity, options.against)
+    if run := options.against:
+        steps = find_run(store, run)
+        if name not in steps:
+            raise ConfigError(f"run {run!r} had no step {name!r}{nearest(name, list(steps))}")
+        if steps[name] == identity.fingerprint:
+            answer[f"against {run}"] = "the same fingerprint"
+        elif other := store.newest(steps[name]):
+            answer[f"against {run}"] = differences(other.manifest.identity, identity.record)
+        else:
+            answer[f"against {run}"] = f"another fingerprint, {steps[name]}, which has no commit to compare with"
     print_fields(answer, as_json=options.json)
-
-
-def _difference(store: ArtifactStore, name: str, identity: Identity, run: str) -> Any:
-    """Return what differs between a step's identity now and that of its result in a run.
-
-    Raises:
-        ConfigError: there is no such run, or the run has no such step.
-    """
-    steps = find_run(store, run)
-    if name not in steps:
-        raise ConfigError(f"run {run!r} had no step {name!r}{nearest(name, list(steps))}")
-    if steps[name] == identity.fingerprint:
-        return "the same fingerprint"
-    other = store.newest(steps[name])
-    if other is None:
-        return f"another fingerprint, {steps[name]}, which has no commit to compare with"
-    return differences(other.manifest.identity, identity.record)

@@ -21,7 +21,7 @@ from workflows.commands.terminal import progress_line, watching
 from workflows.engine.interrupts import interruptible
 from workflows.engine.plan import Plan
 from workflows.engine.redaction import redacted
-from workflows.engine.results import StepResult, Watcher
+from workflows.engine.results import Watcher
 from workflows.engine.run import Execution, execute
 
 
@@ -39,9 +39,7 @@ def _run(command: str, found: FoundWorkflow, parameters: Mapping[str, Any], opti
     graph = found.graph(parameters)
     out = console(stderr=options.json, quiet=options.json)
 
-    def notify() -> None:
-        out.print("\nstopping; press Ctrl-C again to leave at once", style="yellow")
-
+    notify = partial(out.print, "\nstopping; press Ctrl-C again to leave at once", style="yellow")
     with interruptible(notify) as interrupt, ExitStack() as stack:
         progress = stack.enter_context(progress_line(out, "planning"))
 
@@ -102,8 +100,12 @@ def print_execution(out: Console, execution: Execution, options: RunOptions) -> 
     """Print how a run ended, what came out, and where to look."""
     result = execution.result
     for step in result.steps.values():
-        if step.outcome in ("failed", "skipped"):
-            _print_failure(out, step, brief=not out.is_terminal)
+        if step.outcome in ("failed", "skipped") and (step.log or out.is_terminal):
+            reason = f": {step.reason}" if out.is_terminal else ""  # elsewhere the line that said it is still there
+            style = "bold red" if step.outcome == "failed" else "dim"
+            out.print(Text(f"{step.name} {step.outcome}{reason}", style=style), soft_wrap=True)
+            if step.log:
+                out.print(f"  the whole log: {step.log}", soft_wrap=True)
     for report in execution.reports.values():
         _print_report(out, report)
     outcomes = Counter(step.outcome for step in result.steps.values())
@@ -125,16 +127,6 @@ def print_execution(out: Console, execution: Execution, options: RunOptions) -> 
     if not result.succeeded:
         fix = "fix what failed, then " if outcomes["failed"] else ""
         out.print(f"go on: {fix}run the same command again; what is committed is not run again")
-
-
-def _print_failure(out: Console, step: StepResult, *, brief: bool) -> None:
-    """Print why a step failed or was skipped; briefly where the line printed when it happened is still there."""
-    if step.log or not brief:
-        reason = "" if brief else f": {step.reason}"
-        style = "bold red" if step.outcome == "failed" else "dim"
-        out.print(Text(f"{step.name} {step.outcome}{reason}", style=style), soft_wrap=True)
-    if step.log:
-        out.print(f"  the whole log: {step.log}", soft_wrap=True)
 
 
 def _print_report(out: Console, report: Report) -> None:

@@ -148,7 +148,7 @@ def make_plan(
 def _look_up(workflow: Workflow, store: ArtifactStore, name: str, identity: Identity | Unknown) -> _Found:
     fingerprint = identity.fingerprint if isinstance(identity, Identity) else None
     if fingerprint and (commit := store.newest(fingerprint)):
-        problems = store.problems(commit, deep=False)
+        problems = store.problems(commit)
         return _Found(commit, f"its commit does not verify: {problems[0]}" if problems else None, commit)
     withdrawal = store.withdrawal(fingerprint) if fingerprint else None
     pointer = store.pointed(workflow.name, name)
@@ -257,7 +257,7 @@ def _withdraw_corrupt_inputs(store: ArtifactStore, plan: Mapping[str, StepPlan],
     corrupt = False
     for name in sorted({need for step in plan.values() if step.status == "MISS" for need in step.step.needs()}):
         commit = plan[name].commit
-        if commit is not None and (problems := store.problems(commit, deep=True, watch=partial(watch, name))):
+        if commit is not None and (problems := store.problems(commit, partial(watch, name))):
             store.withdraw(commit, problems[0])
             corrupt = True
     return corrupt

@@ -16,13 +16,8 @@ from types import ModuleType
 from typing import Any
 
 from stages.errors import ConfigError
+from stages.runtime import workarounds
 from stages.runtime.processes import preserve_signal_handlers
-from stages.runtime.workarounds import (
-    killing_workers_left_behind,
-    remove_orphaned_groups,
-    short_temp_dir,
-    silence_ray_stdout,
-)
 from stages.storage import Folder, is_remote
 from workflows.engine import worker
 from workflows.engine.executor import Attempt, AttemptResult, ProgressUpdates
@@ -99,7 +94,7 @@ class RayExecutor:
         self._ray, self._address = ray, address
         where: dict[str, Any]
         if address is None:
-            cpus, folder = int(local_resources().cpus), short_temp_dir(os.environ)
+            cpus, folder = int(local_resources().cpus), workarounds.short_temp_dir(os.environ)
             where = {"address": "local", "num_cpus": cpus, "_temp_dir": folder, "_node_ip_address": "127.0.0.1"}
             where["include_dashboard"] = False
         else:
@@ -109,7 +104,7 @@ class RayExecutor:
         with preserve_signal_handlers():
             ray.init(log_to_driver=verbose, logging_level=logging.INFO if verbose else logging.ERROR, **where)
         if not verbose:
-            silence_ray_stdout()
+            workarounds.silence_ray_stdout()
         if by_value is not None:
             ray.cloudpickle.register_pickle_by_value(by_value)
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
@@ -139,15 +134,14 @@ class RayExecutor:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         mark = f"probe-{secrets.token_hex(8)}"
+        look = self._ray.remote(num_cpus=0)(lambda: store.has(mark))
         store.put(mark, b"stillhouse")
         try:
-            look = self._ray.remote(num_cpus=0)(lambda: store.has(mark))
             places = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
             sees = self._ray.get([look.options(scheduling_strategy=at).remote() for at in places])
-            blind = [node["NodeManagerHostname"] for node, seen in zip(nodes, sees, strict=True) if not seen]
         finally:
             store.delete([mark])
-        if blind:
+        if blind := [node["NodeManagerHostname"] for node, seen in zip(nodes, sees, strict=True) if not seen]:
             problem = f"the store {store.uri} is not the same folder on node {', '.join(blind)}"
             raise ConfigError(f"{problem}; use a shared file system or s3:// or gs://")
 
@@ -161,7 +155,7 @@ class RayExecutor:
         """Wait for attempts to end, at most so long, and return those that did, by step."""
         if time.monotonic() < self._orphans_until:
             try:
-                remove_orphaned_groups()
+                workarounds.remove_orphaned_groups()
             except self._ray.exceptions.RayError as error:
                 logger.warning("cannot look for placement groups that a lost step left: %s", error)
         if not self._running:
@@ -223,7 +217,7 @@ class RayExecutor:
 
     def close(self) -> None:
         """Leave the cluster; what still runs there for us ends."""
-        with killing_workers_left_behind(local=self._address is None):
+        with workarounds.killing_workers_left_behind(local=self._address is None):
             self._ray.shutdown()
 
 

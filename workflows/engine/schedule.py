@@ -224,16 +224,13 @@ def _fail(draft: Schedule, name: str, at: float, failure: Failure) -> None:
 
 def _stop_overdue(draft: Schedule, at: float) -> None:
     for state in draft.in_phase(Phase.RUNNING):
-        retry = state.retry
-        ran, waited = at - (state.began_at or state.launched_at), at - state.launched_at
-        if state.began_at is None and waited > retry.pending_timeout_seconds:
-            text = (
-                f"after {waited:.0f} s its work had not begun; it asks for {state.resources.demand}. Free these on the "
-                "cluster, ask for less, or raise the step's pending_timeout_seconds"
-            )
-            _stop(draft, state.name, Failure(FailureKind.PENDING, text))
-        elif state.began_at is not None and retry.timeout_seconds is not None and ran > retry.timeout_seconds:
-            text = f"{ran:.0f} s of at most {retry.timeout_seconds:.0f} s (timeout_seconds)"
+        if state.began_at is None:
+            if (waited := at - state.launched_at) > state.retry.pending_timeout_seconds:
+                text = f"after {waited:.0f} s its work had not begun; it asks for {state.resources.demand}. Free these "
+                text += "on the cluster, ask for less, or raise the step's pending_timeout_seconds"
+                _stop(draft, state.name, Failure(FailureKind.PENDING, text))
+        elif (limit := state.retry.timeout_seconds) is not None and (ran := at - state.began_at) > limit:
+            text = f"{ran:.0f} s of at most {limit:.0f} s (timeout_seconds)"
             _stop(draft, state.name, Failure(FailureKind.TIMEOUT, text))
 
 

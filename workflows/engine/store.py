@@ -210,13 +210,11 @@ class ArtifactStore:
         found = folder.find_json(entries[-1].name) if entries else {}
         return found.get("reason") if found is not None else "for a reason that a power cut took"
 
-    def problems(
-        self, commit: Commit, *, deep: bool, watch: WatchDigest | None = None, anew: bool = False
-    ) -> list[str]:
-        """Return what is wrong with a commit's files: missing, or of another size; with `deep`, of another digest.
+    def problems(self, commit: Commit, watch: WatchDigest | None = None, *, anew: bool = False) -> list[str]:
+        """Return what is wrong with a commit's files: missing, or of another size; with `watch`, of another digest.
 
-        A digest is taken anew each time, but with `watch`, which is handed each file's name and the bytes that are
-        read: then what was hashed before, and has not changed since, is remembered, and hashed again only if `anew`.
+        `watch` is handed each file's name and the bytes that are read. What was hashed before, and has not changed
+        since, is remembered, and hashed again only if `anew`.
         """
         folder = self.folder(commit.fingerprint)
         there = {f"out/{entry.name}": entry.size_bytes for entry in (folder / "out").entries()}
@@ -228,8 +226,8 @@ class ArtifactStore:
                 found.append(f"{file.name} has {there[file.path]} bytes, expected {file.size_bytes}")
             else:
                 whole[file.path] = file
-        if deep and whole:
-            known = digests_below(folder, whole, watch, anew=anew or watch is None)
+        if watch and whole:
+            known = digests_below(folder, whole, watch, anew=anew)
             found += [
                 f"{file.name} has another sha256 than its manifest names"
                 for path, file in whole.items()
