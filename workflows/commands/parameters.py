@@ -80,11 +80,7 @@ def _with_defaults_inside(parameter: inspect.Parameter, hint: Any) -> inspect.Pa
 
 
 def _params_file(tokens: Sequence[str], known: Sequence[str]) -> list[Dict]:
-    """Return the source of parameters that `--params FILE` names.
-
-    Raises:
-        ConfigError: it is no YAML file of values of known parameters.
-    """
+    """Return the source of parameters that `--params FILE` names."""
     index = next((index for index, token in enumerate(tokens) if token.partition("=")[0] == "--params"), None)
     if index is None:
         return []

@@ -200,8 +200,7 @@ def _why_miss(
 
 def _changed(step: Step, old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     """Say what differs from the step's last result: its own fields first, else the inputs by their step's name."""
-    own = differences({k: v for k, v in old.items() if k != "inputs"}, {k: v for k, v in new.items() if k != "inputs"})
-    if own:
+    if own := [text for text in differences(old, new) if not text.startswith("inputs.")]:
         shown = "; ".join(text.removeprefix("config.") for text in own[:3])
         return f"changed: {shown}" + (f" and {len(own) - 3} more" if len(own) > 3 else "")
     before, after = old["inputs"], new["inputs"]

@@ -81,9 +81,6 @@ class RayExecutor:
             address: `HOST:PORT` of a running cluster's head; None starts Ray here.
             verbose: let Ray's and the workers' own output through to the terminal.
             by_value: the user's own workflow module, which workers cannot import and are sent.
-
-        Raises:
-            ConfigError: nothing answers at the address.
         """
         if address:
             probe(address)

@@ -109,11 +109,7 @@ class ArtifactStore:
         return next(self.commits(fingerprint), None)
 
     def read(self, fingerprint: str, generation: int) -> Commit | None:
-        """Read one commit; None where there is none, or where a power cut left half of it.
-
-        Raises:
-            ConfigError: another version of stillhouse wrote it.
-        """
+        """Read one commit; None where there is none, or where a power cut left half of it."""
         folder, name = self.folder(fingerprint), f"commits/{generation:06d}.json"
         if (value := folder.find_json(name)) is None:
             return None

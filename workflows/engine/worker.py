@@ -117,18 +117,14 @@ def run_attempt(attempt: Attempt, collector: Any) -> AttemptResult | Failure:
 
 
 def _checked(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """Return final metrics as plain numbers, NumPy's too.
-
-    Raises:
-        StageFailed: one is no finite number, which neither a manifest nor a comparison can hold.
-    """
+    """Return final metrics as plain numbers, NumPy's too; neither a manifest nor a comparison can hold NaN."""
     found = {}
     for name, value in metrics.items():
         with contextlib.suppress(TypeError, ValueError):
             found[name] = float(value)
         if not math.isfinite(found.get(name, math.nan)):
-            problem = f"its metric {name!r} is {value!r}, expected a finite number"
-            raise StageFailed(f"{problem}; leave it out if there is none")
+            text = f"its metric {name!r} is {value!r}, expected a finite number; leave it out if there is none"
+            raise StageFailed(text)
     return found
 
 
@@ -140,7 +136,7 @@ class FreshWorker:
     """
 
     def run(self, attempt: Attempt, collector: Any) -> AttemptResult | Failure:
-        """Run one attempt."""
+        """Run it."""
         return run_attempt(attempt, collector)
 
 
