@@ -4,7 +4,7 @@ Each rule yields sentences; `check` raises one `ConfigError` with all of them.
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 from stages.contract import ExternalData, Stage
 from stages.errors import ConfigError, nearest
@@ -20,7 +20,8 @@ def check(workflow: Workflow) -> None:
         ConfigError: at least one rule is broken.
     """
     steps = workflow.steps.values()
-    problems = [problem for step in steps for rule in RULES for problem in rule(workflow, step)]
+    rules = (_name_is_legal, _sources_exist, _inputs_are_known, _kinds_fit, _required_needs_required)
+    problems = [problem for step in steps for rule in rules for problem in rule(workflow, step)]
     if not steps:
         problems = ["it has no steps"]
     if not problems:
@@ -89,15 +90,6 @@ def _stage_fits(workflow: Workflow, step: Step) -> Iterator[str]:
         step.stage.check(step.wired(origin))
     except ConfigError as error:
         yield f"{step.name}: {error}"
-
-
-RULES: tuple[Callable[[Workflow, Step], Iterator[str]], ...] = (
-    _name_is_legal,
-    _sources_exist,
-    _inputs_are_known,
-    _kinds_fit,
-    _required_needs_required,
-)
 
 
 def find_step(workflow: Workflow, name: str) -> Step:
