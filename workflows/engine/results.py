@@ -69,7 +69,7 @@ class StepResult:
 
     name: str
     outcome: str
-    """`hit`, `shared` (another run committed it meanwhile), or the phase in which it ended."""
+    """`hit`, `shared`, or the phase that it ended in: `committed`, `failed`, `skipped`, `cancelled`."""
     reason: str
     commit: Commit | None
     log: str | None

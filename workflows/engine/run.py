@@ -18,9 +18,9 @@ from stages.storage import Folder
 from workflows.engine.driver import Driver
 from workflows.engine.events import ReportMade, RunEnded, RunEvent, RunStarted, RunStatus
 from workflows.engine.graph import Workflow
-from workflows.engine.heartbeat import Heartbeat
+from workflows.engine.heartbeat import beating
 from workflows.engine.identity import Fingerprint
-from workflows.engine.plan import ClusterResources, Plan, PlanInterrupted, make_plan
+from workflows.engine.plan import ClusterResources, Plan, PlanInterrupted, make_plan, watch_hashing
 from workflows.engine.provenance import git_commit
 from workflows.engine.ray_executor import RayExecutor
 from workflows.engine.results import RunResult, Watcher
@@ -116,8 +116,8 @@ def execute(
     with _announced(runs, run), closing(executor):
 
         def plan_for(cluster: ClusterResources | None) -> Plan:
-            options = {**settings.of_plan, "deep": True, "progress": progress, "interrupt": interrupt}
-            return _unblocked(make_plan(workflow, store, **options, cluster=cluster))
+            watch = watch_hashing(progress, interrupt)
+            return _unblocked(make_plan(workflow, store, **settings.of_plan, cluster=cluster, watch=watch))
 
         plan = plan_for(executor.cluster_resources() if settings.address is None else None)
         if plan.having("MISS"):
@@ -157,7 +157,7 @@ def _unblocked(plan: Plan) -> Plan:
 def _announced(runs: Folder, run: str) -> Iterator[None]:
     """Show from before its plan on that a run lives, so that `gc` keeps what it reads; a refused one leaves nothing."""
     try:
-        with Heartbeat(runs, run):
+        with beating(runs, run):
             yield
     except (ConfigError, PlanInterrupted):
         (runs / run).delete(["heartbeat.json"])
