@@ -1,5 +1,6 @@
 """A run as it goes, on a terminal or as lines. Renders with rich; decides nothing."""
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,6 +29,8 @@ PHASE_MARK = {
 REFRESH_PER_SECOND = 4
 LINE_SECONDS = 10.0
 """How often a file or pipe gets a line about files that are verified."""
+PROGRESS_SECONDS = 30.0
+"""How often a file or pipe gets a line about each running step."""
 
 
 def plan_summary(plan: Plan) -> str:
@@ -95,6 +98,14 @@ class LiveWatcher(Watcher):
         if self.live is None:
             self.console.print(Text(f"  {name}: {text}", style="dim"), soft_wrap=True)
 
+    def print_running(self) -> None:
+        """Print a line for each running step: how long it has run, how far it is, how long it will still take."""
+        now = time.monotonic()
+        for name, row in self.rows.items():
+            if row.phase is Phase.RUNNING and row.began is not None:
+                line = f"  {name} {duration(now - row.began)}: {self._detail(row, now)}"
+                self.console.print(Text(line, style="dim"), soft_wrap=True)
+
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Yield the steps as they stand."""
         table = plain_table()
@@ -156,7 +167,17 @@ def watching(console: Console, plan: Plan) -> Iterator[Watcher]:
     console.print(Text(plan_summary(plan), style="bold"))
     watcher = LiveWatcher(console, plan)
     if not console.is_terminal:
-        yield watcher
+        ended = threading.Event()
+
+        def report() -> None:
+            while not ended.wait(PROGRESS_SECONDS):
+                watcher.print_running()
+
+        threading.Thread(target=report, daemon=True).start()
+        try:
+            yield watcher
+        finally:
+            ended.set()
         return
     with Live(watcher, console=console, refresh_per_second=REFRESH_PER_SECOND, transient=False) as live:
         watcher.live = live
