@@ -58,7 +58,7 @@ class StudentSpec(Config):
         return Continue() if self.checkpoint else Smaller(layers=self.layers, heads=self.heads, width=self.width)
 
 
-class Data(Config):
+class DataSettings(Config):
     """How the documents are read."""
 
     sequence_length: int = Field(512, ge=16)
@@ -75,7 +75,7 @@ class Data(Config):
     """Share of rows that may be other than the first is; more fail the step."""
 
 
-class Training(Config):
+class TrainingSettings(Config):
     """How students learn: `L = w_ce·CE + w_kd·T²·KL(teacher ‖ student)`."""
 
     optimizer_steps: int | None = Field(None, ge=1)
@@ -117,7 +117,7 @@ STORED_TEMPERATURES = (1.0, 2.0, 4.0)
 """Stored whatever students ask for, so that the usual ones can be compared without asking the teacher again."""
 
 
-class Hardware(Config):
+class HardwareSettings(Config):
     """What a step takes of the cluster."""
 
     workers: int = Field(1, ge=1)
@@ -185,9 +185,9 @@ def compress(
     quantize_teacher: bool = True,
     schemes: tuple[Scheme, ...] = (),
     gate: Gate = Gate(),  # noqa: B008  frozen
-    data: Data = Data(),  # noqa: B008
-    training: Training = Training(),  # noqa: B008
-    hardware: Hardware = Hardware(),  # noqa: B008
+    data: DataSettings = DataSettings(),  # noqa: B008
+    training: TrainingSettings = TrainingSettings(),  # noqa: B008
+    hardware: HardwareSettings = HardwareSettings(),  # noqa: B008
     registered_name: str = "compress",
     seed: int = 0,
 ) -> Workflow:
