@@ -10,6 +10,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,23 @@ def silence_ray_stdout() -> None:
     from ray._private import worker
 
     worker.print_to_stdstream = lambda data, ignore_prefix: logger.info("%s", "\n".join(map(str, data["lines"])))
+
+
+@contextlib.contextmanager
+def in_own_process_group() -> Iterator[None]:
+    """Start a Ray inside whose processes each lead a group, out of reach of a signal to this process's group.
+
+    A SIGTERM to the group (Slurm, systemd, `kill -- -PID`) would end the raylet at once, so that no step is stopped in
+    order, and Ray's client ends this process 60 s later with exit code 1.
+    """
+    from ray._private import services
+
+    popen = services.ConsolePopen
+    services.ConsolePopen = partial(popen, process_group=0)
+    try:
+        yield
+    finally:
+        services.ConsolePopen = popen
 
 
 def remove_orphaned_groups() -> None:

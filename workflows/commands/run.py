@@ -16,7 +16,7 @@ from stages.formats.report import Report
 from stages.promote.leaderboard import CHAMPION_MARK, leaderboard
 from workflows.commands.find import FoundWorkflow, find_workflow
 from workflows.commands.formatting import duration, fitting_table
-from workflows.commands.options import FAILED, INTERRUPTED, OK, RunOptions, Tokens, Workflow
+from workflows.commands.options import FAILED, OK, RunOptions, Tokens, Workflow
 from workflows.commands.output import console, print_json
 from workflows.commands.parameters import changed_parameters, with_parameters
 from workflows.commands.terminal import progress_line, watching
@@ -42,7 +42,7 @@ def _run(command: str, found: FoundWorkflow, parameters: Mapping[str, Any], opti
     out = console(stderr=options.json, quiet=options.json)
 
     def notify() -> None:
-        out.print("\nstopping; press Ctrl-C again to leave at once", style="yellow")
+        out.print("\nstopping; another Ctrl-C or SIGTERM leaves at once", style="yellow")
 
     with interruptible(notify) as interrupt, ExitStack() as stack:
         progress = stack.enter_context(progress_line(out, "planning"))
@@ -65,7 +65,7 @@ def _run(command: str, found: FoundWorkflow, parameters: Mapping[str, Any], opti
         print_json(execution_json(execution))
     else:
         print_execution(out, execution, options)
-    return OK if execution.result.succeeded else INTERRUPTED if execution.result.interrupted else FAILED
+    return OK if execution.result.succeeded else interrupt.exit_code if execution.result.interrupted else FAILED
 
 
 def execution_json(execution: Execution) -> dict[str, Any]:

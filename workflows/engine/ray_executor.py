@@ -19,6 +19,7 @@ from typing import Any
 from stages.errors import ConfigError
 from stages.runtime.processes import preserve_signal_handlers
 from stages.runtime.workarounds import (
+    in_own_process_group,
     killing_workers_left_behind,
     remove_orphaned_groups,
     short_temp_dir,
@@ -103,7 +104,7 @@ class RayExecutor:
             if short := short_temp_dir(os.environ):
                 where["_temp_dir"] = short
         where |= {"namespace": f"stillhouse-{secrets.token_hex(4)}", "configure_logging": verbose}
-        with preserve_signal_handlers():
+        with preserve_signal_handlers(), in_own_process_group():
             ray.init(log_to_driver=verbose, logging_level=logging.INFO if verbose else logging.ERROR, **where)
         if not verbose:
             silence_ray_stdout()
