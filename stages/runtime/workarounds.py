@@ -63,6 +63,21 @@ def in_own_process_group() -> Iterator[None]:
         services.ConsolePopen = popen
 
 
+@contextlib.contextmanager
+def without_current_folder_on_workers_path() -> Iterator[None]:
+    """Start or join a Ray inside, whose workers then do not import from the driver's current folder.
+
+    Ray puts that folder first on every worker's path (`os.path.curdir`, as an absolute path), so that a folder
+    `datasets/` of the user's stands in for the library. What workers get instead is the folder that holds stillhouse.
+    """
+    before = os.path.curdir
+    os.path.curdir = str(Path(__file__).parents[2])
+    try:
+        yield
+    finally:
+        os.path.curdir = before
+
+
 def remove_orphaned_groups() -> None:
     """Remove this run's placement groups whose creator died: Ray keeps what they reserve until the job ends.
 

@@ -137,7 +137,8 @@ class LiveWatcher(Watcher):
         parts = [f"{done / total:.0%} of {total:,.0f} {unit}" if total else unit]
         if now > since and done > start:
             rate = (done - start) / (now - since)
-            parts.append(f"{rate:,.0f} {unit}/s" if rate >= 10 else f"{rate:.1f} {unit}/s")
+            if rate >= 0.1:
+                parts.append(f"{rate:,.0f} {unit}/s" if rate >= 10 else f"{rate:.1f} {unit}/s")
             if done < total:
                 parts.append(f"{duration((total - done) / rate)} left")
         return ", ".join(parts) + (f" · {row.note}" if row.note else "")

@@ -24,6 +24,7 @@ from stages.runtime.workarounds import (
     remove_orphaned_groups,
     short_temp_dir,
     silence_ray_stdout,
+    without_current_folder_on_workers_path,
 )
 from stages.storage import Folder, is_remote
 from workflows.engine.executor import Attempt, AttemptResult, ProgressUpdates
@@ -104,7 +105,7 @@ class RayExecutor:
             if short := short_temp_dir(os.environ):
                 where["_temp_dir"] = short
         where |= {"namespace": f"stillhouse-{secrets.token_hex(4)}", "configure_logging": verbose}
-        with preserve_signal_handlers(), in_own_process_group():
+        with preserve_signal_handlers(), in_own_process_group(), without_current_folder_on_workers_path():
             ray.init(log_to_driver=verbose, logging_level=logging.INFO if verbose else logging.ERROR, **where)
         if not verbose:
             silence_ray_stdout()
