@@ -6,7 +6,7 @@ at equal bytes it is what a student has to beat. No teacher is trained and no to
 """
 
 from itertools import combinations
-from typing import Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self
 
 from pydantic import Field, model_validator
 
@@ -37,25 +37,33 @@ class StudentSpec(Config):
     """Another checkpoint to start from: a folder or a hub id; it must have the teacher's tokenizer."""
     revision: str | None = None
     """The checkpoint's revision on the hub."""
-    layers: int | None = Field(None, ge=1)
-    """Layers to keep of the teacher's, evenly spaced."""
+    layers: int | tuple[int, ...] | None = None
+    """Layers to keep of the teacher's: how many, or which, counted from 0."""
     heads: int | None = Field(None, ge=1)
     """Attention heads to keep."""
     width: int | None = Field(None, ge=2)
     """Channels to keep of the teacher's hidden size."""
+    ffn_width: int | None = Field(None, ge=1)
+    """Channels to keep inside the feed-forward blocks."""
+    choice: Literal["importance", "position"] = "importance"
+    """Whether parts are kept by what they do on the texts, or by their place."""
 
     def model_post_init(self, _: object) -> None:
         """Refuse a student that is nothing, or two things."""
-        sizes = (self.layers, self.heads, self.width)
-        if (self.checkpoint is None) == (sizes == (None, None, None)):
+        if (self.checkpoint is None) == (not self._sizes):
             raise ConfigError(
-                f"student {self.name!r} needs either a checkpoint or at least one of layers, heads and width; "
-                f"got checkpoint={self.checkpoint!r}, layers={self.layers}, heads={self.heads}, width={self.width}"
+                f"student {self.name!r} needs either a checkpoint or at least one of layers, heads, width and "
+                f"ffn_width; got checkpoint={self.checkpoint!r} and {self._sizes or 'none of them'}"
             )
+
+    @property
+    def _sizes(self) -> dict[str, Any]:
+        sizes = {name: getattr(self, name) for name in ("layers", "heads", "width", "ffn_width")}
+        return {name: size for name, size in sizes.items() if size is not None}
 
     def model(self) -> Continue | Smaller:
         """Return how the student comes from its origin."""
-        return Continue() if self.checkpoint else Smaller(layers=self.layers, heads=self.heads, width=self.width)
+        return Continue() if self.checkpoint else Smaller(**self._sizes, choice=self.choice)
 
 
 class DataSettings(Config):
