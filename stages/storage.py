@@ -87,8 +87,7 @@ def _open(root: str) -> ObjectStore:
     insecure = os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://")
     options: ClientConfig = {"allow_http": True} if insecure and root.startswith("s3") else {}
     try:
-        store: ObjectStore = from_url(root, client_options=options)
-        return store
+        return from_url(root, client_options=options)
     except Exception as error:
         problem = f"cannot open the store {root!r}: {error}"
         raise ConfigError(f"{problem}; expected a path, s3://, gs:// or az:// URI") from error
@@ -111,7 +110,8 @@ class Folder:
         text = str(uri).removeprefix("file://")
         if not text or (is_remote(text) and not text.partition("://")[2].strip("/")):
             raise ConfigError(f"{str(uri)!r} names no place; expected a path, or a URI such as s3://BUCKET/PREFIX")
-        return cls(text.rstrip("/") if is_remote(text) else str(Path(text).absolute()))
+        path = Path(text).resolve() if ".." in text else Path(text).absolute()  # obstore takes no `..`
+        return cls(text.rstrip("/") if is_remote(text) else str(path))
 
     def _key(self, name: str) -> tuple[ObjectStore, str]:
         if not is_remote(self.uri):

@@ -1,13 +1,14 @@
 """A user's own checkpoint and texts → candidates: what most people run.
 
-The teacher is read where it lies; students are other checkpoints, or the teacher's own architecture made smaller and
-started from its weights. No teacher is trained and no tokenizer is made.
+The teacher is read where it lies, and quantized; students, if any, are other checkpoints, or the teacher's own
+architecture made smaller and started from its weights, and are quantized too. The quantized teacher stands beside them:
+at equal bytes it is what a student has to beat. No teacher is trained and no tokenizer is made.
 """
 
 from itertools import combinations
-from typing import Annotated
+from typing import Any, Literal, NamedTuple, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from stages.contract import Config, Resources
 from stages.errors import ConfigError
@@ -24,7 +25,7 @@ from stages.quantize.stage import Quantize
 from stages.teach.stage import Teach, TopK
 from stages.train.objectives import CrossEntropy, Objective, SoftTarget
 from stages.train.stage import Continue, Smaller, Train
-from workflows.engine.graph import Handle, Source, Workflow
+from workflows.engine.graph import Source, Workflow
 
 
 class StudentSpec(Config):
@@ -36,140 +37,220 @@ class StudentSpec(Config):
     """Another checkpoint to start from: a folder or a hub id; it must have the teacher's tokenizer."""
     revision: str | None = None
     """The checkpoint's revision on the hub."""
-    layers: int | None = Field(None, ge=1)
-    """Layers to keep of the teacher's, evenly spaced."""
+    layers: int | tuple[int, ...] | None = None
+    """Layers to keep of the teacher's: how many, or which, counted from 0."""
     heads: int | None = Field(None, ge=1)
     """Attention heads to keep."""
     width: int | None = Field(None, ge=2)
     """Channels to keep of the teacher's hidden size."""
+    ffn_width: int | None = Field(None, ge=1)
+    """Channels to keep inside the feed-forward blocks."""
+    choice: Literal["importance", "position"] = "importance"
+    """Whether parts are kept by what they do on the texts, or by their place."""
 
     def model_post_init(self, _: object) -> None:
         """Refuse a student that is nothing, or two things."""
-        sizes = (self.layers, self.heads, self.width)
-        if (self.checkpoint is None) == (sizes == (None, None, None)):
+        if (self.checkpoint is None) == (not self._sizes):
             raise ConfigError(
-                f"student {self.name!r} needs either a checkpoint or at least one of layers, heads and width; "
-                f"got checkpoint={self.checkpoint!r}, layers={self.layers}, heads={self.heads}, width={self.width}"
+                f"student {self.name!r} needs either a checkpoint or at least one of layers, heads, width and "
+                f"ffn_width; got checkpoint={self.checkpoint!r} and {self._sizes or 'none of them'}"
             )
+
+    @property
+    def _sizes(self) -> dict[str, Any]:
+        sizes = {name: getattr(self, name) for name in ("layers", "heads", "width", "ffn_width")}
+        return {name: size for name, size in sizes.items() if size is not None}
 
     def model(self) -> Continue | Smaller:
         """Return how the student comes from its origin."""
-        return Continue() if self.checkpoint else Smaller(layers=self.layers, heads=self.heads, width=self.width)
+        return Continue() if self.checkpoint else Smaller(**self._sizes, choice=self.choice)
+
+
+class DataSettings(Config):
+    """How the documents are read."""
+
+    sequence_length: int = Field(512, ge=16)
+    """Tokens in one packed row."""
+    validation_fraction: float = Field(0.05, gt=0, lt=1)
+    """Share of the documents that models are compared on, unless `evaluation` is given."""
+    calibration_fraction: float = Field(0.05, gt=0, lt=1)
+    """Share of the documents that quantization looks at."""
+    max_documents: int | None = Field(None, ge=1)
+    """Read at most so many documents."""
+    text_field: str = "text"
+    """The field that holds the text, of rows that are texts."""
+    max_rejected_fraction: float = Field(0.01, ge=0, le=1)
+    """Share of rows that may be other than the first is; more fail the step."""
+
+
+class TrainingSettings(Config):
+    """How students learn: `L = w_ce·CE + w_kd·T²·KL(teacher ‖ student)`."""
+
+    optimizer_steps: int | None = Field(None, ge=1)
+    """Of each student; the preset's if not given."""
+    batch_rows: int = Field(32, ge=1)
+    """Packed rows in one optimizer step, over all workers."""
+    learning_rate: float = Field(1e-4, gt=0)
+    """Peak rate."""
+    w_ce: float = Field(0.1, ge=0)
+    """Weight of the cross-entropy against the text."""
+    w_kd: float = Field(0.9, ge=0)
+    """Weight of T²·KL against the teacher's stored distribution."""
+    temperature: float = Field(1.0, gt=0)
+    """T: softens both distributions. One that is not among 1, 2 and 4 is stored with the signals besides, for 4 bytes
+    a token; signals that were made without it are made anew."""
+    k: int | None = Field(None, ge=1)
+    """Teacher log-probabilities kept for each position, the rest is one bucket; the preset's if not given."""
+
+    @model_validator(mode="after")
+    def _check_weights(self) -> Self:
+        if not self.w_ce and not self.w_kd:
+            raise ValueError("w_ce and w_kd are both 0, so that students would learn nothing; set at least one")
+        return self
+
+    @property
+    def objectives(self) -> tuple[Objective, ...]:
+        """The objectives that have any weight."""
+        ce = (CrossEntropy(weight=self.w_ce),) if self.w_ce else ()
+        kd = (SoftTarget(weight=self.w_kd, temperature=self.temperature),) if self.w_kd else ()
+        return (*ce, *kd)
+
+    @property
+    def temperatures(self) -> tuple[float, ...]:
+        """The temperatures that signals are stored for."""
+        return tuple(sorted({*STORED_TEMPERATURES, self.temperature}))
+
+
+STORED_TEMPERATURES = (1.0, 2.0, 4.0)
+"""Stored whatever students ask for, so that the usual ones can be compared without asking the teacher again."""
+
+
+class HardwareSettings(Config):
+    """What a step takes of the cluster."""
+
+    workers: int = Field(1, ge=1)
+    """Training ranks, teacher-inference actors, concurrent trials."""
+    cpus_per_worker: float = Field(2.0, gt=0)
+    """CPU cores each worker takes."""
+    gpus_per_worker: float = Field(0.0, ge=0)
+    """GPUs each worker takes."""
+    micro_batch: int | None = Field(None, ge=1)
+    """Rows in one forward pass; the stages choose if not given."""
+    device: str | None = None
+    """Name of the GPU or CPU whose speed is measured, e.g. 'NVIDIA H200'; this host's if not given."""
+
+    @property
+    def resources(self) -> Resources:
+        """What a step takes that computes with models."""
+        return Resources(
+            workers=self.workers,
+            cpus_per_worker=self.cpus_per_worker,
+            gpus_per_worker=self.gpus_per_worker,
+            micro_batch=self.micro_batch,
+        )
+
+    @property
+    def measured_device(self) -> str:
+        """What speed is measured on: it is part of the measurement's identity, so it is named before the run.
+
+        Raises:
+            ConfigError: it is not given, and this host has no GPU.
+        """
+        found = self.device or (describe_gpu() if self.gpus_per_worker else describe_cpu())
+        if found is None:
+            raise ConfigError(
+                f"hardware.gpus_per_worker is {self.gpus_per_worker:g}, and this host has no GPU; if the cluster's "
+                "nodes have, name it with --hardware.device, e.g. --hardware.device 'NVIDIA H200', as `nvidia-smi "
+                "--query-gpu=name --format=csv` prints it there"
+            )
+        return found
+
+
+class Preset(NamedTuple):
+    """How much is spent where nothing else is said."""
+
+    optimizer_steps: int
+    k: int
+    schemes: tuple[Scheme, ...]
+
+
+PRESETS = {
+    "quick": Preset(optimizer_steps=200, k=32, schemes=DEFAULT_SCHEMES[:2]),
+    "standard": Preset(optimizer_steps=1_000, k=64, schemes=DEFAULT_SCHEMES),
+    "thorough": Preset(optimizer_steps=10_000, k=128, schemes=DEFAULT_SCHEMES),
+}
+"""`quick` shows in minutes whether everything fits together; `thorough` is for a night."""
 
 
 def compress(
     *,
     teacher: str,
     documents: tuple[str, ...],
-    students: tuple[StudentSpec, ...],
+    students: tuple[StudentSpec, ...] = (),
     teacher_revision: str | None = None,
     evaluation: tuple[str, ...] = (),
-    sequence_length: Annotated[int, Field(ge=16)] = 512,
-    validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05,
-    calibration_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05,
-    max_documents: Annotated[int, Field(ge=1)] | None = None,
-    text_field: str = "text",
-    max_rejected_fraction: Annotated[float, Field(ge=0, le=1)] = 0.01,
-    optimizer_steps: Annotated[int, Field(ge=1)] = 1000,
-    batch_rows: Annotated[int, Field(ge=1)] = 32,
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-4,
-    w_ce: Annotated[float, Field(ge=0)] = 0.1,
-    w_kd: Annotated[float, Field(ge=0)] = 0.9,
-    temperature: Annotated[float, Field(gt=0)] = 1.0,
-    k: Annotated[int, Field(ge=1)] = 64,
-    schemes: tuple[Scheme, ...] = DEFAULT_SCHEMES,
+    preset: Literal["quick", "standard", "thorough"] = "standard",
+    quantize_teacher: bool = True,
+    schemes: tuple[Scheme, ...] = (),
     gate: Gate = Gate(),  # noqa: B008  frozen
-    workers: Annotated[int, Field(ge=1)] = 1,
-    cpus_per_worker: Annotated[float, Field(gt=0)] = 2.0,
-    gpus_per_worker: Annotated[float, Field(ge=0)] = 0.0,
-    micro_batch: Annotated[int, Field(ge=1)] | None = None,
-    device: str | None = None,
+    data: DataSettings = DataSettings(),  # noqa: B008
+    training: TrainingSettings = TrainingSettings(),  # noqa: B008
+    hardware: HardwareSettings = HardwareSettings(),  # noqa: B008
     registered_name: str = "compress",
     seed: int = 0,
 ) -> Workflow:
-    """Distil and quantize a checkpoint of your own on texts of your own.
+    """Quantize a checkpoint of your own, and distil smaller ones from it, on texts of your own.
 
     Args:
         teacher: the checkpoint to compress: a folder with config.json and safetensors, or a hub id.
         documents: files, folders, globs or S3 URIs of text, JSONL or Parquet: texts, chats, prompt-completion rows.
         students: e.g. '{"name": "half", "layers": 6}' or '{"name": "small", "checkpoint": "path"}'; may be repeated.
+            With none the teacher is quantized, and nothing is trained.
         teacher_revision: the teacher's revision on the hub.
         evaluation: texts to compare models on; a part of the documents if not given.
-        sequence_length: tokens in one packed row.
-        validation_fraction: share of the documents that models are compared on, unless evaluation is given.
-        calibration_fraction: share of the documents that quantization looks at.
-        max_documents: read at most so many documents.
-        text_field: the field that holds the text, of rows that are texts.
-        max_rejected_fraction: share of rows that may be other than the first is; more fail the step.
-        optimizer_steps: of each student.
-        batch_rows: packed rows in one optimizer step, over all workers.
-        learning_rate: peak rate of each student.
-        w_ce: weight of the cross-entropy against the text.
-        w_kd: weight of T²·KL(teacher ‖ student) against the teacher's stored distribution.
-        temperature: softens both distributions in the KL term; one of 1, 2, 4.
-        k: teacher log-probabilities kept for each position; the rest is one bucket.
-        schemes: quantization schemes to try on each student.
+        preset: how much is spent: optimizer steps, k and schemes where they are not given.
+        quantize_teacher: whether the teacher is quantized beside its students.
+        schemes: quantization schemes to try on each model; the preset's if not given.
         gate: what a model must hold to be promoted.
-        workers: training ranks, teacher-inference actors, concurrent trials.
-        cpus_per_worker: CPU cores each of them takes.
-        gpus_per_worker: GPUs each of them takes.
-        micro_batch: rows in one forward pass; the stages choose if not given.
-        device: name of the GPU or CPU whose speed is measured, e.g. 'NVIDIA H200'; this host's if not given.
+        data: how the documents are read.
+        training: how students learn.
+        hardware: what a step takes of the cluster.
         registered_name: the model's name in MLflow's registry.
         seed: seed of everything random.
     """
-    _check_request(documents, students, w_ce, w_kd)
+    _check_request(documents, students, quantize_teacher)
     flow = Workflow("compress", base_model=teacher.rstrip("/").rsplit("/", 1)[-1])
-    resources = Resources(
-        workers=workers, cpus_per_worker=cpus_per_worker, gpus_per_worker=gpus_per_worker, micro_batch=micro_batch
-    )
+    resources, spent = hardware.resources, PRESETS[preset]
     big = flow.external("teacher", Checkpoint(source=teacher, revision=teacher_revision))
-    words = PretrainedTokenizer(source=teacher, revision=teacher_revision)
-    corpus = flow.step(
-        "corpus",
-        Prepare(
-            source=Files(paths=documents),
-            tokenizer=words,
-            sequence_length=sequence_length,
-            validation_fraction=validation_fraction,
-            calibration_fraction=calibration_fraction,
-            max_documents=max_documents,
-            text_field=text_field,
-            max_rejected_fraction=max_rejected_fraction,
-            seed=seed,
-        ),
-        resources=Resources(workers=workers, cpus_per_worker=cpus_per_worker),
+    tokenizer = PretrainedTokenizer(source=teacher, revision=teacher_revision)
+    prepare = Prepare(
+        source=Files(paths=documents),
+        tokenizer=tokenizer,
+        seed=seed,
+        **dict(data),
     )
+    corpus = flow.step("corpus", prepare, resources=resources.model_copy(update={"gpus_per_worker": 0.0}))
     judged_on = corpus
     if evaluation:
-        prepare = Prepare(
-            source=Files(paths=evaluation),
-            tokenizer=words,
-            sequence_length=sequence_length,
-            validation_fraction=1.0,
-            calibration_fraction=0.0,
-            text_field=text_field,
-            max_rejected_fraction=max_rejected_fraction,
-            seed=seed,
-        )
-        judged_on = flow.step("evaluation", prepare)
+        only = {"validation_fraction": 1.0, "calibration_fraction": 0.0, "max_documents": None}
+        judged_on = flow.step("evaluation", prepare.model_copy(update={"source": Files(paths=evaluation), **only}))
     signals = None
-    if w_kd:
-        teach = Teach(method=TopK(k=k, temperatures=(1.0, 2.0, 4.0)))
+    if students and training.w_kd:
+        teach = Teach(method=TopK(k=training.k or spent.k, temperatures=training.temperatures))
         signals = flow.step("signals", teach, teacher=big, data=corpus, resources=resources)
-    trained: dict[str, Handle] = {}
+    models: dict[str, Source] = {"teacher": big}
     for student in students:
         origin = big
         if student.checkpoint:
             origin = flow.external(student.name, Checkpoint(source=student.checkpoint, revision=student.revision))
-        trained[student.name] = flow.step(
+        models[student.name] = flow.step(
             f"train.{student.name}",
             Train(
                 model=student.model(),
-                objectives=_objectives(w_ce, w_kd, temperature),
-                optimizer_steps=optimizer_steps,
-                batch_rows=batch_rows,
-                learning_rate=learning_rate,
+                objectives=training.objectives,
+                optimizer_steps=training.optimizer_steps or spent.optimizer_steps,
+                batch_rows=training.batch_rows,
+                learning_rate=training.learning_rate,
                 seed=seed,
             ),
             data=corpus,
@@ -177,25 +258,25 @@ def compress(
             origin=origin,
             resources=resources,
         )
-    # A student that cannot be quantized is still a candidate: `search.json` says why of each scheme.
-    max_kl = gate.max_kl_to_base or Quantize.model_fields["max_kl"].default
+    # A model that cannot be quantized is still a candidate: `search.json` says why of each scheme.
+    quantize = Quantize(
+        proposer=Grid(schemes=schemes or spent.schemes),
+        max_kl=gate.max_kl_to_base or Quantize.model_fields["max_kl"].default,
+        min_done=0,
+        seed=seed,
+    )
     searches = {
-        f"{name}-quantized": flow.step(
-            f"quantize.{name}",
-            Quantize(proposer=Grid(schemes=schemes), max_kl=max_kl, min_done=0, seed=seed),
-            model=model,
-            data=corpus,
-            resources=resources,
-        )
-        for name, model in trained.items()
+        f"{name}-quantized": flow.step(f"quantize.{name}", quantize, model=model, data=corpus, resources=resources)
+        for name, model in models.items()
+        if quantize_teacher or name != "teacher"
     }
-    models: dict[str, Source] = {"teacher": big, **trained, **searches}
+    models |= searches
     scores = flow.step("scores", Evaluate(seed=seed), data=judged_on, reference=big, models=models, resources=resources)
     measure = Measure(
-        device=device or _device(gpus_per_worker),
-        threads=int(max(1, cpus_per_worker)),
-        prompt_tokens=min(128, sequence_length // 2),  # no more than every teacher that can read a row can read
-        new_tokens=min(32, sequence_length // 4),
+        device=hardware.measured_device,
+        threads=int(max(1, hardware.cpus_per_worker)),
+        prompt_tokens=min(128, data.sequence_length // 2),  # no more than every teacher that can read a row can read
+        new_tokens=min(32, data.sequence_length // 4),
         seed=seed,
     )
     alone = resources.model_copy(update={"workers": 1})
@@ -204,35 +285,20 @@ def compress(
     return flow
 
 
-def _device(gpus_per_worker: float) -> str:
-    """Return what speed is measured on: it is part of the measurement's identity, so it is named before the run."""
-    found = describe_gpu() if gpus_per_worker else describe_cpu()
-    if found is None:
-        raise ConfigError(
-            f"gpus_per_worker is {gpus_per_worker:g}, and this host has no GPU; if the cluster's nodes have, name it "
-            "with --device, e.g. --device 'NVIDIA H200', as `nvidia-smi --query-gpu=name --format=csv` prints it there"
-        )
-    return found
-
-
-def _objectives(w_ce: float, w_kd: float, temperature: float) -> tuple[Objective, ...]:
-    ce = (CrossEntropy(weight=w_ce),) if w_ce else ()
-    kd = (SoftTarget(weight=w_kd, temperature=temperature),) if w_kd else ()
-    return (*ce, *kd)
-
-
-def _check_request(documents: tuple[str, ...], students: tuple[StudentSpec, ...], w_ce: float, w_kd: float) -> None:
-    if not students:
-        raise ConfigError("""no students: give at least one, e.g. --students '{"name": "half", "layers": 6}'""")
+def _check_request(documents: tuple[str, ...], students: tuple[StudentSpec, ...], quantize_teacher: bool) -> None:
     if not documents:
         raise ConfigError("no documents: give files, folders or globs with --documents")
+    if not students and not quantize_teacher:
+        raise ConfigError(
+            "nothing to do: there are no students and the teacher is not to be quantized; give students, e.g. "
+            """--students '{"name": "half", "layers": 6}', or leave --no-quantize-teacher out"""
+        )
     names = [student.name for student in students]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigError(f"two students are named {twice[0]!r}; each needs a name of its own")
-    if taken := sorted({"teacher", *(f"{name}-quantized" for name in names)} & set(names)):
-        raise ConfigError(f"a student is named {taken[0]!r}, which is the name of another candidate; choose another")
+    taken = {"teacher", *(f"{name}-quantized" for name in ("teacher", *names))}
+    if taken := taken & set(names):
+        raise ConfigError(f"a student is named {min(taken)!r}, which is the name of another candidate; choose another")
     for one, other in combinations(students, 2):
         if one == other.model_copy(update={"name": one.name}):
             raise ConfigError(f"the students {one.name!r} and {other.name!r} are the same model; leave one of them out")
-    if not w_ce and not w_kd:
-        raise ConfigError("w_ce and w_kd are both 0, so that students would learn nothing; set at least one")

@@ -6,6 +6,7 @@ Does not: read documents (that is `stages.prepare`).
 """
 
 import json
+import os
 import platform
 import re
 from collections.abc import Callable
@@ -75,9 +76,9 @@ def _absolute(path: str) -> str:
 
 
 def _fixed_part(pattern: str) -> tuple[str, str]:
-    """Divide a glob into the folder before its first wildcard and the rest."""
+    """Divide a glob into the folder before its first wildcard and the rest; what is there as it is written is none."""
     parts = pattern.split("/")
-    first = next(i for i, part in enumerate(parts) if has_magic(part))
+    first = next(i for i, part in enumerate(parts) if has_magic(part) and not os.path.lexists("/".join(parts[: i + 1])))
     return "/".join(parts[:first]), "/".join(parts[first:])
 
 

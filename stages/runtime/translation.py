@@ -1,5 +1,7 @@
 """From what libraries raise to errors of ours. Knows their types by name: imports neither ray nor torch."""
 
+import errno
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,8 +34,8 @@ LOST_SIGNS = ("Connection closed by peer", "Connection reset by peer", "Connecti
 MEMORY = {"OutOfMemoryError", "MemoryError"}
 MEMORY_SIGNS = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 """What torch says, by a plain RuntimeError, where the host's allocator or a library on the device had no room."""
-DISK_FULL_ERRNO = 28
-DISK_FULL_SIGN = "No space left on device"
+DISK_FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up"}
+"""What an error number of the system means; libraries that are not Python's give its text only."""
 LINE_CHARACTERS = 300
 RAY_DATA_TAIL = re.compile(r"(\n|\\n)?Failed to apply UDF transform.*", re.DOTALL)
 """Ray Data's own advice, which it writes into the message of what a function of ours raised."""
@@ -47,13 +49,8 @@ def translate(error: BaseException) -> StillhouseError:
     starved = next((link for link in chain if _is_out_of_memory(link)), None)
     if isinstance(error, OutOfMemory if starved else StillhouseError) and not hasattr(error, "cause"):
         return error
-    full = next((link for link in reversed(chain) if _is_disk_full(link)), None)
-    if full is not None:
-        line = next((text for text in str(full).splitlines() if DISK_FULL_SIGN in text), one_line(full))
-        return StageFailed(
-            f"the disk is full ({line.strip()[:LINE_CHARACTERS]}); free space (`stillhouse artifacts gc`) and run the "
-            "same command again"
-        )
+    if full := next(filter(None, map(_disk_full, reversed(chain))), None):
+        return StageFailed(f"{full}; free space (`stillhouse artifacts gc`) and run the same command again")
     # Ray raises an error of a task as one that is of its type too, whose text is a whole traceback: use what it wraps.
     ours = next((link for link in chain if isinstance(link, StillhouseError) and not hasattr(link, "cause")), None)
     if starved is not None and not isinstance(ours, OutOfMemory):
@@ -146,8 +143,13 @@ def _is_out_of_memory(error: BaseException) -> bool:
     return own and any(sign in str(error) for sign in MEMORY_SIGNS)
 
 
-def _is_disk_full(error: BaseException) -> bool:
-    return (isinstance(error, OSError) and error.errno == DISK_FULL_ERRNO) or DISK_FULL_SIGN in str(error)
+def _disk_full(error: BaseException) -> str | None:
+    """Return what is full, where that is what an error means, with the line of its text that says where."""
+    for number, meaning in DISK_FULL.items():
+        lines = [line.strip() for line in str(error).splitlines() if os.strerror(number) in line]
+        if lines or (isinstance(error, OSError) and error.errno == number):
+            return f"{meaning} ({(lines or [one_line(error)])[0][:LINE_CHARACTERS]})"
+    return None
 
 
 def _is_of_the_store(error: BaseException) -> bool:

@@ -10,6 +10,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,25 @@ def silence_ray_stdout() -> None:
     from ray._private import worker
 
     worker.print_to_stdstream = lambda data, ignore_prefix: logger.info("%s", "\n".join(map(str, data["lines"])))
+
+
+@contextlib.contextmanager
+def apart_from_the_user() -> Iterator[None]:
+    """Start or join a Ray inside whose processes neither share this one's process group nor its current folder.
+
+    A SIGTERM to the group (Slurm, systemd, `kill -- -PID`) would end the raylet at once, so that no step is stopped in
+    order, and Ray's client ends this process 60 s later with exit code 1.
+    Ray puts the driver's current folder (`os.path.curdir`, as an absolute path) first on every worker's import path, so
+    that a folder `datasets/` of the user's stands in for the library. Workers get the folder that holds stillhouse.
+    """
+    from ray._private import services
+
+    popen, folder = services.ConsolePopen, os.path.curdir
+    services.ConsolePopen, os.path.curdir = partial(popen, process_group=0), str(Path(__file__).parents[2])
+    try:
+        yield
+    finally:
+        services.ConsolePopen, os.path.curdir = popen, folder
 
 
 def remove_orphaned_groups() -> None:

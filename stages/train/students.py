@@ -20,6 +20,8 @@ from stages.formats.dataset import DatasetInfo
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from stages.models.narrowing import Importance
+
 
 class Llama(Config):
     """A Llama with fresh weights; its vocabulary and context length are the dataset's."""
@@ -55,21 +57,30 @@ class Smaller(Config):
     """The architecture of the input `origin`, made smaller, with its weights where they fit."""
 
     kind: Literal["smaller"] = "smaller"
-    layers: int | None = Field(None, ge=1)
-    """Blocks to keep, evenly spaced with the first and the last; None keeps all."""
+    layers: int | tuple[int, ...] | None = None
+    """Blocks to keep: how many (the first and the last are among them), or which, counted from 0; None keeps all."""
     heads: int | None = Field(None, ge=1)
-    """Attention heads to keep, the leading ones; None follows `width`, so that a head keeps its size. In architectures
-    whose config has no head size of its own (GPT-2, Qwen2, Phi-3) the width follows the heads."""
+    """Attention heads to keep; None follows `width`, so that a head keeps its size. In architectures whose config has
+    no head size of its own (GPT-2, Qwen2, Phi-3) the width follows the heads."""
     width: int | None = Field(None, ge=2)
-    """Channels of the residual stream to keep, the leading ones; the feed-forward width shrinks alike.
-    None keeps all."""
+    """Channels of the residual stream to keep; None keeps all."""
+    ffn_width: int | None = Field(None, ge=1)
+    """Channels inside the feed-forward blocks to keep; None shrinks them as `width`."""
+    choice: Literal["importance", "position"] = "importance"
+    """By what is chosen: what each part does on training text (Minitron, ShortGPT: `stages/models/importance.py`), or
+    layers evenly spaced and of all else the leading ones, which are no better than random ones."""
+    importance_tokens: int = Field(65_536, ge=1)
+    """Tokens of training text on which importance is measured, at most."""
 
     def model_post_init(self, _: Any) -> None:
         """Refuse a student that is no smaller."""
-        if self.layers is None and self.heads is None and self.width is None:
+        if (self.layers, self.heads, self.width, self.ffn_width) == (None, None, None, None):
             raise ConfigError(
-                "Smaller has none of layers, heads and width; set one, or use Continue() for the origin's own size"
+                "Smaller has none of layers, heads, width and ffn_width; set one, or use Continue() for the origin's "
+                "own size"
             )
+        if isinstance(self.layers, int) and self.layers < 1:
+            raise ConfigError(f"Smaller.layers is {self.layers}, expected at least 1")
 
     def check_sizes(self, config: Mapping[str, Any]) -> None:
         """Refuse what the origin's `config.json` shows to be larger than it is.
@@ -80,6 +91,8 @@ class Smaller(Config):
         text = {**config, **(config.get("text_config") or {})}
         for name, keys in SIZES.items():
             wanted, most = getattr(self, name), next((text[key] for key in keys if text.get(key)), None)
+            if isinstance(wanted, tuple):
+                wanted = max(wanted, default=0) + 1
             if wanted is not None and most is not None and wanted > most:
                 raise ConfigError(f"Smaller.{name} is {wanted}, expected at most the origin's {most}")
 
@@ -88,6 +101,7 @@ SIZES = {
     "layers": ("num_hidden_layers", "n_layer", "num_layers"),
     "heads": ("num_attention_heads", "n_head", "num_heads"),
     "width": ("hidden_size", "n_embd", "d_model"),
+    "ffn_width": ("intermediate_size", "n_inner"),
 }
 """What families call a size in `config.json`."""
 
@@ -126,7 +140,12 @@ def check_student(student: Llama | Smaller | Continue, sources: Mapping[str, Any
 
 
 def build_student(
-    student: Llama | Smaller | Continue, dataset: DatasetInfo, *, origin: Path | None, seed: int
+    student: Llama | Smaller | Continue,
+    dataset: DatasetInfo,
+    *,
+    origin: Path | None,
+    seed: int,
+    importance: "Importance | None" = None,
 ) -> "PreTrainedModel":
     """Return the student before training, on the CPU.
 
@@ -135,6 +154,7 @@ def build_student(
         dataset: what it is trained on.
         origin: folder of the checkpoint that it comes from; None for a fresh one.
         seed: of fresh weights.
+        importance: of the checkpoint's parts, by which a smaller one keeps them; None keeps them by position.
 
     Raises:
         StageFailed: the checkpoint does not fit the dataset, or cannot be made smaller in this way.
@@ -150,7 +170,9 @@ def build_student(
     model = load_model(origin, dtype="float32")
     if isinstance(student, Continue):
         return model
-    return narrow(model, Size(layers=student.layers, heads=student.heads, width=student.width), seed=seed)
+    size = Size(student.layers, student.heads, student.width, student.ffn_width)
+    smaller: PreTrainedModel = narrow(model, size, seed=seed, importance=importance)
+    return smaller
 
 
 def _fresh(student: Llama, dataset: DatasetInfo, seed: int) -> "PreTrainedModel":

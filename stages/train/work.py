@@ -2,10 +2,11 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from stages.contract import Artifact, Context, Split
@@ -13,10 +14,13 @@ from stages.errors import StageFailed
 from stages.formats import signal_shards
 from stages.formats.dataset import DatasetInfo
 from stages.formats.signals import SignalsInfo
-from stages.formats.tokens import shard_pattern
+from stages.formats.tokens import num_rows, read_batches, shard_pattern
 from stages.formats.training import TrainingInfo
 from stages.models.checkpoints import load_model, save_checkpoint, stored_dtype
 from stages.models.compatibility import check_compatible
+from stages.models.importance import observe_importance
+from stages.models.narrowing import Importance
+from stages.runtime.translation import within_memory
 from stages.runtime.workers import WorkerSetup
 from stages.train import snapshots
 from stages.train.forward import LiveTeacher, LossSum
@@ -25,7 +29,7 @@ from stages.train.objectives import Objective
 from stages.train.objectives.loss import Loss
 from stages.train.optimizer import Recipe
 from stages.train.reader import Reader
-from stages.train.students import Llama, Student, build_student
+from stages.train.students import Llama, Smaller, Student, build_student
 from stages.train.windows import ShardPair, SignalsLayout
 
 MICRO_BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
@@ -88,7 +92,9 @@ def train_rank(job: TrainJob, ranks: Ranks) -> None:
     data = context.one("data")
     dataset = DatasetInfo.read(data)
     origin = _origin(job)
-    model = build_student(job.model, dataset, origin=origin, seed=job.recipe.seed).to(ranks.device)
+    importance = _importance(job, ranks, dataset, origin)
+    model = build_student(job.model, dataset, origin=origin, seed=job.recipe.seed, importance=importance)
+    model = model.to(ranks.device)
     progress, tensors = Progress(), None
     if job.snapshot:
         progress = Progress(step=job.snapshot.step, **job.snapshot.facts)
@@ -118,6 +124,36 @@ def _origin(job: TrainJob) -> Path | None:
     if origin is None:
         raise StageFailed(f"model is {job.model.kind!r}, which needs a checkpoint, and none is wired; pass origin=")
     return origin.folder("model")
+
+
+def _importance(job: TrainJob, ranks: Ranks, dataset: DatasetInfo, origin: Path | None) -> Importance | None:
+    """Measure what the origin's parts do on the first of the training text, where a student keeps them by that.
+
+    Every rank measures, and takes what rank 0 found, so that all of them build one student.
+    """
+    if origin is None or not isinstance(job.model, Smaller) or job.model.choice == "position":
+        return None
+    check_compatible("the student's checkpoint", origin, dataset)
+    paths = job.context.one("data").paths(shard_pattern(job.split))
+    chosen = np.arange(min(num_rows(paths), max(1, job.model.importance_tokens // dataset.sequence_length)))
+    rows = max(1, MICRO_BATCH_TOKENS[ranks.device.type] // dataset.sequence_length)
+    batches = (
+        (
+            torch.tensor(batch.ids_RT, dtype=torch.long, device=ranks.device),
+            torch.tensor(batch.document_ids_RT >= 0, device=ranks.device),
+        )
+        for batch in read_batches(
+            paths, chosen, rows_per_batch=job.context.resources.micro_batch or rows, columns=("document_ids",)
+        )
+    )
+    model = load_model(origin, dtype=job.recipe.dtype, device=str(ranks.device))
+    with within_memory("measuring what the origin's parts do", micro_batch=job.context.resources.micro_batch or rows):
+        found = observe_importance(model, batches)
+    if ranks.world_size > 1:
+        for scores in filter(torch.is_tensor, astuple(found)):
+            torch.distributed.broadcast(shared := scores.to(ranks.device), src=0)
+            scores.copy_(shared)
+    return found
 
 
 def _teacher(job: TrainJob, ranks: Ranks, dataset: DatasetInfo) -> LiveTeacher | None:

@@ -108,7 +108,7 @@ def test_run_compress_gpus_on_a_host_without_one_asks_for_the_device(
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     request = ("--teacher", str(tmp_path), "--documents", "x.txt", "--students", '{"name": "a", "layers": 1}')
-    assert "--device" in refused(capsys, "run", "compress", *request, "--gpus-per-worker", "1")
+    assert "--hardware.device" in refused(capsys, "run", "compress", *request, "--hardware.gpus-per-worker", "1")
 
 
 def test_quickstart_on_a_host_with_a_gpu_measures_the_cpu_that_it_asks_for(
@@ -204,6 +204,60 @@ def test_run_compress_students_that_cannot_be_are_refused(
     (tmp_path / "x.txt").write_text("text")
     request = ("--teacher", str(teacher), "--documents", str(tmp_path / "x.txt"), "--students", *students)
     assert message in refused(capsys, "plan", "compress", *request, "--store", str(tmp_path / "store"))
+
+
+def compress_request(tmp_path: Path, *more: str) -> tuple[str, ...]:
+    """A request whose inputs are there, as far as planning looks at them."""
+    teacher = tmp_path / "teacher"
+    teacher.mkdir()
+    (teacher / "config.json").write_text('{"model_type": "gpt2", "n_layer": 4, "n_head": 4, "n_embd": 64}')
+    (teacher / "tokenizer.json").write_text("{}")
+    (teacher / "model.safetensors").write_bytes(b"weights")
+    (tmp_path / "x.txt").write_text("text")
+    places = ("--documents", str(tmp_path / "x.txt"), "--store", str(tmp_path / "store"))
+    return ("compress", "--teacher", str(teacher), *places, *more)
+
+
+def test_compress_without_students_quantizes_the_teacher_and_trains_nothing(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert run_command(["plan", *compress_request(tmp_path), "--json"]) == 0
+    planned = [step["name"] for step in json.loads(capsys.readouterr().out)["steps"]]
+    assert planned == ["corpus", "quantize.teacher", "scores", "speed", "verdict"]
+
+
+def test_compress_with_a_student_keeps_the_quantized_teacher_as_a_candidate(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    half = ("--students", '{"name": "half", "layers": 2}')
+    assert run_command(["plan", *compress_request(tmp_path, *half), "--json"]) == 0
+    planned = {step["name"] for step in json.loads(capsys.readouterr().out)["steps"]}
+    assert {"signals", "train.half", "quantize.half", "quantize.teacher"} <= planned
+
+
+def test_compress_at_a_temperature_that_is_not_usual_stores_it_with_the_signals(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    options = ("--students", '{"name": "half", "layers": 2}', "--training.temperature", "3")
+    name, *request = compress_request(tmp_path, *options)
+    assert run_command(["explain", name, "signals", *request, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["config"]["method"]["temperatures"] == [1.0, 2.0, 3.0, 4.0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--no-quantize-teacher",), "nothing to do: there are no students and the teacher is not to be quantized"),
+        (("--training.w-ce", "0", "--training.w-kd", "0"), "w_ce and w_kd are both 0"),
+        (("--preset", "nightly"), "quick"),
+        (("--training.optimizer-steps", "0"), "--training.optimizer-steps"),
+    ],
+    ids=["nothing", "weights", "preset", "steps"],
+)
+def test_compress_request_that_cannot_be_is_refused(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, options: tuple[str, ...], message: str
+) -> None:
+    assert message in refused(capsys, "plan", *compress_request(tmp_path, *options))
 
 
 def test_plan_takes_several_values_after_one_option_as_a_shells_glob_gives_them(

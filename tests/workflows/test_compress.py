@@ -16,7 +16,10 @@ from tests.workflows.run_command import run
 pytestmark = [pytest.mark.quickstart, pytest.mark.timeout(600)]
 
 SCHEMES = [option for scheme in run_command.SCHEMES[:1] for option in ("--schemes", scheme)]
-SHORT = ("--sequence-length", "32", "--optimizer-steps", "6", "--batch-rows", "4", "--k", "8", "--cpus-per-worker", "1")
+SHORT = (
+    *("--data.sequence-length", "32", "--training.optimizer-steps", "6", "--training.batch-rows", "4"),
+    *("--training.k", "8", "--hardware.cpus-per-worker", "1"),
+)
 SENTENCES = [f"the {color} {animal} walks {number} miles over the hill and rests" for color in ("red", "gray", "pale")
              for animal in ("fox", "owl", "hen", "dog") for number in range(12)]  # fmt: skip
 
@@ -64,7 +67,7 @@ def test_compress_gpt2_on_text_and_parquet_with_fewer_layers(tmp_path: Path) -> 
     document = run(
         *("run", "compress", "--teacher", str(gpt2(tmp_path / "teacher")), "--documents", str(texts)),
         *("--students", '{"name": "half", "layers": 2}', "--store", str(tmp_path / "store"), *SHORT, *SCHEMES),
-        *("--validation-fraction", "0.2", "--calibration-fraction", "0.4"),
+        *("--data.validation-fraction", "0.2", "--data.calibration-fraction", "0.4"),
     )
     assert document["outcome"] == "succeeded"
     found = candidates(document)
@@ -94,7 +97,7 @@ def test_compress_qwen3_on_chats_with_another_checkpoint_and_its_own_evaluation(
             str(tmp_path / "store"),
         ),
         *("--documents", str(tmp_path / "chats.jsonl"), "--evaluation", str(tmp_path / "held-out.jsonl")),
-        *("--students", small, *SHORT, *SCHEMES, "--calibration-fraction", "0.4"),
+        *("--students", small, *SHORT, *SCHEMES, "--data.calibration-fraction", "0.4"),
     )
     assert document["outcome"] == "succeeded"
     found = candidates(document)

@@ -100,7 +100,7 @@ def _load(file: Path) -> ModuleType:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
-    sys.path.insert(0, str(file.parent))
+    sys.path.append(str(file.parent))  # last: a folder `datasets/` beside it is not the library
     try:
         spec.loader.exec_module(module)
     except Exception as error:

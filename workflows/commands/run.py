@@ -14,7 +14,7 @@ from stages.formats.metrics import droppable_labels
 from stages.formats.report import Report
 from stages.promote.leaderboard import CHAMPION_MARK, leaderboard
 from workflows.commands.find import FoundWorkflow, find_workflow
-from workflows.commands.options import DEFAULT_STORE, FAILED, INTERRUPTED, OK, RunOptions, Tokens, Workflow
+from workflows.commands.options import DEFAULT_STORE, FAILED, OK, RunOptions, Tokens, Workflow
 from workflows.commands.output import console, duration, print_json, print_table
 from workflows.commands.parameters import changed_parameters, with_parameters
 from workflows.commands.terminal import progress_line, watching
@@ -39,7 +39,7 @@ def _run(command: str, found: FoundWorkflow, parameters: Mapping[str, Any], opti
     graph = found.graph(parameters)
     out = console(stderr=options.json, quiet=options.json)
 
-    notify = partial(out.print, "\nstopping; press Ctrl-C again to leave at once", style="yellow")
+    notify = partial(out.print, "\nstopping; another Ctrl-C or SIGTERM leaves at once", style="yellow")
     with interruptible(notify) as interrupt, ExitStack() as stack:
         progress = stack.enter_context(progress_line(out, "planning"))
 
@@ -61,7 +61,7 @@ def _run(command: str, found: FoundWorkflow, parameters: Mapping[str, Any], opti
         print_json(execution_json(execution))
     else:
         print_execution(out, execution, options)
-    return OK if execution.result.succeeded else INTERRUPTED if execution.result.interrupted else FAILED
+    return OK if execution.result.succeeded else interrupt.exit_code if execution.result.interrupted else FAILED
 
 
 def execution_json(execution: Execution) -> dict[str, Any]:

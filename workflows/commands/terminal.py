@@ -1,8 +1,9 @@
 """A run as it goes, on a terminal or as lines. Renders with rich; decides nothing."""
 
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -28,6 +29,8 @@ PHASE_MARK = {
 REFRESH_PER_SECOND = 4
 LINE_SECONDS = 10.0
 """How often a file or pipe gets a line about files that are verified."""
+PROGRESS_SECONDS = 30.0
+"""How often a file or pipe gets a line about each running step."""
 
 
 def plan_summary(plan: Plan) -> str:
@@ -93,6 +96,14 @@ class LiveWatcher(Watcher):
         if not self.console.is_terminal:
             self.console.print(Text(line, style=style), soft_wrap=True)
 
+    def print_running(self) -> None:
+        """Print a line for each running step: how long it has run, how far it is, how long it will still take."""
+        now = time.monotonic()
+        for name, row in self.rows.items():
+            if row.phase is Phase.RUNNING and row.began is not None:
+                line = f"  {name} {duration(now - row.began)}: {_detail(row, now)}"
+                self._print(line, "dim")
+
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Yield the steps as they stand."""
         table = plain_table()
@@ -123,7 +134,8 @@ def _detail(row: _Row, now: float) -> str:
     parts = [f"{done / total:.0%} of {total:,.0f} {unit}" if total else unit]
     if now > since and done > start:
         rate = (done - start) / (now - since)
-        parts.append(f"{rate:,.0f} {unit}/s" if rate >= 10 else f"{rate:.1f} {unit}/s")
+        if rate >= 0.1:
+            parts.append(f"{rate:,.0f} {unit}/s" if rate >= 10 else f"{rate:.1f} {unit}/s")
         if done < total:
             parts.append(f"{duration((total - done) / rate)} left")
     return ", ".join(parts) + (f" · {row.note}" if row.note else "")
@@ -153,5 +165,20 @@ def watching(console: Console, plan: Plan) -> Iterator[Watcher]:
     console.print(Text(plan_summary(plan), style="bold"))
     watcher = LiveWatcher(console, plan)
     live = Live(watcher, console=console, refresh_per_second=REFRESH_PER_SECOND, transient=False)
-    with live if console.is_terminal else nullcontext():
+    with live if console.is_terminal else _calling(watcher.print_running, every_seconds=PROGRESS_SECONDS):
         yield watcher
+
+
+@contextmanager
+def _calling(act: Callable[[], None], *, every_seconds: float) -> Iterator[None]:
+    ended = threading.Event()
+
+    def act_on() -> None:
+        while not ended.wait(every_seconds):
+            act()
+
+    threading.Thread(target=act_on, daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()

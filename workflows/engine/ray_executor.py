@@ -109,7 +109,7 @@ class RayExecutor:
             packages = [str(ROOT / name) for name in ("stages", "workflows")]
             where = {"address": address, "runtime_env": {"py_modules": packages}}
         where |= {"namespace": f"stillhouse-{secrets.token_hex(4)}", "configure_logging": verbose}
-        with preserve_signal_handlers():
+        with preserve_signal_handlers(), workarounds.apart_from_the_user():
             ray.init(log_to_driver=verbose, logging_level=logging.INFO if verbose else logging.ERROR, **where)
         self._ray = ray
         if not verbose:

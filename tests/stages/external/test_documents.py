@@ -42,6 +42,11 @@ def test_files_by_glob_and_path_are_taken_once(tmp_path: Path) -> None:
     assert len(Files(paths=(f"{folder}/**/*.jsonl",)).files()) == 3
 
 
+def test_files_by_glob_below_a_folder_whose_name_looks_like_one_are_found(tmp_path: Path) -> None:
+    folder = write(tmp_path / "texts [2026]", a__jsonl="{}")
+    assert [file.name for file in Files(paths=(f"{folder}/*.jsonl",)).files()] == ["a.jsonl"]
+
+
 @pytest.mark.parametrize(
     ("path", "message"),
     [

@@ -67,6 +67,11 @@ def test_translate_full_disk_says_so_once_and_what_to_do() -> None:
     assert "\n" not in str(found)
 
 
+def test_translate_used_up_quota_says_so() -> None:
+    error = RuntimeError("Generic LocalFileSystem error: Unable to copy data\nDisk quota exceeded (os error 122)")
+    assert str(translate(error)).startswith("the disk quota is used up (Disk quota exceeded (os error 122)); free")
+
+
 def test_translate_peers_that_lost_a_rank_is_a_lost_worker() -> None:
     assert type(translate(WorkerGroupError(RuntimeError("[../gloo/transport/tcp/pair.cc] timed out")))) is WorkerLost
 

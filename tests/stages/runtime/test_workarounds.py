@@ -33,11 +33,14 @@ def test_workarounds_were_looked_at_for_this_version(package: str) -> None:
 
 
 def test_names_that_workarounds_lean_on_are_there_in_ray() -> None:
-    from ray._private import node, worker
+    from ray._private import node, services, worker
     from ray._private.state import GlobalState, state
     from ray.core.generated.gcs_pb2 import PlacementGroupTableData as Group
 
     assert list(inspect.signature(worker.print_to_stdstream).parameters) == ["data", "ignore_prefix"]
+    assert issubclass(services.ConsolePopen, subprocess.Popen)
+    assert "process_group" not in inspect.getsource(services), "Ray's processes are in groups of their own"
+    assert "os.path.abspath(os.path.curdir)" in inspect.getsource(worker.connect)
     assert callable(state._connect_and_get_accessor)
     assert {"creator_actor_dead", "creator_actor_id", "is_detached"} <= set(Group.DESCRIPTOR.fields_by_name)
     assert "creator" not in inspect.getsource(GlobalState._gen_placement_group_info), (

@@ -39,7 +39,7 @@ def _model(family: str) -> Any:
 def test_narrow_in_each_family_takes_the_teachers_weights(family: str, size: Size) -> None:
     teacher = _model(family)
     student = narrow(teacher, size, seed=0)
-    layers = evenly_spaced(4, size.layers or 4)
+    layers = list(evenly_spaced(4, size.layers or 4))
     assert student.config.num_hidden_layers == len(layers)
     assert len(getattr(student.config, "layer_types", None) or layers) == len(layers)
     assert student.config.hidden_size == (size.width or 32)
@@ -110,9 +110,9 @@ def test_narrow_of_an_unknown_layout_is_refused_unless_only_layers_go() -> None:
 
 
 @pytest.mark.parametrize(
-    ("total", "kept", "expected"), [(12, 4, [0, 4, 7, 11]), (4, 1, [0]), (5, 5, [0, 1, 2, 3, 4]), (6, 2, [0, 5])]
+    ("total", "kept", "expected"), [(12, 4, (0, 4, 7, 11)), (4, 1, (0,)), (5, 5, (0, 1, 2, 3, 4)), (6, 2, (0, 5))]
 )
-def test_evenly_spaced_keeps_the_first_and_the_last(total: int, kept: int, expected: list[int]) -> None:
+def test_evenly_spaced_keeps_the_first_and_the_last(total: int, kept: int, expected: tuple[int, ...]) -> None:
     assert evenly_spaced(total, kept) == expected
 
 
@@ -163,7 +163,7 @@ def test_build_student_from_a_checkpoint_that_does_not_fit_is_refused(
     [
         (lambda: Llama(layers=1, width=30, heads=4), "no even whole number"),
         (lambda: Llama(layers=1, width=32, heads=4, kv_heads=3), "expected a divisor of heads"),
-        (lambda: Smaller(), "none of layers, heads and width"),
+        (lambda: Smaller(), "none of layers, heads, width and ffn_width"),
     ],
     ids=["width", "kv_heads", "smaller"],
 )

@@ -95,3 +95,21 @@ def test_plan_shows_the_brackets_of_an_input_as_they_are(tmp_path: Path) -> None
     step = plan.steps["joined"]
     object.__setattr__(step, "reason", "changed: input parts[first] (first)")
     assert "parts[first]" in shown(plan_table(plan))
+
+
+def test_running_step_without_a_terminal_gets_a_line_with_how_far_it_is_and_how_long_it_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, _ = plan_of(tmp_path)
+    clock = iter([100.0, 100.0, 110.0, 130.0])
+    monkeypatch.setattr("workflows.commands.terminal.time.monotonic", lambda: next(clock))
+    out = Console(file=io.StringIO(), width=200)
+    watcher = LiveWatcher(out, plan)
+    watcher.step("data", Phase.RUNNING, "")
+    watcher.progress("data", 0, 4_000, "tokens")
+    watcher.step("joined", Phase.WAITING, "")
+    watcher.progress("data", 1_000, 4_000, "tokens")
+    clock = iter([120.0])
+    watcher.print_running()
+    (line,) = [line for line in out.file.getvalue().splitlines() if "25%" in line]
+    assert line.strip() == "data 20 s: 25% of 4,000 tokens, 50 tokens/s, 1 min 0 s left"

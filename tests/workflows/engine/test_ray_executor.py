@@ -1,5 +1,6 @@
 """`RayExecutor` on a cluster of two nodes."""
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,11 +28,17 @@ class NodeFolder(Folder):
 
 
 @pytest.fixture(scope="module")
-def tasks() -> Iterator[RayExecutor]:
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayExecutor]:
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
     cluster.add_node(num_cpus=1)
+    folder = tmp_path_factory.mktemp("project")
+    (folder / "datasets").mkdir()
+    (folder / "datasets" / "__init__.py").touch()
+    before = Path.cwd()
+    os.chdir(folder)
     tasks = RayExecutor(address=cluster.address)
     tasks.start()
+    os.chdir(before)
     yield tasks
     tasks.close()
     cluster.shutdown()
@@ -40,6 +47,15 @@ def tasks() -> Iterator[RayExecutor]:
 def test_shape_counts_every_node_and_knows_the_largest(tasks: RayExecutor) -> None:
     shape = tasks.cluster_resources()
     assert (shape.cpus, shape.largest_node_cpus, shape.gpus) == (3, 2, 0)
+
+
+def test_worker_imports_libraries_whatever_the_users_folder_holds(tasks: RayExecutor) -> None:
+    def where() -> str | None:
+        import datasets
+
+        return datasets.__file__
+
+    assert "site-packages" in str(ray.get(ray.remote(num_cpus=0)(where).remote()))
 
 
 def test_store_that_every_node_sees_is_accepted_and_left_as_it_was(tasks: RayExecutor, tmp_path: Path) -> None:

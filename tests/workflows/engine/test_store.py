@@ -417,3 +417,12 @@ def test_put_json_refuses_what_json_cannot_hold(store: ArtifactStore) -> None:
         store.root.put_json("x.json", {"x": float("nan")})
     store.root.put_json("x.json", {"b": 1, "a": 2})
     assert json.loads(store.root.get("x.json")) == {"a": 2, "b": 1}
+
+
+def test_store_reached_by_way_of_a_parent_folder_is_the_same_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    ArtifactStore("../store").check_writable()
+    assert ArtifactStore("../store").root == ArtifactStore(str(tmp_path / "store")).root
