@@ -47,5 +47,7 @@ class DatasetInfo(JsonFormat):
     rejected: RejectedRows
     unlearned_answers: int
     """Answers in chats that are no targets, since the chat template changes them."""
+    unused_fields: dict[str, int] = Field(default_factory=dict)
+    """Rows by the name of each field that is not read, or that the chat template does not show."""
     sources: tuple[dict[str, Any], ...] = Field(min_length=1)
     """The identity of each source of documents."""

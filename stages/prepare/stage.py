@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from stages.contract import Config, Context, ExternalData, Input, Kind, Outcome, Reporter, Shards, Stage
 from stages.errors import ConfigError, StageFailed
 from stages.external.checkpoints import PretrainedTokenizer
-from stages.external.documents import DocumentSource, HubDataset
+from stages.external.documents import DocumentSource, Files, HubDataset
 from stages.formats.dataset import DatasetInfo
 from stages.runtime.processes import quiet_data
 from stages.runtime.workarounds import deprecated_options
@@ -133,6 +133,8 @@ class Prepare(Stage):
         )
         total = summary.Summary.total(_prepare_parts(parts, job, context))
         _report_left_out(total, context.reporter)
+        for note in [*(self.source.notes() if isinstance(self.source, Files) else ()), *summary.note_of_unused(total)]:
+            context.reporter.note(note)
         summary.check(total, schema=schema, division=division, max_rejected_fraction=self.max_rejected_fraction)
         DatasetInfo(
             tokenizer_digest=facts.digest,
@@ -144,6 +146,7 @@ class Prepare(Stage):
             splits=total.splits,
             rejected=total.rejected,
             unlearned_answers=total.unlearned_answers,
+            unused_fields=total.unused_fields,
             sources=(self.source.identity(),),
         ).write(context.out)
         return Outcome({**total.metrics, "vocabulary_size": float(facts.vocabulary_size)})

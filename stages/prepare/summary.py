@@ -4,10 +4,11 @@ Promise: a part counts as finished only when its summary can be read and each of
 """
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import get_args
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from stages.contract import Shards, Split
 from stages.errors import StageFailed
@@ -31,6 +32,8 @@ class Summary(FormatModel):
     rejected: RejectedRows
     unlearned_answers: int
     """Answers in chats that are no targets."""
+    unused_fields: dict[str, int] = Field(default_factory=dict)
+    """Rows by the name of each field that is not read, or that the chat template does not show."""
 
     @classmethod
     def total(cls, parts: Sequence["Summary"]) -> "Summary":
@@ -44,6 +47,7 @@ class Summary(FormatModel):
                 examples=examples[:NUM_EXAMPLES],
             ),
             unlearned_answers=sum(part.unlearned_answers for part in parts),
+            unused_fields=dict(sum((Counter(part.unused_fields) for part in parts), Counter())),
         )
 
     @property
@@ -58,6 +62,14 @@ class Summary(FormatModel):
             "rejected_rows": float(self.rejected.count),
             "unlearned_answers": float(self.unlearned_answers),
         }
+
+
+def note_of_unused(summary: Summary) -> list[str]:
+    """Return one line on the fields that are not used, or none."""
+    found = sorted(summary.unused_fields.items(), key=lambda field: (-field[1], field[0]))
+    named = [f"{name} ({count} rows)" for name, count in found[:NUM_EXAMPLES]]
+    more = [f"and {len(found) - NUM_EXAMPLES} more"] if len(found) > NUM_EXAMPLES else []
+    return [f"fields of rows that are not used: {', '.join([*named, *more])}"] if found else []
 
 
 def _sum(counts: Sequence[SplitCounts]) -> SplitCounts:

@@ -81,6 +81,7 @@ def prepare_part(part: Part, job: PrepareJob, written: frozenset[str]) -> Summar
             if isinstance(result, str):
                 reader.reject(place, result)
             else:
+                reader.unused.update(result.unused)
                 encoded[job.division.side(document.digest)].append(result)
     splits: dict[Split, SplitCounts] = {}
     for split, documents in encoded.items():
@@ -95,6 +96,7 @@ def prepare_part(part: Part, job: PrepareJob, written: frozenset[str]) -> Summar
         splits=splits,
         rejected=RejectedRows(count=reader.num_rejected, rows_read=reader.num_rows, examples=tuple(reader.examples)),
         unlearned_answers=sum(each.num_unlearned for documents in encoded.values() for each in documents),
+        unused_fields=build_encoder(job.encoder).unused(reader.unused),
     )
     keep(job.shards, part.index, summary)
     return summary

@@ -17,6 +17,7 @@ def summary_of(rows: int, *examples: str) -> Summary:
         splits={"train": train, "validation": none, "calibration": none},
         rejected=RejectedRows(count=len(examples), rows_read=5, examples=examples),
         unlearned_answers=1,
+        unused_fields={"id": 5, "url": rows},
     )
 
 
@@ -45,3 +46,10 @@ def test_total_sums_parts_and_keeps_the_first_examples() -> None:
     assert len(total.rejected.examples) == 10
     assert total.metrics["train_rows"] == 7
     assert total.metrics["unlearned_answers"] == 2
+
+
+def test_fields_that_are_not_used_are_told_in_one_line_with_their_counts() -> None:
+    total = Summary.total([summary_of(3), summary_of(4)])
+    assert total.unused_fields == {"id": 10, "url": 7}
+    assert summary.note_of_unused(total) == ["fields of rows that are not used: id (10 rows), url (7 rows)"]
+    assert summary.note_of_unused(Summary.total([])) == []
