@@ -7,7 +7,7 @@ from pydantic import Field
 from stages.contract import Split
 from stages.formats.json_format import FormatModel, JsonFormat
 
-__all__ = ["DatasetInfo", "RejectedRows", "SplitCounts"]
+__all__ = ["DatasetInfo", "Duplicates", "RejectedRows", "SplitCounts"]
 
 
 class SplitCounts(FormatModel):
@@ -30,6 +30,24 @@ class RejectedRows(FormatModel):
     """The first of them: file, row and reason."""
 
 
+class Duplicates(FormatModel):
+    """Documents that are copies of others, whole or nearly, none of which is on another side than what it copies."""
+
+    similarity: float
+    """Jaccard similarity of runs of words from which on two documents are near duplicates."""
+    exact: int
+    """Documents whose content occurred before, but for white space."""
+    near: int
+    """Documents of another content that are near duplicates of another."""
+    moved: int
+    """Documents that would be on another side by their content alone."""
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Final metrics of the step."""
+        return {f"{name}_duplicates": float(getattr(self, name)) for name in ("exact", "near", "moved")}
+
+
 class DatasetInfo(JsonFormat):
     """`dataset.json`."""
 
@@ -49,5 +67,7 @@ class DatasetInfo(JsonFormat):
     """Answers in chats that are no targets, since the chat template changes them."""
     unused_fields: dict[str, int] = Field(default_factory=dict)
     """Rows by the name of each field that is not read, or that the chat template does not show."""
+    duplicates: Duplicates | None = None
+    """None where they were not looked for."""
     sources: tuple[dict[str, Any], ...] = Field(min_length=1)
     """The identity of each source of documents."""

@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from stages.contract import Config, Context, ExternalData, Input, Kind, Outcome, Reporter, Shards, Stage
 from stages.errors import ConfigError, StageFailed
 from stages.external.checkpoints import PretrainedTokenizer
-from stages.external.documents import DocumentSource, Files, HubDataset
+from stages.external.documents import DocumentSource, HubDataset
 from stages.formats.dataset import DatasetInfo
 from stages.runtime.processes import quiet_data
 from stages.runtime.workarounds import deprecated_options
@@ -59,6 +59,9 @@ class Prepare(Stage):
     """Fraction of rows that may be other than their schema expects; more fail the step."""
     max_documents: int | None = Field(None, ge=1)
     """Take only the first documents, in the order of file names; None takes all."""
+    duplicate_similarity: float | None = Field(0.8, gt=0, le=1)
+    """Documents at least this similar (Jaccard, of runs of five words) are kept on one side of the split; None divides
+    all by their own content. Comparing them reads the source once more."""
     part_bytes: int = Field(8 * 1024 * 1024, ge=1024)
     """Bytes of source that one task prepares into one shard a split. Each part's last row is padded, so it counts in
     identity. 8 MiB is about 2 million tokens: some 50 MB of memory here, and 4.6 GB a rank where a student learns from
@@ -118,6 +121,7 @@ class Prepare(Stage):
             context.reporter.started()  # counting documents reads them, here, before any worker is asked for
             parts = work.limit_documents(parts, **rows, max_documents=self.max_documents)
         division = Division(self.seed, self.validation_fraction, self.calibration_fraction)
+        division, duplicates = self._keep_duplicates_together(context, parts, rows, division)
         with tempfile.TemporaryDirectory(prefix="tokenizer-") as temporary:
             folder = Path(temporary)
             tokenizer = self._make_tokenizer(context, parts, rows | {"division": division}, folder)
@@ -133,7 +137,7 @@ class Prepare(Stage):
         )
         total = summary.Summary.total(_prepare_parts(parts, job, context))
         _report_left_out(total, context.reporter)
-        for note in [*(self.source.notes() if isinstance(self.source, Files) else ()), *summary.note_of_unused(total)]:
+        for note in summary.notes(self.source, total, duplicates):
             context.reporter.note(note)
         summary.check(total, schema=schema, division=division, max_rejected_fraction=self.max_rejected_fraction)
         DatasetInfo(
@@ -147,9 +151,24 @@ class Prepare(Stage):
             rejected=total.rejected,
             unlearned_answers=total.unlearned_answers,
             unused_fields=total.unused_fields,
+            duplicates=duplicates,
             sources=(self.source.identity(),),
         ).write(context.out)
-        return Outcome({**total.metrics, "vocabulary_size": float(facts.vocabulary_size)})
+        metrics = total.metrics | (duplicates.metrics if duplicates else {})
+        return Outcome({**metrics, "vocabulary_size": float(facts.vocabulary_size)})
+
+    def _keep_duplicates_together(self, context: Context, parts: list[Any], rows: dict[str, Any], division: Any) -> Any:
+        """Return the division with near duplicates on one side, and how many there are; None where none is wanted."""
+        from stages.prepare import duplicates
+
+        if self.duplicate_similarity is None:
+            return division, None
+        folder = context.resume / duplicates.FOLDER
+        missing = [part for part in parts if part.index not in duplicates.signed_parts(folder)]
+        signed = _map_parts(_sign, [(part,) for part in missing], {**rows, "folder": folder}, context)
+        for num_done, _ in enumerate(signed, len(parts) - len(missing) + 1):
+            context.reporter.progress(num_done, len(parts), "parts compared")
+        return duplicates.keep_together(folder, division, self.duplicate_similarity)
 
     def _make_tokenizer(self, context: Context, parts: list[Any], rows: dict[str, Any], folder: Path) -> Any:
         """Train or copy the tokenizer into a local folder, and return it loaded."""
@@ -204,6 +223,12 @@ def _prepare_parts(parts: list[Any], job: Any, context: Context) -> "list[Summar
         context.reporter.progress(num_done, len(parts), "parts")
         found[index] = made
     return [found[part.index] for part in parts]
+
+
+def _sign(part: Any, **fixed: Any) -> None:
+    from stages.prepare.duplicates import sign_part
+
+    sign_part(part, **fixed)
 
 
 def _sample(part: Any, **fixed: Any) -> Any:

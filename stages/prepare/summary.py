@@ -5,14 +5,15 @@ Promise: a part counts as finished only when its summary can be read and each of
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import get_args
 
 from pydantic import Field, ValidationError
 
 from stages.contract import Shards, Split
 from stages.errors import StageFailed
-from stages.formats.dataset import RejectedRows, SplitCounts
+from stages.external.documents import DocumentSource, Files
+from stages.formats.dataset import Duplicates, RejectedRows, SplitCounts
 from stages.formats.json_format import FormatModel
 from stages.formats.tokens import shard_name
 from stages.prepare.division import Division
@@ -64,12 +65,19 @@ class Summary(FormatModel):
         }
 
 
-def note_of_unused(summary: Summary) -> list[str]:
-    """Return one line on the fields that are not used, or none."""
-    found = sorted(summary.unused_fields.items(), key=lambda field: (-field[1], field[0]))
-    named = [f"{name} ({count} rows)" for name, count in found[:NUM_EXAMPLES]]
-    more = [f"and {len(found) - NUM_EXAMPLES} more"] if len(found) > NUM_EXAMPLES else []
-    return [f"fields of rows that are not used: {', '.join([*named, *more])}"] if found else []
+def notes(source: DocumentSource, summary: Summary, duplicates: Duplicates | None) -> Iterator[str]:
+    """Yield a line each on files that are not read, on fields that are not used, and on copies."""
+    if isinstance(source, Files):
+        yield from source.notes()
+    if unused := sorted(summary.unused_fields.items(), key=lambda field: (-field[1], field[0])):
+        named = [f"{name} ({count} rows)" for name, count in unused[:NUM_EXAMPLES]]
+        more = [f"and {len(unused) - NUM_EXAMPLES} more"] if len(unused) > NUM_EXAMPLES else []
+        yield f"fields of rows that are not used: {', '.join([*named, *more])}"
+    if duplicates and (duplicates.exact or duplicates.near):
+        yield (
+            f"{duplicates.exact} documents are copies of others and {duplicates.near} nearly so (similarity of at "
+            f"least {duplicates.similarity:g}); {duplicates.moved} changed sides to be where what they copy is"
+        )
 
 
 def _sum(counts: Sequence[SplitCounts]) -> SplitCounts:

@@ -14,7 +14,7 @@ from stages.contract import Context, Outcome, read_receipts
 from stages.errors import ConfigError, StageFailed
 from stages.external.checkpoints import PretrainedTokenizer
 from stages.external.documents import Files, PythonDocs
-from stages.formats.dataset import DatasetInfo, RejectedRows, SplitCounts
+from stages.formats.dataset import DatasetInfo, Duplicates, RejectedRows, SplitCounts
 from stages.prepare import work
 from stages.prepare.stage import ByteLevelBPE, Prepare
 from stages.storage import Folder
@@ -121,6 +121,8 @@ def test_dataset_of_texts_holds_every_document_on_one_side(tmp_path: Path) -> No
     found = description(context)
     assert found.sequence_length == 32
     assert found.rejected == RejectedRows(count=0, rows_read=80, examples=())
+    assert found.duplicates == Duplicates(similarity=0.8, exact=20, near=0, moved=0)
+    assert outcome.metrics["exact_duplicates"] == 20
     for split, side in sides.items():
         names = [name for name in shards(context) if name.startswith(f"tokens/{split}-")]
         tables = [pq.read_table(f"{context.out.uri}/{name}") for name in names]
@@ -145,6 +147,32 @@ def test_dataset_does_not_depend_on_workers_or_on_where_the_source_lies(tmp_path
         run(prepare(tmp_path, source, part_bytes=2048, tokenizer=ByteLevelBPE(vocabulary_size=270)), context)
         datasets.append({entry.name: context.out.get(entry.name) for entry in context.out.entries()})
     assert datasets[0] == datasets[1]
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
+def test_near_duplicates_of_a_cloned_dataset_are_on_one_side_and_what_is_not_used_is_told(tmp_path: Path) -> None:
+    rows = [{"text": f"{row['text']} {row['text'][::-1]}", "url": "x"} for row in texts(40)]
+    rows += [{**row, "text": f"{row['text']} indeed"} for row in rows]
+    (tmp_path / "clone").mkdir()
+    (tmp_path / "clone" / "README.md").write_text("# A card")
+    lines(tmp_path / "clone" / "test.jsonl", texts(3))
+    lines(tmp_path / "clone" / "train.jsonl", rows)
+    context = fake_context(tmp_path)
+    run(prepare(tmp_path, Files(paths=(str(tmp_path / "clone"),)), part_bytes=2048), context)
+    sides = {text.removesuffix(" indeed"): split for split in SPLITS for text in decoded(context, split)}
+    assert len(sides) == 40
+    for split in SPLITS:
+        assert all(sides[text.removesuffix(" indeed")] == split for text in decoded(context, split))
+    found = description(context)
+    assert found.duplicates is not None
+    assert found.duplicates.near == 40
+    assert found.unused_fields == {"url": 80}
+    assert isinstance(context.reporter, RecordingReporter)
+    files, fields, copies = context.reporter.notes
+    assert "1 files are read; left out: README.md (about the data); test.jsonl (split 'test')" in files
+    assert fields == "fields of rows that are not used: url (80 rows)"
+    assert copies.startswith("0 documents are copies of others and 40 nearly so")
 
 
 @pytest.mark.ray

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from stages.contract import Shards
-from stages.formats.dataset import RejectedRows, SplitCounts
+from stages.external.documents import PythonDocs
+from stages.formats.dataset import Duplicates, RejectedRows, SplitCounts
 from stages.formats.tokens import shard_name
 from stages.prepare import summary
 from stages.prepare.summary import SPLITS, Summary
@@ -51,5 +52,8 @@ def test_total_sums_parts_and_keeps_the_first_examples() -> None:
 def test_fields_that_are_not_used_are_told_in_one_line_with_their_counts() -> None:
     total = Summary.total([summary_of(3), summary_of(4)])
     assert total.unused_fields == {"id": 10, "url": 7}
-    assert summary.note_of_unused(total) == ["fields of rows that are not used: id (10 rows), url (7 rows)"]
-    assert summary.note_of_unused(Summary.total([])) == []
+    (unused, copies) = summary.notes(PythonDocs(), total, Duplicates(similarity=0.8, exact=3, near=2, moved=1))
+    assert unused == "fields of rows that are not used: id (10 rows), url (7 rows)"
+    assert copies.startswith("3 documents are copies of others and 2 nearly so (similarity of at least 0.8); 1 changed")
+    nothing = Duplicates(similarity=0.8, exact=0, near=0, moved=0)
+    assert list(summary.notes(PythonDocs(), Summary.total([]), nothing)) == []
