@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from stages.contract import Artifact, Context, Input, Kind, Outcome, Split, Stage
+from stages.contract import Artifact, Context, ExternalData, Input, Kind, Outcome, Split, Stage
 from stages.runtime.workers import WorkerSetup, fetch_result, remote_task
 
 if TYPE_CHECKING:
@@ -45,6 +45,16 @@ class Evaluate(Stage):
     the rounding alone makes a KL of some 1e-4 nats."""
     seed: int = 0
     """Seed of the draw of rows."""
+
+    def check(self, sources: Mapping[str, Stage | ExternalData | Mapping[str, Stage | ExternalData]]) -> None:
+        """Check the checkpoints that are wired against the dataset.
+
+        Raises:
+            ConfigError: one does not fit.
+        """
+        from stages.models.compatibility import check_planned
+
+        check_planned(sources, self.INPUTS, unquantized=("reference",))
 
     def run(self, context: Context) -> Outcome:
         """Score every model.

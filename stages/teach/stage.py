@@ -5,12 +5,12 @@ so that after a crash only shards without one are done. Only small facts travel 
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from stages.contract import Config, Context, Input, Outcome, Shards, Split, Stage
+from stages.contract import Config, Context, ExternalData, Input, Outcome, Shards, Split, Stage
 from stages.errors import ConfigError, StageFailed
 from stages.formats.dataset import DatasetInfo
 from stages.formats.signals import SignalsInfo
@@ -53,6 +53,16 @@ class Teach(Stage):
     """What the teacher computes in; signals are reduced in float32 whatever it is."""
     split: Split = "train"
     """The split that students will train on."""
+
+    def check(self, sources: Mapping[str, Stage | ExternalData | Mapping[str, Stage | ExternalData]]) -> None:
+        """Check the checkpoints that are wired against the dataset.
+
+        Raises:
+            ConfigError: one does not fit.
+        """
+        from stages.models.compatibility import check_planned
+
+        check_planned(sources, self.INPUTS, unquantized=("teacher",))
 
     def run(self, context: Context) -> Outcome:
         """Teach every shard that has no receipt yet, then write `signals.json`."""

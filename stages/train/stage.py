@@ -81,7 +81,10 @@ class Train(Stage):
         """
         if not self.objectives:
             raise ConfigError("objectives is empty, expected at least one of stages.train.objectives")
+        from stages.models.compatibility import check_planned
+
         check_student(self.model, sources)
+        check_planned(sources, self.INPUTS, unquantized=("teacher", "origin"))
         for objective in self.objectives:
             objective.check(sources)
         if "teacher" in sources and not any(objective.NEEDS.teacher for objective in self.objectives):

@@ -6,14 +6,13 @@ values that would.
 """
 
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
 from stages.contract import Config
-from stages.errors import ConfigError, ExternalDataError
+from stages.errors import ConfigError
 from stages.external.checkpoints import Checkpoint
 from stages.formats.dataset import DatasetInfo
 
@@ -71,26 +70,6 @@ class Smaller(Config):
                 "Smaller has none of layers, heads and width; set one, or use Continue() for the origin's own size"
             )
 
-    def check_sizes(self, config: Mapping[str, Any]) -> None:
-        """Refuse what the origin's `config.json` shows to be larger than it is.
-
-        Raises:
-            ConfigError: more layers, heads or channels than it has.
-        """
-        text = {**config, **(config.get("text_config") or {})}
-        for name, keys in SIZES.items():
-            wanted, most = getattr(self, name), next((text[key] for key in keys if text.get(key)), None)
-            if wanted is not None and most is not None and wanted > most:
-                raise ConfigError(f"Smaller.{name} is {wanted}, expected at most the origin's {most}")
-
-
-SIZES = {
-    "layers": ("num_hidden_layers", "n_layer", "num_layers"),
-    "heads": ("num_attention_heads", "n_head", "num_heads"),
-    "width": ("hidden_size", "n_embd", "d_model"),
-}
-"""What families call a size in `config.json`."""
-
 
 class Continue(Config):
     """The weights of the input `origin` as they are."""
@@ -121,8 +100,9 @@ def check_student(student: Llama | Smaller | Continue, sources: Mapping[str, Any
             f"model is {type(student).__name__}, which {how} the input 'origin', and none is wired; pass origin="
         )
     if isinstance(student, Smaller) and isinstance(origin := sources["origin"], Checkpoint):
-        with suppress(ExternalDataError):  # raised where its identity is asked for
-            student.check_sizes(origin.config() or {})
+        from stages.models.compatibility import check_cut
+
+        check_cut(origin, {"layers": student.layers, "heads": student.heads, "width": student.width})
 
 
 def build_student(
