@@ -250,16 +250,18 @@ def _dry_cut(what: str, folder: Path, sizes: Mapping[str, int | None]) -> None:
         ) from error
 
 
-def check_groups(model: Checkpoint, group_sizes: Mapping[str, int | None]) -> None:
+def check_groups(model: Any, group_sizes: Mapping[str, int | None]) -> None:
     """Refuse, before anything runs, a search of which no scheme's group divides the inputs of a model's layers.
 
     Args:
-        model: what is quantized.
+        model: what is quantized; only a checkpoint from outside can be judged.
         group_sizes: group size by scheme; None has no groups.
 
     Raises:
         ConfigError: none does; names sizes that do.
     """
+    if not isinstance(model, Checkpoint):
+        return
     with suppress(ExternalDataError, StageFailed):
         folder = model.described()
         text = text_part(model_config(folder)) if folder is not None else {}

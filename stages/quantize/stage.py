@@ -20,9 +20,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field, SerializeAsAny
 
-from stages.contract import Artifact, Context, ExternalData, Input, Kind, Outcome, Stage
+from stages.contract import Artifact, Context, Input, Kind, Outcome, Stage
 from stages.errors import OutOfMemory, StageFailed, Transient
-from stages.external.checkpoints import Checkpoint
 from stages.formats.search import FailedTrial, Trial
 from stages.quantize.finalists import publish
 from stages.quantize.imports import import_for_measuring, import_for_quantizing
@@ -84,17 +83,13 @@ class Quantize(Stage):
     seed: int = Field(default=0, ge=0)
     """Chooses the rows; torch's seed in every trial."""
 
-    def check(self, sources: Mapping[str, Stage | ExternalData | Mapping[str, Stage | ExternalData]]) -> None:
-        """Check the checkpoints that are wired against the dataset.
-
-        Raises:
-            ConfigError: one does not fit.
-        """
+    def check(self, sources: Mapping[str, Any]) -> None:
+        """Check a checkpoint that is wired against the dataset, and the groups against its layers."""
         from stages.models.compatibility import check_groups, check_planned
 
         check_planned(sources, self.INPUTS, unquantized=("model",))
-        if isinstance(self.proposer, Grid) and isinstance(model := sources["model"], Checkpoint):
-            check_groups(model, {scheme.name: scheme.group_size for scheme in self.proposer.schemes})
+        if isinstance(self.proposer, Grid):
+            check_groups(sources["model"], {scheme.name: scheme.group_size for scheme in self.proposer.schemes})
 
     def run(self, context: Context) -> Outcome:
         """Search, verify and write `search.json` and the finalists' checkpoints.
