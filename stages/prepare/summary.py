@@ -12,8 +12,7 @@ from pydantic import Field, ValidationError
 
 from stages.contract import Shards, Split
 from stages.errors import StageFailed
-from stages.external.documents import DocumentSource, Files
-from stages.formats.dataset import Duplicates, RejectedRows, SplitCounts
+from stages.formats.dataset import Duplicates, OverlongDocuments, RejectedRows, SplitCounts
 from stages.formats.json_format import FormatModel
 from stages.formats.tokens import shard_name
 from stages.prepare.division import Division
@@ -31,6 +30,8 @@ class Summary(FormatModel):
 
     splits: dict[Split, SplitCounts]
     rejected: RejectedRows
+    overlong: int = 0
+    """Chats and labelled rows that are longer than a row of tokens."""
     unlearned_answers: int
     """Answers in chats that are no targets."""
     unused_fields: dict[str, int] = Field(default_factory=dict)
@@ -47,6 +48,7 @@ class Summary(FormatModel):
                 rows_read=sum(part.rejected.rows_read for part in parts),
                 examples=examples[:NUM_EXAMPLES],
             ),
+            overlong=sum(part.overlong for part in parts),
             unlearned_answers=sum(part.unlearned_answers for part in parts),
             unused_fields=dict(sum((Counter(part.unused_fields) for part in parts), Counter())),
         )
@@ -61,14 +63,22 @@ class Summary(FormatModel):
         }
         return counts | {
             "rejected_rows": float(self.rejected.count),
+            "overlong_documents": float(self.overlong),
             "unlearned_answers": float(self.unlearned_answers),
         }
 
 
-def notes(source: DocumentSource, summary: Summary, duplicates: Duplicates | None) -> Iterator[str]:
-    """Yield a line each on files that are not read, on fields that are not used, and on copies."""
-    if isinstance(source, Files):
-        yield from source.notes()
+def notes(summary: Summary, overlong: OverlongDocuments, duplicates: Duplicates | None) -> Iterator[str]:
+    """Yield a line each on what is left out, cut, not learned or not used, and on copies."""
+    rejected = summary.rejected
+    if rejected.count:
+        yield f"{rejected.count} of {rejected.rows_read} rows are left out, such as {rejected.examples[0]}"
+    if overlong.count:
+        done = "are left out" if overlong.handling == "reject" else "lost their end"
+        share = f"{overlong.count} chats or labelled rows, {overlong.fraction:.1%}"
+        yield f"{share}, are longer than sequence_length and {done}"
+    if summary.unlearned_answers:
+        yield f"{summary.unlearned_answers} answers in chats are no targets, since the chat template changes them"
     if unused := sorted(summary.unused_fields.items(), key=lambda field: (-field[1], field[0])):
         named = [f"{name} ({count} rows)" for name, count in unused[:NUM_EXAMPLES]]
         more = [f"and {len(unused) - NUM_EXAMPLES} more"] if len(unused) > NUM_EXAMPLES else []
@@ -104,7 +114,8 @@ def finished(shards: Shards, written: frozenset[str]) -> dict[int, Summary]:
             summary = Summary.model_validate(folder.get_json(entry.name))
         except ValidationError:  # of another version: the part is prepared again
             continue
-        if all(shard_name(split, index) in written for split, of in summary.splits.items() if of.rows):
+        names = (shard_name(split, index, i) for split, of in summary.splits.items() for i in range(of.shards))
+        if all(name in written for name in names):
             found[index] = summary
     return found
 
