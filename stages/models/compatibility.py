@@ -39,8 +39,6 @@ CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"
 WIDTH_KEYS = ("hidden_size", "n_embd", "d_model")
 TEXT_CONFIGS = ("text_config", "llm_config", "language_config", "thinker_config")
 """What models of several kinds of input call the config of their language model."""
-NAMES = {"origin": "the student's checkpoint"}
-"""What inputs are called in errors, where that is not their name."""
 PACKED = (".qweight", ".weight_packed", ".weight_scale", ".weight_scale_inv", ".weight_blocks", ".weight.absmax")
 """How names of quantized weights end (GPTQ and AWQ, compressed-tensors, FP8, MXFP4, bitsandbytes)."""
 
@@ -118,14 +116,15 @@ def check_planned(sources: Mapping[str, Any], inputs: Mapping[str, Input], *, un
     data = sources.get("data")
     for name, spec in inputs.items():
         given = sources.get(name)
-        for key, source in given.items() if spec.many and isinstance(given, Mapping) else ((name, given),):
+        for source in given.values() if spec.many and isinstance(given, Mapping) else (given,):
             if not isinstance(source, Checkpoint):
                 continue
-            what = f"the candidate {key!r}" if spec.many else NAMES.get(name, f"the {name}")
             with suppress(ExternalDataError):  # raised where its identity is asked for
                 folder = source.described()
                 if folder is not None and (folder / "config.json").exists():
-                    _check_described(f"{what} ({source.source})", source, folder, data, plain=name in unquantized)
+                    _check_described(
+                        f"the checkpoint {source.source!r}", source, folder, data, plain=name in unquantized
+                    )
 
 
 def _check_described(what: str, source: Checkpoint, folder: Path, data: Any, *, plain: bool) -> None:
@@ -140,6 +139,13 @@ def _check_described(what: str, source: Checkpoint, folder: Path, data: Any, *, 
         own = getattr(data, "tokenizer", None)  # a Prepare, whose class no other stage may import
         vocabulary = text.get("vocab_size")
         is_same = isinstance(own, PretrainedTokenizer) and own.model_dump() == source.model_dump()
+        if not is_same and isinstance(own, PretrainedTokenizer):
+            _check_tokenizer(what, folder, own)
+        elif own is not None and not is_same and has_tokenizer(folder):
+            raise ConfigError(
+                f"{what} brings a tokenizer, and the dataset trains one of its own, so that the same text has other "
+                f"ids in each; prepare the dataset with PretrainedTokenizer(source={source.source!r})"
+            )
         tokens = None if is_same else _num_tokens(own)
         length = getattr(data, "sequence_length", None)
         for misfit in _misfits(
@@ -150,13 +156,6 @@ def _check_described(what: str, source: Checkpoint, folder: Path, data: Any, *, 
             tokens=tokens,
         ):
             raise ConfigError(misfit)
-        if not is_same and isinstance(own, PretrainedTokenizer):
-            _check_tokenizer(what, folder, own)
-        elif own is not None and not is_same and has_tokenizer(folder):
-            raise ConfigError(
-                f"{what} brings a tokenizer, and the dataset trains one of its own, so that the same text has other "
-                f"ids in each; prepare the dataset with PretrainedTokenizer(source={source.source!r})"
-            )
     except StageFailed as error:
         raise ConfigError(f"{what}: {error}") from error
 
@@ -227,7 +226,7 @@ def check_cut(origin: Checkpoint, sizes: Mapping[str, int | None]) -> None:
     with suppress(ExternalDataError):  # raised where its identity is asked for
         folder = origin.described()
         if folder is not None and (folder / "config.json").exists():
-            _dry_cut(f"the student cut from {origin.source}", folder, sizes)
+            _dry_cut(f"a student of the checkpoint {origin.source!r}", folder, sizes)
 
 
 def _dry_cut(what: str, folder: Path, sizes: Mapping[str, int | None]) -> None:

@@ -83,7 +83,8 @@ def _required_needs_required(workflow: Workflow) -> Iterator[str]:
 
 
 def _stages_fit(workflow: Workflow) -> Iterator[str]:
-    """Let each stage compare its config with those that feed it."""
+    """Let each stage compare its config with those that feed it; what is wrong with several is said once."""
+    found: dict[str, list[str]] = {}
 
     def origin(source: Source) -> Stage | ExternalData:
         return workflow.steps[source.step].stage if isinstance(source, Handle) else source.checkpoint
@@ -96,7 +97,8 @@ def _stages_fit(workflow: Workflow) -> Iterator[str]:
         try:
             step.stage.check(sources)
         except ConfigError as error:
-            yield f"{step.name}: {error}"
+            found.setdefault(str(error), []).append(step.name)
+    yield from (f"{', '.join(names)}: {problem}" for problem, names in found.items())
 
 
 def _kind(workflow: Workflow, source: Source) -> Kind:

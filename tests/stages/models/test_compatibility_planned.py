@@ -25,6 +25,8 @@ from stages.teach.stage import Teach
 from stages.train.objectives import CrossEntropy
 from stages.train.stage import Continue, Smaller, Train
 from tests.stages.prepare.tokenizers import gpt2_like, llama_like, qwen_like
+from workflows.engine.check import check
+from workflows.engine.graph import Workflow
 
 LLAMA = {
     "vocab_size": 320, "hidden_size": 48, "num_hidden_layers": 4, "num_attention_heads": 6, "num_key_value_heads": 2,
@@ -73,7 +75,7 @@ def test_checkpoints_that_fit_are_planned(tmp_path: Path) -> None:
 
 def test_context_that_is_too_short_is_refused_with_the_length_that_fits(tmp_path: Path) -> None:
     teacher = checkpoint(tmp_path / "teacher", config=GPT2Config(n_positions=32, vocab_size=320))
-    with pytest.raises(ConfigError, match=r"context of the teacher \(.*\) is 32 tokens.*sequence_length=32 or less"):
+    with pytest.raises(ConfigError, match=r"context of the checkpoint '.*' is 32 tokens.*sequence_length=32 or less"):
         Teach().check({"teacher": teacher, "data": texts(teacher)})
 
 
@@ -106,9 +108,7 @@ def test_candidate_may_be_quantized_already(tmp_path: Path) -> None:
 
 def test_student_with_another_tokenizer_is_refused_with_the_token_that_differs(tmp_path: Path) -> None:
     teacher, student = checkpoint(tmp_path / "teacher"), checkpoint(tmp_path / "student", gpt2_like())
-    message = (
-        r"the student's checkpoint \(.*\) has another tokenizer .*: the added token '<\|im_end\|>' has the id None"
-    )
+    message = r"the checkpoint '.*' has another tokenizer .*: the added token '<\|im_end\|>' has the id None"
     with pytest.raises(ConfigError, match=message):
         train(Continue()).check({"origin": student, "data": texts(teacher)})
 
@@ -122,7 +122,7 @@ def test_teacher_with_a_tokenizer_of_its_own_beside_a_trained_one_is_refused(tmp
 
 def test_vocabulary_that_is_too_small_is_refused(tmp_path: Path) -> None:
     teacher, student = checkpoint(tmp_path / "teacher"), checkpoint(tmp_path / "student", vocab_size=100)
-    with pytest.raises(ConfigError, match=r"vocabulary of the student's .* has 100 entries, expected at least .* 303"):
+    with pytest.raises(ConfigError, match=r"vocabulary of the checkpoint .* has 100 entries, expected at least .* 303"):
         train(Continue()).check({"origin": student, "data": texts(teacher)})
 
 
@@ -165,6 +165,19 @@ def test_search_whose_groups_all_divide_nothing_is_refused_with_sizes_that_do(tm
     with pytest.raises(ConfigError, match=r"divide the 48 channels of .*; use a group_size of 16 or 8"):
         Quantize(proposer=Grid(schemes=tuple(groups))).check({"model": teacher, "data": texts(teacher)})
     Quantize(proposer=Grid(schemes=(*groups, Scheme(weight_bits=8)))).check({"model": teacher, "data": texts(teacher)})
+
+
+def test_what_does_not_fit_several_steps_is_said_once(tmp_path: Path) -> None:
+    teacher = checkpoint(tmp_path / "teacher", max_position_embeddings=32)
+    flow = Workflow("bad", base_model="x")
+    big = flow.external("teacher", teacher)
+    data = flow.step("corpus", texts(teacher))
+    flow.step("signals", Teach(), teacher=big, data=data)
+    flow.step("scores", Evaluate(), reference=big, models={"teacher": big}, data=data)
+    with pytest.raises(ConfigError) as caught:
+        check(flow)
+    assert str(caught.value).count("tokens") == 1
+    assert "- signals, scores: the context of the checkpoint" in str(caught.value)
 
 
 def test_checkpoint_in_an_object_store_is_described_without_its_weights(s3: str, tmp_path: Path) -> None:
