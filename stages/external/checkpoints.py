@@ -254,6 +254,20 @@ class Checkpoint(ExternalData):
         found = _Repository(self.source, self.revision)
         return found.local(found.names & (TOKENIZER_FILES | MODEL_FILES | {WEIGHTS_INDEX}))
 
+    def config(self, *, ask_hub: bool = False) -> dict[str, Any] | None:
+        """Return its `config.json`; None where there is none, or only the hub has it, unless the hub is to be asked.
+
+        Raises:
+            ExternalDataError: the checkpoint is missing or out of reach.
+        """
+        found = _Repository(self.source, self.revision)
+        if "config.json" not in found.names or (found.commit is not None and not ask_hub):
+            return None
+        try:
+            return dict(found.read_json("config.json"))
+        except (OSError, ValueError) as error:
+            raise ExternalDataError(f"cannot read config.json of {self.source!r}: {error}") from error
+
     def artifact(self, fingerprint: str) -> Artifact:
         """Return it as a model artifact whose files lie where they are."""
         found = _Repository(self.source, self.revision)

@@ -18,6 +18,7 @@ from stages.contract import Input
 from stages.errors import ConfigError, ExternalDataError, StageFailed
 from stages.external.checkpoints import WEIGHTS_INDEX, Checkpoint, PretrainedTokenizer
 from stages.models.checkpoints import model_config, text_config, weight_names
+from stages.models.context_length import longest_context, text_part
 from stages.models.tokenization import (
     backend_of,
     canonical_tokenizer,
@@ -32,28 +33,11 @@ from stages.models.tokenization import (
 if TYPE_CHECKING:
     from stages.formats.dataset import DatasetInfo
 
-__all__ = ["check_compatible", "check_cut", "check_groups", "check_planned", "context_length"]
+__all__ = ["check_compatible", "check_cut", "check_groups", "check_planned"]
 
-CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")
-"""What families call the longest text that they read, in `config.json`."""
 WIDTH_KEYS = ("hidden_size", "n_embd", "d_model")
-TEXT_CONFIGS = ("text_config", "llm_config", "language_config", "thinker_config")
-"""What models of several kinds of input call the config of their language model."""
 PACKED = (".qweight", ".weight_packed", ".weight_scale", ".weight_scale_inv", ".weight_blocks", ".weight.absmax")
 """How names of quantized weights end (GPTQ and AWQ, compressed-tensors, FP8, MXFP4, bitsandbytes)."""
-
-
-def text_part(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the part of a `config.json` that is about text, as it is written: without a family's own defaults."""
-    nested = next((config[name] for name in TEXT_CONFIGS if isinstance(config.get(name), dict)), None)
-    return dict(config) if nested is None else text_part({**nested, "model_type": nested.get("model_type")})
-
-
-def context_length(config: Mapping[str, Any]) -> int | None:
-    """Return how many tokens a model reads at most; None where its config does not say (it may have no limit)."""
-    text = text_part(config)
-    found = next((text[key] for key in CONTEXT_KEYS if isinstance(text.get(key), int)), None)
-    return found if found and found > 0 else None
 
 
 def _misfits(
@@ -86,7 +70,7 @@ def check_compatible(what: str, folder: Path, dataset: "DatasetInfo") -> None:
     config = text_config(folder)
     for misfit in _misfits(
         what,
-        context=context_length(config.to_dict()) or getattr(config, "max_position_embeddings", None),
+        context=longest_context(config.to_dict()) or getattr(config, "max_position_embeddings", None),
         vocabulary=config.vocab_size,
         sequence_length=dataset.sequence_length,
         tokens=dataset.vocabulary_size,
@@ -150,7 +134,7 @@ def _check_described(what: str, source: Checkpoint, folder: Path, data: Any, *, 
         length = getattr(data, "sequence_length", None)
         for misfit in _misfits(
             what,
-            context=context_length(text),
+            context=longest_context(text),
             vocabulary=vocabulary if isinstance(vocabulary, int) else None,
             sequence_length=length if isinstance(length, int) else None,
             tokens=tokens,

@@ -14,7 +14,6 @@ from stages.errors import ConfigError
 from stages.evaluate.stage import Evaluate
 from stages.external.checkpoints import Checkpoint, PretrainedTokenizer
 from stages.external.documents import Files
-from stages.models.compatibility import context_length
 from stages.models.tokenization import canonical_tokenizer, difference, tokenizer_digest
 from stages.prepare.stage import ByteLevelBPE, Prepare
 from stages.quantize.proposers import Grid
@@ -205,18 +204,6 @@ def test_planning_of_plain_checkpoints_imports_nothing_heavy(tmp_path: Path) -> 
         "print([m for m in ('torch', 'transformers', 'ray') if m in sys.modules])"
     )
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
-
-
-@pytest.mark.parametrize(
-    ("config", "expected"),
-    [
-        ({"max_position_embeddings": 8}, 8), ({"n_positions": 9, "n_ctx": 7}, 9), ({"model_type": "mamba"}, None),
-        ({"max_position_embeddings": 1, "text_config": {"max_position_embeddings": 5}}, 5),
-        ({"thinker_config": {"text_config": {"n_positions": 6}}}, 6),
-    ],
-)  # fmt: skip
-def test_context_is_read_as_families_write_it(config: dict[str, Any], expected: int | None) -> None:
-    assert context_length(config) == expected
 
 
 # ---------------------------------------------------------------- which tokenizers are the same
