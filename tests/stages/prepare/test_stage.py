@@ -167,7 +167,8 @@ def test_near_duplicates_of_a_cloned_dataset_are_on_one_side_and_what_is_not_use
     lines(tmp_path / "clone" / "test.jsonl", texts(3))
     lines(tmp_path / "clone" / "train.jsonl", rows)
     context = fake_context(tmp_path)
-    run(prepare(tmp_path, Files(paths=(str(tmp_path / "clone"),)), part_bytes=2048), context)
+    source = Files(paths=(str(tmp_path / "clone"),))
+    run(prepare(tmp_path, source, part_bytes=2048, sequence_length=512), context)
     sides = {text.removesuffix(" indeed"): split for split in SPLITS for text in decoded(context, split)}
     assert len(sides) == 40
     for split in SPLITS:
