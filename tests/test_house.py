@@ -242,6 +242,7 @@ JSON_READERS = {
     "stages/candidates.py": "a checkpoint's config.json",
     "stages/models/checkpoints.py": "a checkpoint's config.json",
     "stages/models/tokenization.py": "a tokenizer's files",
+    "stages/prepare/chats.py": "JSON text inside a user's rows",
     "stages/prepare/reading.py": "a user's rows",
     "stages/storage.py": "JSON of any kind, handed on whole",
     "workflows/engine/tracking/tracker.py": "what the publisher's process says",

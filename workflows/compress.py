@@ -17,6 +17,7 @@ from stages.external.checkpoints import Checkpoint, PretrainedTokenizer
 from stages.external.documents import Files
 from stages.measure.device import describe_cpu, describe_gpu
 from stages.measure.stage import Measure
+from stages.models.context_length import choose_row_length
 from stages.prepare.stage import Prepare
 from stages.promote.stage import Gate, Promote
 from stages.quantize.proposers import Grid
@@ -57,6 +58,11 @@ class StudentSpec(Config):
             )
 
     @property
+    def origin(self) -> Checkpoint | None:
+        """The checkpoint that it starts from, where that is not the teacher."""
+        return Checkpoint(source=self.checkpoint, revision=self.revision) if self.checkpoint else None
+
+    @property
     def _sizes(self) -> dict[str, Any]:
         sizes = {name: getattr(self, name) for name in ("layers", "heads", "width", "ffn_width")}
         return {name: size for name, size in sizes.items() if size is not None}
@@ -69,8 +75,8 @@ class StudentSpec(Config):
 class DataSettings(Config):
     """How the documents are read."""
 
-    sequence_length: int = Field(512, ge=16)
-    """Tokens in one packed row."""
+    sequence_length: int | None = Field(None, ge=16)
+    """Tokens in one packed row; if not given, what teacher and students can read, and at most 2048."""
     validation_fraction: float = Field(0.05, gt=0, lt=1)
     """Share of the documents that models are compared on, unless `evaluation` is given."""
     calibration_fraction: float = Field(0.05, gt=0, lt=1)
@@ -219,15 +225,18 @@ def compress(
         seed: seed of everything random.
     """
     _check_request(documents, students, quantize_teacher)
+    given = Checkpoint(source=teacher, revision=teacher_revision)
+    others = {student.name: student.origin for student in students if student.origin}
+    row_length = choose_row_length(data.sequence_length, {"teacher": given, **others})
     flow = Workflow("compress", base_model=teacher.rstrip("/").rsplit("/", 1)[-1])
     resources, spent = hardware.resources, PRESETS[preset]
-    big = flow.external("teacher", Checkpoint(source=teacher, revision=teacher_revision))
+    big = flow.external("teacher", given)
     tokenizer = PretrainedTokenizer(source=teacher, revision=teacher_revision)
     prepare = Prepare(
         source=Files(paths=documents),
         tokenizer=tokenizer,
         seed=seed,
-        **dict(data),
+        **{**dict(data), "sequence_length": row_length},
     )
     corpus = flow.step("corpus", prepare, resources=resources.model_copy(update={"gpus_per_worker": 0.0}))
     judged_on = corpus
@@ -240,9 +249,7 @@ def compress(
         signals = flow.step("signals", teach, teacher=big, data=corpus, resources=resources)
     models: dict[str, Source] = {"teacher": big}
     for student in students:
-        origin = big
-        if student.checkpoint:
-            origin = flow.external(student.name, Checkpoint(source=student.checkpoint, revision=student.revision))
+        origin = flow.external(student.name, student.origin) if student.origin else big
         models[student.name] = flow.step(
             f"train.{student.name}",
             Train(
@@ -275,8 +282,8 @@ def compress(
     measure = Measure(
         device=hardware.measured_device,
         threads=int(max(1, hardware.cpus_per_worker)),
-        prompt_tokens=min(128, data.sequence_length // 2),  # no more than every teacher that can read a row can read
-        new_tokens=min(32, data.sequence_length // 4),
+        prompt_tokens=min(128, row_length // 2),  # no more than every teacher that can read a row can read
+        new_tokens=min(32, row_length // 4),
         seed=seed,
     )
     alone = resources.model_copy(update={"workers": 1})

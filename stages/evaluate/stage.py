@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from stages.contract import Artifact, Context, Input, Kind, Outcome, Split, Stage
+from stages.contract import Artifact, Context, ExternalData, Input, Kind, Outcome, Split, Stage
 from stages.runtime.workers import WorkerSetup, fetch_result, remote_task
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ class Evaluate(Stage):
     """Scores of each model on a dataset's split."""
 
     KIND: ClassVar[Kind] = "scores"
-    REVISION: ClassVar[str] = "2026-11-25 one rule for output heads, bases of any kind, typed files"
+    REVISION: ClassVar[str] = "2026-11-25 each segment of a row alone"
     PLACES_WORKERS: ClassVar = True
     INPUTS: ClassVar[Mapping[str, Input]] = {
         "data": Input(("dataset",)),
@@ -45,6 +45,16 @@ class Evaluate(Stage):
     the rounding alone makes a KL of some 1e-4 nats."""
     seed: int = 0
     """Seed of the draw of rows."""
+
+    def check(self, sources: Mapping[str, Stage | ExternalData | Mapping[str, Stage | ExternalData]]) -> None:
+        """Check the checkpoints that are wired against the dataset.
+
+        Raises:
+            ConfigError: one does not fit.
+        """
+        from stages.models.compatibility import check_planned
+
+        check_planned(sources, self.INPUTS, unquantized=("reference",))
 
     def run(self, context: Context) -> Outcome:
         """Score every model.
@@ -146,6 +156,7 @@ def _score(one: "Pass", job: EvaluateJob, kept: Mapping[str, list[Any]]) -> Iter
     from stages.models.checkpoints import load_model
     from stages.models.compatibility import check_compatible
     from stages.models.heads import PackedTensor, observe_head
+    from stages.models.segments import SEGMENTS_ALONE
 
     candidate, config, device = one.candidate, job.config, job.setup.device
     folder = candidate.artifact.folder(candidate.folder)
@@ -154,11 +165,15 @@ def _score(one: "Pass", job: EvaluateJob, kept: Mapping[str, list[Any]]) -> Iter
     model = load_model(folder, dtype=config.dtype, device=device)
     paths, rows = rows_of_split(job.data, config.split, max_rows=config.max_rows, seed=config.seed)
     rows_per_batch = job.micro_batch or max(1, TOKENS_PER_BATCH // dataset.sequence_length)
-    batches = read_batches(paths, rows, rows_per_batch=rows_per_batch, columns=("document_ids", "loss_mask"))
+    batches = read_batches(
+        paths, rows, rows_per_batch=rows_per_batch, columns=("document_ids", "loss_mask", "positions")
+    )
     first = next(batches, None)
     if first is None:
         raise StageFailed(f"the dataset's split {config.split!r} has no rows; expected text to score")
     head = observe_head(model, torch.as_tensor(first.ids_RT, device=device).long(), dataset.vocabulary_size)
+    if not head.whole_rows:
+        job.setup.reporter.note(SEGMENTS_ALONE.format(candidate.name))
     if one.keep:
         if not head.is_replayed:
             job.setup.reporter.note(

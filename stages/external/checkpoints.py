@@ -7,16 +7,20 @@ Does not: load models (that is `stages.models.checkpoints`).
 """
 
 import json
+import logging
 import re
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from stages.contract import Artifact, ExternalData
 from stages.errors import ExternalDataError
 from stages.external.digests import digest_files, digest_objects, list_objects, nearest_path
-from stages.storage import File, Folder, is_remote
+from stages.storage import File, Folder, cache_root, fetch, is_remote
+
+logger = logging.getLogger(__name__)
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 VOCABULARY_FILES = frozenset(
@@ -32,6 +36,7 @@ TOKENIZER_FILES = VOCABULARY_FILES | {
 }
 MODEL_FILES = {"config.json", "generation_config.json"}
 """Of a model besides its weights: what else lies beside them (logs, a trainer's state) is no part of it."""
+WEIGHTS_INDEX = "model.safetensors.index.json"
 COMMIT = re.compile(r"[0-9a-f]{40}")
 """A revision that is a commit already."""
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -123,6 +128,26 @@ class _Repository:
 
         return json.loads(Path(hf_hub_download(self.source, name, revision=self.commit)).read_text())
 
+    def local(self, names: Iterable[str]) -> Path | None:
+        """Return a local folder that holds at least these files; None where the hub gives one of them not for now."""
+        if isinstance(self._where, Path):
+            return self._where
+        if self._where is not None:
+            files = self.files(names, "model")
+            key = sha256("".join(file.sha256 for file in files).encode()).hexdigest()[:16]
+            paths = [fetch(file, cache_root() / "described" / key) for file in files]
+            return paths[0].parent if paths else None
+        import httpx
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+        try:
+            paths = [Path(hf_hub_download(self.source, name, revision=self.commit)) for name in sorted(names)]
+        except (HfHubHTTPError, LocalEntryNotFoundError, httpx.HTTPError, OSError) as error:
+            logger.warning("cannot fetch what describes %s, so it is checked later: %s", self.source, error)
+            return None
+        return paths[0].parent if paths else None
+
     def files(self, names: Iterable[str], prefix: str) -> tuple[File, ...]:
         """Return files under logical names `prefix/name`; the hub knows a sha256 only of what lies in git-lfs."""
         ordered = sorted(names)
@@ -173,7 +198,7 @@ def _checkpoint_names(names: set[str], read_json: Callable[[str], Any], source: 
         close = get_close_matches("config.json", sorted(names), n=1, cutoff=0.6)
         hint = f"; the nearest name is {close[0]!r}" if close else ""
         raise ExternalDataError(f"{source!r} has no config.json{hint}; expected a model as `save_pretrained` writes it")
-    index = "model.safetensors.index.json"
+    index = WEIGHTS_INDEX
     if "model.safetensors" in names:  # what transformers prefers, though an earlier save may have left shards
         weights = {"model.safetensors"}
     elif index in names:
@@ -218,15 +243,30 @@ class Checkpoint(ExternalData):
         """Return it with an absolute path, or pinned to the hub's commit."""
         return self.model_copy(update=_pinned(_Repository(self.source, self.revision)))
 
-    def config(self) -> dict[str, Any] | None:
-        """Return its `config.json`; None where only the hub has it, which is not asked for a check.
+    def described(self) -> Path | None:
+        """Return a local folder with what describes it: config, tokenizer, the weights' index; perhaps its weights too.
+
+        Of what lies elsewhere these files are fetched, less than 50 MB; None where the hub gives none of them for now.
 
         Raises:
             ExternalDataError: the checkpoint is missing or out of reach.
         """
         found = _Repository(self.source, self.revision)
-        readable = found.commit is None and "config.json" in found.names
-        return found.read_json("config.json") if readable else None
+        return found.local(found.names & (TOKENIZER_FILES | MODEL_FILES | {WEIGHTS_INDEX}))
+
+    def config(self, *, ask_hub: bool = False) -> dict[str, Any] | None:
+        """Return its `config.json`; None where there is none, or only the hub has it, unless the hub is to be asked.
+
+        Raises:
+            ExternalDataError: the checkpoint is missing or out of reach.
+        """
+        found = _Repository(self.source, self.revision)
+        if "config.json" not in found.names or (found.commit is not None and not ask_hub):
+            return None
+        try:
+            return dict(found.read_json("config.json"))
+        except (OSError, ValueError) as error:
+            raise ExternalDataError(f"cannot read config.json of {self.source!r}: {error}") from error
 
     def artifact(self, fingerprint: str) -> Artifact:
         """Return it as a model artifact whose files lie where they are."""
@@ -249,6 +289,15 @@ class PretrainedTokenizer(ExternalData):
             expected = ", ".join(sorted(VOCABULARY_FILES))
             raise ExternalDataError(f"{self.source!r} has no tokenizer: expected one of {expected}")
         return found, found.names & (TOKENIZER_FILES | {"config.json"})
+
+    def described(self) -> Path | None:
+        """Return a local folder with its files; None where the hub gives them not for now.
+
+        Raises:
+            ExternalDataError: it is missing or out of reach.
+        """
+        found, names = self._open()
+        return found.local(names)
 
     def identity(self) -> dict[str, Any]:
         """Return names and digests of the tokenizer's files, or the hub's commit."""

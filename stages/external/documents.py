@@ -6,10 +6,8 @@ Does not: read documents (that is `stages.prepare`).
 """
 
 import json
-import os
 import platform
-import re
-from collections.abc import Callable
+from dataclasses import dataclass
 from difflib import get_close_matches
 from glob import glob, has_magic
 from pathlib import Path
@@ -21,6 +19,7 @@ from stages.contract import ExternalData
 from stages.errors import ExternalDataError
 from stages.external.checkpoints import COMMIT, hub_info
 from stages.external.digests import digest_files, digest_objects, list_objects, nearest_path
+from stages.external.layout import CARD, Selection, glob_regex, is_no_data, select
 from stages.storage import File, Folder, is_remote
 
 PYTHON_DOCS_REVISION = "2026-11-21 topics and docstrings by ast"
@@ -48,7 +47,10 @@ class Files(ExternalData):
 
     kind: Literal["files"] = "files"
     paths: tuple[str, ...] = Field(min_length=1)
-    """Paths, folders (taken with all below), globs (`**` too), on local disk or `s3://`, `gs://`, `az://`."""
+    """Paths, folders (taken with all below), globs (`**` too), on local disk or `s3://`, `gs://`, `az://`. Of a folder
+    the data files are taken, as the hub tells them (`stages/external/layout.py`)."""
+    split: str = "train"
+    """The split to read of a folder that has splits by its card or by its names, as a clone of a dataset has."""
 
     def files(self) -> tuple[File, ...]:
         """Return the files under names relative to the folder or the glob's fixed part, sorted by name and digest.
@@ -58,9 +60,20 @@ class Files(ExternalData):
         """
         found: dict[str, File] = {}
         for path in self.paths:
-            for file in _remote_files(path) if is_remote(path) else _local_files(path):
+            for file in self._found(path).digested():
                 found.setdefault(file.uri, file)
         return tuple(sorted(found.values(), key=lambda file: (file.name, file.sha256)))
+
+    def notes(self) -> list[str]:
+        """Say of each folder and glob which files are left out, and why.
+
+        Raises:
+            ExternalDataError: as `files`.
+        """
+        return [note for path in self.paths for note in self._found(path).selection.notes(path)]
+
+    def _found(self, path: str) -> "_FoundFiles":
+        return _remote_files(path, self.split) if is_remote(path) else _local_files(path, self.split)
 
     def identity(self) -> dict[str, Any]:
         """Return names and digests."""
@@ -71,68 +84,79 @@ class Files(ExternalData):
         return self.model_copy(update={"paths": tuple(map(_absolute, self.paths))})
 
 
+@dataclass(frozen=True, slots=True)
+class _FoundFiles:
+    """Files below a local or remote folder."""
+
+    root: Path | Folder
+    selection: Selection
+
+    def digested(self) -> tuple[File, ...]:
+        names = self.selection.names
+        if isinstance(self.root, Folder):
+            return digest_objects(self.root, names)
+        return digest_files({name: self.root / name for name in names})
+
+
 def _absolute(path: str) -> str:
     return path if is_remote(path) else str(Path(path.removeprefix("file://")).expanduser().absolute())
 
 
 def _fixed_part(pattern: str) -> tuple[str, str]:
-    """Divide a glob into the folder before its first wildcard and the rest; what is there as it is written is none."""
+    """Divide a glob into the folder before its first wildcard and the rest; a folder may have brackets in its name."""
     parts = pattern.split("/")
-    first = next(i for i, part in enumerate(parts) if has_magic(part) and not os.path.lexists("/".join(parts[: i + 1])))
+    magic = [i for i, part in enumerate(parts) if has_magic(part)]
+    first = next((i for i in magic[:-1] if not Path("/".join(parts[: i + 1])).is_dir()), magic[-1])
     return "/".join(parts[:first]), "/".join(parts[first:])
 
 
-def _local_files(text: str) -> tuple[File, ...]:
+def _local_files(text: str, split: str) -> _FoundFiles:
     path = Path(text.removeprefix("file://")).expanduser()
     if has_magic(str(path)) and not path.exists():
         base, pattern = _fixed_part(str(path.absolute()))
         root = Path(base or "/")
         names = [name for name in glob(pattern, root_dir=root, recursive=True) if (root / name).is_file()]
+        selection = _of_glob(names, text)
     elif path.is_dir():
-        below = [p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()]
-        root, names = path, [name for name in below if not _is_hidden(name)]
+        root = path
+        names = [p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()]
+        card = (path / CARD).read_text("utf-8", "replace") if CARD in names else None
+        selection = _of_folder(names, card, split, text)
     elif path.exists():
         _check_suffix(text)
-        root, names = path.parent, [path.name]
+        root, selection = path.parent, Selection((path.name,))
     else:
         raise ExternalDataError(f"the source {text!r} does not exist; {nearest_path(path.absolute())}")
-    chosen = _readable(names, text, lambda: nearest_path(root / "*") if not root.exists() else "")
-    return digest_files({name: root / name for name in chosen})
+    hint = nearest_path(root / "*") if not root.exists() else ""
+    return _FoundFiles(root, _checked(selection, text, hint))
 
 
 def _is_hidden(name: str) -> bool:
-    return any(part.startswith(".") for part in name.split("/"))
+    *folders, last = name.split("/")
+    return last.startswith(".") or any(part.startswith((".", "__")) for part in folders)
 
 
-def _remote_files(uri: str) -> tuple[File, ...]:
+def _remote_files(uri: str, split: str) -> _FoundFiles:
     if has_magic(uri):
         base, pattern = _fixed_part(uri)
-        folder, matches = Folder.at(base), _glob_regex(pattern)
+        folder, matches = Folder.at(base), glob_regex(pattern)
         found = [entry.name for entry in list_objects(folder) if matches.fullmatch(entry.name)]
-        names = [name for name in found if not _is_hidden(name)]
+        selection = _of_glob([name for name in found if not _is_hidden(name)], uri)
     elif uri.lower().endswith(DOCUMENT_SUFFIXES):
         parent, _, name = uri.rpartition("/")
         folder = Folder.at(parent)
         siblings = [entry.name for entry in list_objects(folder)]
-        names = [n for n in siblings if n == name]
-        if not names:
+        if name not in siblings:
             close = get_close_matches(name, siblings, n=1, cutoff=0.5)
             hint = f"; did you mean {folder.uri_of(close[0])!r}?" if close else ""
             raise ExternalDataError(f"the source {uri!r} does not exist{hint}")
+        selection = Selection((name,))
     else:
         folder = Folder.at(uri)
-        names = [entry.name for entry in list_objects(folder) if not _is_hidden(entry.name)]
-    return digest_objects(folder, _readable(names, uri, lambda: ""))
-
-
-def _glob_regex(pattern: str) -> re.Pattern[str]:
-    """Translate a glob as `glob.glob(recursive=True)` reads it: `*` stays within a folder, `**/` spans folders."""
-    out = ""
-    for token in re.findall(r"\*\*/|\*\*|\*|\?|\[[^\]]*\]|[^*?\[]+|\[", pattern):
-        known = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
-        is_class = len(token) > 1 and token.startswith("[")
-        out += known.get(token) or (token.replace("[!", "[^") if is_class else re.escape(token))
-    return re.compile(out)
+        names = [entry.name for entry in list_objects(folder)]
+        card = folder.get(CARD).decode("utf-8", "replace") if CARD in names else None
+        selection = _of_folder(names, card, split, uri)
+    return _FoundFiles(folder, _checked(selection, uri, ""))
 
 
 def _check_suffix(text: str) -> None:
@@ -140,22 +164,38 @@ def _check_suffix(text: str) -> None:
         raise ExternalDataError(f"cannot read documents from {text!r}; expected one of {', '.join(DOCUMENT_SUFFIXES)}")
 
 
-def _readable(names: list[str], text: str, hint: Callable[[], str]) -> list[str]:
-    """Keep the names whose format is known; refuse a source that has none, or that has compressed documents too."""
-    chosen = sorted(name for name in names if name.lower().endswith(DOCUMENT_SUFFIXES))
-    packed = sorted(name for name in names if _is_compressed(name))
+def _of_glob(names: list[str], text: str) -> Selection:
+    """Choose what a glob asks for, less what is no data."""
+    known = [name for name in names if name.lower().endswith(DOCUMENT_SUFFIXES)]
+    chosen = tuple(sorted(name for name in known if not is_no_data(name, text)))
+    reasons = {
+        "about the data": tuple(sorted(set(known) - set(chosen))),
+        "of no format that is read": tuple(sorted(set(names) - set(known))),
+    }
+    return Selection(chosen, {reason: found for reason, found in reasons.items() if found})
+
+
+def _of_folder(names: list[str], card: str | None, split: str, text: str) -> Selection:
+    visible = [name for name in names if not _is_hidden(name)]
+    return select(visible, card, DOCUMENT_SUFFIXES, split=split, source=text)
+
+
+def _checked(selection: Selection, text: str, hint: str) -> Selection:
+    """Refuse a source that has no file to read, or that has compressed documents too."""
+    others = [name for names in selection.left_out.values() for name in names]
+    packed = sorted(name for name in others if _is_compressed(name))
     if packed:
         raise ExternalDataError(
             f"the source {text!r} holds {len(packed)} compressed files, such as {packed[0]!r}, which cannot be read; "
             "unpack them (or leave them out by a glob such as '*.jsonl')"
         )
-    if not chosen:
-        others = f" ({len(names)} other files, such as {sorted(names)[0]!r})" if names else ""
-        more = f"; {hint()}" if hint() else ""
+    if not selection.names:
+        found = f" ({len(others)} other files, such as {min(others)!r})" if others else ""
+        more = f"; {hint}" if hint else ""
         raise ExternalDataError(
-            f"the source {text!r} matches no file to read{others}; expected {', '.join(DOCUMENT_SUFFIXES)}{more}"
+            f"the source {text!r} matches no file to read{found}; expected {', '.join(DOCUMENT_SUFFIXES)}{more}"
         )
-    return chosen
+    return selection
 
 
 def _is_compressed(name: str) -> bool:

@@ -1,13 +1,13 @@
 """`dataset.json`: what a dataset of packed tokens is, beside its tokenizer and its token shards (`tokens.py`)."""
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
 from stages.contract import Split
 from stages.formats.json_format import FormatModel, JsonFormat
 
-__all__ = ["DatasetInfo", "RejectedRows", "SplitCounts"]
+__all__ = ["DatasetInfo", "Duplicates", "OverlongDocuments", "RejectedRows", "SplitCounts"]
 
 
 class SplitCounts(FormatModel):
@@ -19,6 +19,8 @@ class SplitCounts(FormatModel):
     tokens: int
     """Targets: tokens whose prediction is learned or scored."""
     documents: int
+    filled: int = 0
+    """Tokens that are not padding, of `rows` × `sequence_length`."""
 
 
 class RejectedRows(FormatModel):
@@ -28,6 +30,34 @@ class RejectedRows(FormatModel):
     rows_read: int
     examples: tuple[str, ...]
     """The first of them: file, row and reason."""
+
+
+class Duplicates(FormatModel):
+    """Documents that are copies of others, whole or nearly, none of which is on another side than what it copies."""
+
+    similarity: float
+    """Jaccard similarity of runs of words from which on two documents are near duplicates."""
+    exact: int
+    """Documents whose content occurred before, but for white space."""
+    near: int
+    """Documents of another content that are near duplicates of another."""
+    moved: int
+    """Documents that would be on another side by their content alone."""
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Final metrics of the step."""
+        return {f"{name}_duplicates": float(getattr(self, name)) for name in ("exact", "near", "moved")}
+
+
+class OverlongDocuments(FormatModel):
+    """Chats and labelled rows that are longer than a row of tokens."""
+
+    handling: Literal["reject", "truncate"]
+    """Whether they were left out, or lost their end."""
+    count: int
+    fraction: float
+    """Of all chats or labelled rows."""
 
 
 class DatasetInfo(JsonFormat):
@@ -45,7 +75,12 @@ class DatasetInfo(JsonFormat):
     pad_token_id: int | None
     splits: dict[Split, SplitCounts]
     rejected: RejectedRows
+    overlong: OverlongDocuments = OverlongDocuments(handling="reject", count=0, fraction=0.0)
     unlearned_answers: int
     """Answers in chats that are no targets, since the chat template changes them."""
+    unused_fields: dict[str, int] = Field(default_factory=dict)
+    """Rows by the name of each field that is not read, or that the chat template does not show."""
+    duplicates: Duplicates | None = None
+    """None where they were not looked for."""
     sources: tuple[dict[str, Any], ...] = Field(min_length=1)
     """The identity of each source of documents."""

@@ -163,6 +163,26 @@ def text_config(folder: Path) -> Any:
         raise StageFailed(f"cannot read the config in {folder}: {type(error).__name__}: {error}") from error
 
 
+def weight_names(folder: Path, index: str) -> frozenset[str]:
+    """Return the names of a checkpoint's weights, by its index, or by the header of its one file where that is here."""
+    if (folder / index).exists():
+        return frozenset(json.loads((folder / index).read_text())["weight_map"])
+    path = folder / "model.safetensors"
+    if not path.exists():
+        return frozenset()
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = file.read(size) if size <= MAX_HEADER_BYTES else b""
+    try:
+        return frozenset(json.loads(header))
+    except ValueError:  # raised where it is loaded
+        return frozenset()
+
+
+MAX_HEADER_BYTES = 100_000_000
+"""What safetensors itself allows."""
+
+
 def stored_dtype(folder: Path) -> "torch.dtype":
     """Return the type in which a checkpoint's floating-point weights are stored; of several, the largest tensors'."""
     import torch

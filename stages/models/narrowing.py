@@ -127,7 +127,7 @@ def choose(config: Any, size: Size, importance: Importance | None = None) -> Cut
                 f"cannot tell how important the {what.partition('_')[0]} of {type(config).__name__} are, and some are "
                 "to go; set Smaller.choice='position', or keep them all"
             )
-        return torch.zeros(shape) if found is None else found
+        return torch.zeros(shape, device="cpu") if found is None else found  # also where the model is on `meta`
 
     heads_LH = scores("heads_LH", total, all_heads, is_cut=heads < all_heads)
     neurons_LF = scores("neurons_LF", total, inner, is_cut=kept_inner < inner)

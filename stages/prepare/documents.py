@@ -4,31 +4,31 @@
 | --- | --- | --- |
 | text | `{"text": "…"}` (the field is configurable), or a text file | every token |
 | chat | `{"messages": [{"role": "user", "content": "…"}, {"role": "assistant", …}]}` | what the assistant says |
-| prompt-completion | `{"prompt": "…", "completion": "…"}` | the completion |
+| prompt-completion | `{"prompt": "…", "completion": "…"}`, or both as lists of messages | the completion |
+
+`chats.py` says what else is read as a chat.
 
 Promise: equal documents (up to white space and Unicode form) have equal digests, and so fall on the same side of the
-split (`division.py`).
-Does not: deduplicate, or find near duplicates.
+split (`division.py`); a row's fields that are not read are counted by name.
+Does not: find near duplicates (that is `duplicates.py`).
 """
 
 import hashlib
 import json
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from stages.errors import StageFailed, nearest
+from stages.errors import StageFailed
+from stages.prepare.chats import CHAT_FIELDS, Chat, RowRejected, read_chat, text_of, unused_fields
 from stages.prepare.parts import Part
 from stages.prepare.reading import SourceRow, first_row_number, read_piece
 
 Schema = Literal["text", "chat", "prompt-completion"]
 NUM_EXAMPLES = 10
 """Rejected rows that are shown."""
-
-
-class RowRejected(Exception):
-    """A row is not what its schema expects; the message says how."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +42,13 @@ class Document:
     """text: the document; prompt-completion: the completion."""
     prompt: str = ""
     messages: tuple[dict[str, Any], ...] = ()
+    tools: tuple[dict[str, Any], ...] = ()
+    options: tuple[tuple[str, Any], ...] = ()
+    """chat: what the row gives to the chat template."""
+    masked: frozenset[int] = frozenset()
+    """chat: messages that are no targets though the assistant says them."""
+    unused: tuple[str, ...] = ()
+    """Fields of its row that are not read."""
 
     @property
     def id(self) -> int:
@@ -75,53 +82,35 @@ def document_of(value: Any, schema: Schema, text_field: str) -> Document | None:
         text = value.strip()
         return Document("text", _digest(text), text) if text else None
     if schema == "text":
-        text = _field(value, text_field)
-        return Document("text", _digest(text), text) if text.strip() else None
-    if schema == "prompt-completion":
-        prompt, completion = _field(value, "prompt"), _field(value, "completion")
+        text = text_of(value, text_field)
+        unused = tuple(unused_fields(value, {text_field}))
+        return Document("text", _digest(text), text, unused=unused) if text.strip() else None
+    if schema == "prompt-completion" and not isinstance(value.get("prompt"), list):
+        prompt, completion = text_of(value, "prompt"), text_of(value, "completion")
         if not completion.strip():
             raise RowRejected("the completion is empty")
-        return Document(schema, _digest(prompt, completion), completion, prompt)
-    messages = tuple(_messages(value))
-    return Document(schema, _digest(*(part for m in messages for part in (m["role"], m["content"]))), messages=messages)
+        unused = tuple(unused_fields(value, {"prompt", "completion"}))
+        return Document(schema, _digest(prompt, completion), completion, prompt, unused=unused)
+    return _chat_document(read_chat(value))
 
 
-def _field(value: Mapping[str, Any], name: str) -> str:
-    if name not in value:
-        raise RowRejected(f"no field {name!r}{nearest(name, list(value))}")
-    found = value[name]
-    if not isinstance(found, str):
-        raise RowRejected(f"{name!r} is {_shown(found)}, expected text")
-    try:
-        found.encode()
-    except UnicodeEncodeError as error:
-        raise RowRejected(
-            f"{name!r} holds half of a surrogate pair at character {error.start}, which is not text"
-        ) from error
-    return found
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return "null" if value is None else f"{type(value).__name__} {text if len(text) <= 40 else text[:37] + '…'}"
-
-
-def _messages(value: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    if "messages" not in value:
-        raise RowRejected(f"no field 'messages'{nearest('messages', list(value))}")
-    messages = value["messages"]
-    if not isinstance(messages, list) or not messages:
-        raise RowRejected(f"'messages' is {_shown(messages)}, expected a list of {{'role', 'content'}}")
-    for number, message in enumerate(messages):
-        if not isinstance(message, dict):
-            raise RowRejected(f"messages[{number}] is {_shown(message)}, expected {{'role', 'content'}}")
+def _chat_document(chat: Chat) -> Document:
+    said = [part for message in chat.messages for part in (message["role"], message["content"])]
+    calls = [message["tool_calls"] for message in chat.messages if "tool_calls" in message]
+    if calls or chat.tools:
         try:
-            kept = {key: item for key, item in message.items() if item is not None}
-            yield kept | {"role": _field(message, "role"), "content": _field(message, "content")}
-        except RowRejected as error:
-            raise RowRejected(f"messages[{number}]: {error}") from error
-    if not any(message["role"] == "assistant" and message["content"].strip() for message in messages):
-        raise RowRejected("no message of the role 'assistant', so there is nothing to learn")
+            said.append(json.dumps([calls, chat.tools], sort_keys=True))
+        except (TypeError, ValueError, RecursionError) as error:
+            raise RowRejected(f"its tools or tool calls cannot be written as JSON ({error})") from error
+    return Document(
+        "chat",
+        _digest(*said),
+        messages=chat.messages,
+        tools=chat.tools,
+        options=chat.options,
+        masked=chat.masked,
+        unused=chat.unused,
+    )
 
 
 def detect_schema(parts: list[Part], text_field: str) -> Schema:
@@ -134,7 +123,7 @@ def detect_schema(parts: list[Part], text_field: str) -> Schema:
         for row in read_piece(piece):
             if not isinstance(row.value, dict):
                 continue
-            if "messages" in row.value:
+            if any(row.value.get(name) is not None for name in CHAT_FIELDS):
                 return "chat"
             if "prompt" in row.value and "completion" in row.value:
                 return "prompt-completion"
@@ -142,7 +131,8 @@ def detect_schema(parts: list[Part], text_field: str) -> Schema:
                 return "text"
             raise StageFailed(
                 f"cannot find the schema of {piece.name}:{row.number}, whose fields are {sorted(row.value)}; expected "
-                f"{text_field!r}, or 'messages', or 'prompt' and 'completion'; set text_field, or rename the fields"
+                f"{text_field!r}, or 'messages' or 'conversations', or 'prompt' and 'completion'; set text_field, or "
+                "rename the fields"
             )
     return "text"
 
@@ -155,6 +145,8 @@ class PartReader:
         self.num_rows = 0
         self.num_rejected = 0
         self.examples: list[str] = []
+        self.unused: Counter[str] = Counter()
+        """Rows by the name of each field that was not read."""
 
     def reject(self, place: tuple[int, int], reason: str) -> None:
         """Count a rejected row; the first ten are kept with `file:row`."""
@@ -174,6 +166,7 @@ class PartReader:
                 document = self._document(index, row)
                 if document is not None:
                     num_documents += 1
+                    self.unused.update(document.unused)
                     yield (index, row.number), document
 
     def _document(self, index: int, row: SourceRow) -> Document | None:

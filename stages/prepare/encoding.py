@@ -1,29 +1,30 @@
 """Documents to token ids and loss masks.
 
-Promise: a document becomes what its tokenizer makes of it (a beginning-of-text token where the tokenizer adds one),
-ended by the end-of-text token; the mask is true on exactly the tokens that the schema's table in `documents.py` names.
+Promise: a document becomes what its tokenizer makes of it (it begins with what the tokenizer puts first, which is no
+target, a chat too whose template leaves that out), ended by the end-of-text token; the mask is true on exactly the
+tokens that the schema's table in `documents.py` names.
 A prompt and its completion are tokenized apart, as they are when the model is used.
 
 Chats are rendered by the tokenizer's chat template, or by `DEFAULT_TEMPLATE` where it has none, and tokenized once;
 which characters the assistant said comes from the template's `{% generation %}` blocks, or else by rendering: what
 `messages[:i+1]` adds to `messages[:i]` and the generation prompt. Where a template renders a turn differently once the
 chat goes on (Qwen3 gives the last answer an empty thought), it is the answer's own text with the token that closes it.
-An answer whose text is not there either (its thoughts are dropped) is not a target, and is counted. Dates in templates
-are fixed to `TEMPLATE_DATE`, since the same chat must give the same tokens tomorrow.
+An answer whose text is not there either (its thoughts are dropped) is not a target, and is counted; one that its row
+takes out (`weight` 0) is neither. Tools and tool calls are what the template makes of them; a chat whose calls, or
+whose calls' tools, the template does not show is refused, other things that it does not show are named in `unused`.
+Dates in templates are fixed to `TEMPLATE_DATE`, since the same chat must give the same tokens tomorrow.
 """
 
 import os
-import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
-from functools import cached_property, lru_cache
-from typing import Any
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
 from stages.prepare.documents import Document
+from stages.prepare.rendering import ChatTemplate, is_answer
 
 DEFAULT_TEMPLATE = (
     "{% for message in messages %}{% if message.role == 'assistant' %}Assistant:"
@@ -33,11 +34,6 @@ DEFAULT_TEMPLATE = (
 )
 """For tokenizers without a chat template: `User: …`, a new line, `Assistant: …`, end of text. The space after the colon
 belongs to the answer, since byte-level tokenizers join it to the word that follows."""
-TEMPLATE_DATE = datetime(2024, 7, 26)
-"""The date that Llama 3.1's own template falls back to."""
-SAMPLE = "\u27e6answer\u27e7"
-"""An answer that no template changes, and nobody gives: where it comes out, the true one begins."""
-_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +42,8 @@ class EncoderState:
 
     digest: str
     eos_token_id: int
-    bos_token_id: int | None = None
-    """The beginning-of-text token where the tokenizer begins each text with it, else None."""
+    prefix: tuple[int, ...] = ()
+    """What the tokenizer puts before each text: its beginning-of-text token in most, nothing in many."""
     backend: str = ""
     """`tokenizer.json` of the tokenizer as it is loaded."""
     vocabulary_size: int = 2**31
@@ -66,6 +62,8 @@ class Encoded:
     document_id: int
     num_unlearned: int = 0
     """Answers of the assistant that are no targets."""
+    unused: tuple[str, ...] = ()
+    """What the document holds and its template does not show, e.g. `tools`."""
 
 
 @lru_cache(maxsize=2)
@@ -91,12 +89,11 @@ class Encoder:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.post_processor = None  # adds special tokens, which is not asked for, and may trim offsets
-        specials = [t.content for t in self._tokenizer.get_added_tokens_decoder().values() if t.special]
-        self._closing = re.compile(rf"\s*(?:{'|'.join(map(re.escape, specials))})") if specials else re.compile("")
-        """What may close an answer."""
-        self._begin = str(self._tokenizer.id_to_token(state.bos_token_id) if state.bos_token_id is not None else "")
-        """What the default template, which is for every tokenizer, has to begin with."""
-        self._has_generation_blocks = _GENERATION.search(state.chat_template) is not None
+        self._template = ChatTemplate(
+            state.chat_template,
+            names=dict(state.special_tokens),
+            special_tokens=[t.content for t in self._tokenizer.get_added_tokens_decoder().values() if t.special],
+        )
 
     def encode(self, documents: Sequence[Document]) -> list[Encoded | str]:
         """Encode documents; one that its template refuses, or that has unknown tokens, comes back as the reason."""
@@ -119,102 +116,51 @@ class Encoder:
         return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
     def _join(self, document: Document, prompt: list[int], text: list[int]) -> Encoded:
-        begin = [] if self._state.bos_token_id is None else [self._state.bos_token_id]
+        begin = self._state.prefix
         ids = np.array([*begin, *prompt, *text, self._state.eos_token_id], np.int32)
         mask = np.ones(len(ids), np.bool_)
         mask[: len(begin) + len(prompt)] = False
         return Encoded(ids, mask, document.id)
 
+    def unused(self, counts: Mapping[str, int]) -> dict[str, int]:
+        """Leave out of the counts of unread fields those of messages that the chat template names: it may show them."""
+        prefix = "messages[]."
+        return {
+            name: count
+            for name, count in counts.items()
+            if not (name.startswith(prefix) and self._template.mentions(name.removeprefix(prefix)))
+        }
+
     def _encode_chat(self, document: Document) -> Encoded | str:
         from jinja2 import TemplateError
 
-        messages = list(document.messages)
         try:
-            text, spans = self._render_spans(messages)
+            text, spans = self._template.render_chat(document)
             text.encode()
+            hidden = tuple(dict.fromkeys(self._template.hidden(document, text)))
         except UnicodeEncodeError as error:
             return f"it holds half of a surrogate pair at character {error.start} of the chat, which is not text"
         except (TemplateError, TypeError, ValueError, KeyError) as error:
             return f"the chat template refuses it ({error})"
+        if "tool_calls" in hidden:
+            return "the chat template shows no tool calls, so that answers would be learned empty"
+        if "tools" in hidden and any("tool_calls" in message for message in document.messages):
+            return "the chat template does not show the tools that its answers call"
         if not spans:
             return (
                 "the chat template shows no answer of the assistant that can be distinguished from the rest; mark "
                 "answers with {% generation %} in it"
             )
-        num_answers = sum(message["role"] == "assistant" and bool(message["content"].strip()) for message in messages)
-        if self._state.chat_template == DEFAULT_TEMPLATE:
-            text, spans = (
-                self._begin + text,
-                [(start + len(self._begin), stop + len(self._begin)) for start, stop in spans],
-            )
+        num_answers = sum(is_answer(m) and i not in document.masked for i, m in enumerate(document.messages))
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
         ids = np.array(encoding.ids, np.int32)
         starts, stops = np.array(encoding.offsets, np.int64).reshape(-1, 2).T
         mask = np.zeros(len(ids), np.bool_)
         for start, stop in spans:
             mask |= (stops > start) & (starts < stop) & (stops > starts)
+        if (begin := self._state.prefix) and tuple(ids[: len(begin)].tolist()) != begin:
+            ids = np.concatenate([np.array(begin, np.int32), ids])
+            mask = np.concatenate([np.zeros(len(begin), np.bool_), mask])
         if len(ids) and ids[-1] != self._state.eos_token_id:
             ids, mask = np.append(ids, np.int32(self._state.eos_token_id)), np.append(mask, False)
-        return Encoded(ids, mask, document.id, max(0, num_answers - len(spans)))
-
-    def _render(
-        self, messages: list[dict[str, Any]], *, prompt: bool, spans: bool
-    ) -> tuple[str, list[tuple[int, int]]]:
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        rendered, found = render_jinja_template(
-            conversations=[messages],
-            chat_template=self._state.chat_template,
-            add_generation_prompt=prompt,
-            return_assistant_tokens_mask=spans,
-            date_string=TEMPLATE_DATE.strftime("%d %b %Y"),
-            strftime_now=TEMPLATE_DATE.strftime,
-            **dict(self._state.special_tokens),
-        )
-        return rendered[0], [tuple(span) for span in found[0]] if found else []
-
-    def _render_spans(self, messages: list[dict[str, Any]]) -> tuple[str, list[tuple[int, int]]]:
-        """Render a chat, and say from which to which character the assistant speaks."""
-        text, spans = self._render(messages, prompt=False, spans=self._has_generation_blocks)
-        if self._has_generation_blocks:
-            return text, [span for span in spans if span[0] < span[1]]
-        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        found = {i: self._answer(text, messages, i) for i in answers}
-        if self._always_prompts and (last := found.get(len(messages) - 1)):
-            text = text[: last[1]]  # nobody answers the prompt at its end
-        return text, [span for span in found.values() if span]
-
-    def _answer(self, text: str, messages: list[dict[str, Any]], i: int) -> tuple[int, int] | None:
-        """Return from where to where a rendered chat holds its i-th message; None where that cannot be found."""
-        after = self._render(messages[: i + 1], prompt=False, spans=False)[0].rstrip()
-        before = self._render(messages[:i], prompt=True, spans=False)[0] if i else ""
-        if i and not self._always_prompts and text.startswith(after) and after.startswith(before) and after != before:
-            return len(before), len(after)
-        said = messages[i]["content"].strip()
-        start = self._start(text, messages, i, before)
-        if not said or start is None or not text.startswith(said, start):
-            return None
-        closing = self._closing.match(text, start + len(said))
-        return start, closing.end() if closing else start + len(said)
-
-    def _start(self, text: str, messages: list[dict[str, Any]], i: int, before: str) -> int | None:
-        """Return where a rendered chat's i-th message can begin, by what the template puts before any answer there."""
-        sample = self._render([*messages[:i], {**messages[i], "content": SAMPLE}], prompt=False, spans=False)[0]
-        header = sample.find(SAMPLE)
-        if header >= 0 and text.startswith(sample[:header]):
-            return header
-        # As the last one it has more before it than here. The prompt, too, may go on with what this answer has not.
-        start = len(os.path.commonprefix([text, before]))  # noqa: RUF071  characters are what is meant
-        plain = self._render(messages[:i], prompt=False, spans=False)[0].rstrip() if i else ""
-        return start if i and start >= len(plain) else None
-
-    @cached_property
-    def _always_prompts(self) -> bool:
-        """Return whether the template ends with a prompt for an answer whether one is asked for or not."""
-        from jinja2 import TemplateError
-
-        probe = [{"role": "user", "content": "a"}]
-        try:
-            return self._render(probe, prompt=True, spans=False) == self._render(probe, prompt=False, spans=False)
-        except TemplateError:  # it needs a longer chat
-            return False
+        return Encoded(ids, mask, document.id, max(0, num_answers - len(spans)), hidden)

@@ -5,23 +5,29 @@ Does not: judge what a row holds (that is `documents.py`).
 
 A text file is one document. One longer than `TEXT_DOCUMENT_CHARACTERS` is cut at blank lines into several, so that a
 corpus in one file (a book, a dump) still has documents to divide among the splits.
+
+Files are UTF-8, or what their byte order mark says (UTF-16, UTF-32); no other encoding is guessed. They are read in
+pieces, so that memory does not grow with the length of a file or of a line: a row of more than `MAX_ROW_BYTES` is a
+problem.
 """
 
-import codecs
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from stages.errors import StageFailed
+from stages.prepare.decoding import CHUNK, cut_chunks, encoding_hint, encoding_of, text_chunks, undecodable
 from stages.prepare.opening import open_dataset
 from stages.prepare.parts import Piece
 from stages.storage import cache_root, fetch
 
-TEXT_DOCUMENT_CHARACTERS = 20_000
-"""Some 5000 tokens: several training sequences, and 1 MB of text is still about 50 documents to split."""
 PARQUET_BATCH_ROWS = 1024
+MAX_ROW_BYTES = 32 * 1024 * 1024
+"""Of one line or element of JSON: some 8 million tokens, and as Python objects a few times as much memory."""
+_SPACE = re.compile(r"\s*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,68 +74,141 @@ def _local_path(piece: Piece) -> Path:
 
 
 def _read_text(piece: Piece, path: Path) -> Iterator[SourceRow]:
-    data = path.read_bytes()
-    try:
-        text = data.decode("utf-8-sig").replace("\r\n", "\n")
-    except UnicodeDecodeError as error:
-        yield SourceRow(1, None, f"not UTF-8 at byte {error.start}")
+    encoding = encoding_of(path)
+    if problem := undecodable(path, encoding):
+        yield SourceRow(1, None, problem + encoding_hint(path))
         return
-    for number, document in enumerate(cut_text(text), 1):
-        yield SourceRow(number, document)
-
-
-def cut_text(text: str, max_characters: int = TEXT_DOCUMENT_CHARACTERS) -> Iterator[str]:
-    """Cut a long text at the last blank line before the limit, else at a line's end, else at the limit itself."""
-    start = 0
-    while len(text) - start > max_characters:
-        limit = start + max_characters
-        for separator in ("\n\n", "\n"):
-            stop = text.rfind(separator, start + 1, limit)
-            if stop > start:
-                break
-        else:
-            stop = limit
-        yield text[start:stop].strip("\n")
-        start = stop
-    yield text[start:].strip("\n")
+    with path.open(encoding=encoding, newline="") as source:
+        for number, document in enumerate(cut_chunks(text_chunks(source)), 1):
+            yield SourceRow(number, document)
 
 
 def _read_lines(piece: Piece, path: Path) -> Iterator[SourceRow]:
-    """Read the lines that begin in the byte range; a `.json` file that holds one list is read whole by the first."""
+    """Read the lines that begin in the byte range; of a file that has no such lines all by the first piece.
+
+    That is a `.json` file that holds one list, and one in UTF-16 or UTF-32.
+    """
+    encoding = encoding_of(path)
+    if path.suffix.lower() == ".json" and _begins_list(path, encoding):
+        yield from _read_json_list(path, encoding) if piece.start == 0 else ()
+        return
+    if encoding.startswith(("utf-16", "utf-32")):
+        yield from _read_recoded_lines(path, encoding) if piece.start == 0 else ()
+        return
     with path.open("rb") as source:
-        if path.suffix.lower() == ".json" and source.read(64).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"[":
-            yield from _read_json_list(path) if piece.start == 0 else ()
-            return
         source.seek(max(piece.start - 1, 0))
-        if piece.start:
-            source.readline()
+        while piece.start and source.tell() < piece.stop and not source.readline(CHUNK).endswith(b"\n"):
+            pass
         number = 0
         while source.tell() < piece.stop:
-            line = source.readline()
+            line, num_bytes = _read_line(source)
             number += 1
-            if line.strip():
+            if num_bytes > MAX_ROW_BYTES:
+                yield SourceRow(number, None, f"{_too_long('a line', num_bytes)}")
+            elif line.strip():
                 yield _json_row(number, line)
 
 
-def _json_row(number: int, line: bytes) -> SourceRow:
+def _too_long(what: str, num_bytes: int) -> str:
+    return f"{what} of {num_bytes} bytes, expected at most {MAX_ROW_BYTES}; divide it into several rows"
+
+
+def _read_line(source: BinaryIO) -> tuple[bytes, int]:
+    """Read a line, and say how long it is; of one that is too long nothing is kept."""
+    line = source.readline(MAX_ROW_BYTES + 1)
+    num_bytes = len(line)
+    while len(line) > CHUNK and not line.endswith(b"\n"):
+        line = source.readline(CHUNK + 1)
+        num_bytes += len(line)
+    return line if num_bytes <= MAX_ROW_BYTES else b"", num_bytes
+
+
+def _read_recoded_lines(path: Path, encoding: str) -> Iterator[SourceRow]:
+    if problem := undecodable(path, encoding):
+        yield SourceRow(1, None, problem)
+        return
+    with path.open(encoding=encoding) as source:
+        number = 0
+        while line := source.readline(MAX_ROW_BYTES + 1):
+            number += 1
+            length = len(line)
+            while len(line) > CHUNK and not line.endswith("\n"):
+                line = source.readline(CHUNK + 1)
+                length += len(line)
+            if length > MAX_ROW_BYTES:
+                yield SourceRow(number, None, _too_long("a line", length))
+            elif line.strip():
+                yield _json_row(number, line)
+
+
+def _json_row(number: int, line: bytes | str) -> SourceRow:
     try:
         value = json.loads(line)
+    except UnicodeDecodeError as error:
+        return SourceRow(number, None, f"not UTF-8 at byte {error.start} of the line; write the file again as UTF-8")
     except (ValueError, RecursionError) as error:
         return SourceRow(number, None, f"not JSON ({error})")
+    return _object_row(number, value)
+
+
+def _object_row(number: int, value: Any) -> SourceRow:
     if not isinstance(value, dict):
         return SourceRow(number, None, f"a JSON {type(value).__name__}, expected an object with fields")
     return SourceRow(number, value)
 
 
-def _read_json_list(path: Path) -> Iterator[SourceRow]:
-    try:
-        values = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        yield SourceRow(1, None, f"not JSON ({error})")
+def _begins_list(path: Path, encoding: str) -> bool:
+    with path.open(encoding=encoding, errors="replace") as source:
+        return source.read(64).lstrip()[:1] == "["
+
+
+def _read_json_list(path: Path, encoding: str) -> Iterator[SourceRow]:
+    """Read the elements of a list one after another; after one that is damaged none can be found."""
+    if problem := undecodable(path, encoding):
+        yield SourceRow(1, None, problem + encoding_hint(path))
         return
-    for number, value in enumerate(values, 1):
-        problem = None if isinstance(value, dict) else f"a JSON {type(value).__name__}, expected an object with fields"
-        yield SourceRow(number, None if problem else value, problem)
+    decoder, number, is_whole = json.JSONDecoder(), 1, False
+    with path.open(encoding=encoding) as source:
+        text = source.read(CHUNK)
+        position = text.index("[") + 1
+        while True:
+            try:
+                found = _next_element(decoder, text, position, is_first=number == 1)
+            except (ValueError, RecursionError) as error:
+                is_too_long = len(text) - position > MAX_ROW_BYTES
+                if is_whole or is_too_long:
+                    problem = _too_long("an element", len(text) - position) if is_too_long else f"not JSON ({error})"
+                    yield SourceRow(number, None, problem)
+                    return
+                more = source.read(max(CHUNK, len(text) - position))
+                text, position, is_whole = text[position:] + more, 0, not more
+                continue
+            if found is None:
+                return
+            value, position = found
+            yield _object_row(number, value)
+            number += 1
+
+
+def _next_element(decoder: json.JSONDecoder, text: str, position: int, *, is_first: bool) -> tuple[Any, int] | None:
+    """Return a list's next element and where it ends; None at the list's end."""
+    position = _end_of_space(text, position)
+    if text[position : position + 1] == "]":
+        return None
+    if not is_first:
+        if text[position : position + 1] != ",":
+            raise ValueError(f"expected ',' or ']', found {text[position : position + 1]!r}")
+        position = _end_of_space(text, position + 1)
+    value, stop = decoder.raw_decode(text, position)
+    if stop == len(text):  # a number may go on, and a list ends with a bracket
+        raise ValueError("the list is not closed")
+    return value, stop
+
+
+def _end_of_space(text: str, position: int) -> int:
+    found = _SPACE.match(text, position)
+    assert found is not None, "it matches nothing too"
+    return found.end()
 
 
 def _read_parquet(piece: Piece, path: Path) -> Iterator[SourceRow]:
@@ -151,19 +230,37 @@ def _read_parquet(piece: Piece, path: Path) -> Iterator[SourceRow]:
             num_rows = file.metadata.row_group(group).num_rows
             if position < last and position + num_rows > first:
                 at = position
-                for batch in file.iter_batches(PARQUET_BATCH_ROWS, row_groups=[group]):
+                for batch in file.iter_batches(_batch_rows(file.metadata.row_group(group)), row_groups=[group]):
                     low, high = max(first - at, 0), min(last - at, batch.num_rows)
                     if low < high:
                         values = batch.slice(low, high - low).to_pylist()
-                        yield from (SourceRow(at + low + i - first + 1, value) for i, value in enumerate(values))
+                        numbered = enumerate(values, at + low - first + 1)
+                        yield from (SourceRow(number, _without_nulls(value)) for number, value in numbered)
                     at += batch.num_rows
             position += num_rows
+
+
+def _batch_rows(group: Any) -> int:
+    """Return how many rows of a Parquet row group are decoded at a time: long ones take memory."""
+    fitting: int = MAX_ROW_BYTES * group.num_rows // max(1, group.total_byte_size)
+    return max(1, min(PARQUET_BATCH_ROWS, fitting))
+
+
+def _without_nulls(row: dict[str, Any]) -> dict[str, Any]:
+    """Drop nulls inside a row's values: Arrow gives each object the keys of all, as those of other tools' arguments."""
+    return {name: _drop_nulls(value) if isinstance(value, list | dict) else value for name, value in row.items()}
+
+
+def _drop_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _drop_nulls(item) for key, item in value.items() if item is not None}
+    return [_drop_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def _read_rows(piece: Piece) -> Iterator[SourceRow]:
     assert piece.dataset is not None
     data = open_dataset(piece.dataset).select(range(piece.start, piece.stop))
-    return (SourceRow(number, value) for number, value in enumerate(data, 1))
+    return (SourceRow(number, _without_nulls(value)) for number, value in enumerate(data, 1))
 
 
 def first_row_number(piece: Piece) -> int:
@@ -172,7 +269,8 @@ def first_row_number(piece: Piece) -> int:
         return piece.start
     if piece.kind == "lines" and piece.start:
         with _local_path(piece).open("rb") as source:
-            return source.read(piece.start - 1).count(b"\n") + 1
+            chunks = (source.read(min(CHUNK, piece.start - 1 - at)) for at in range(0, piece.start - 1, CHUNK))
+            return sum(chunk.count(b"\n") for chunk in chunks) + 1
     if piece.kind == "parquet" and piece.start:
         import pyarrow.parquet as pq
 

@@ -4,14 +4,15 @@ Promise: a part counts as finished only when its summary can be read and each of
 """
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from typing import get_args
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from stages.contract import Shards, Split
 from stages.errors import StageFailed
-from stages.formats.dataset import RejectedRows, SplitCounts
+from stages.formats.dataset import Duplicates, OverlongDocuments, RejectedRows, SplitCounts
 from stages.formats.json_format import FormatModel
 from stages.formats.tokens import shard_name
 from stages.prepare.division import Division
@@ -29,8 +30,12 @@ class Summary(FormatModel):
 
     splits: dict[Split, SplitCounts]
     rejected: RejectedRows
+    overlong: int = 0
+    """Chats and labelled rows that are longer than a row of tokens."""
     unlearned_answers: int
     """Answers in chats that are no targets."""
+    unused_fields: dict[str, int] = Field(default_factory=dict)
+    """Rows by the name of each field that is not read, or that the chat template does not show."""
 
     @classmethod
     def total(cls, parts: Sequence["Summary"]) -> "Summary":
@@ -43,7 +48,9 @@ class Summary(FormatModel):
                 rows_read=sum(part.rejected.rows_read for part in parts),
                 examples=examples[:NUM_EXAMPLES],
             ),
+            overlong=sum(part.overlong for part in parts),
             unlearned_answers=sum(part.unlearned_answers for part in parts),
+            unused_fields=dict(sum((Counter(part.unused_fields) for part in parts), Counter())),
         )
 
     @property
@@ -56,8 +63,31 @@ class Summary(FormatModel):
         }
         return counts | {
             "rejected_rows": float(self.rejected.count),
+            "overlong_documents": float(self.overlong),
             "unlearned_answers": float(self.unlearned_answers),
         }
+
+
+def notes(summary: Summary, overlong: OverlongDocuments, duplicates: Duplicates | None) -> Iterator[str]:
+    """Yield a line each on what is left out, cut, not learned or not used, and on copies."""
+    rejected = summary.rejected
+    if rejected.count:
+        yield f"{rejected.count} of {rejected.rows_read} rows are left out, such as {rejected.examples[0]}"
+    if overlong.count:
+        done = "are left out" if overlong.handling == "reject" else "lost their end"
+        share = f"{overlong.count} chats or labelled rows, {overlong.fraction:.1%}"
+        yield f"{share}, are longer than sequence_length and {done}"
+    if summary.unlearned_answers:
+        yield f"{summary.unlearned_answers} answers in chats are no targets, since the chat template changes them"
+    if unused := sorted(summary.unused_fields.items(), key=lambda field: (-field[1], field[0])):
+        named = [f"{name} ({count} rows)" for name, count in unused[:NUM_EXAMPLES]]
+        more = [f"and {len(unused) - NUM_EXAMPLES} more"] if len(unused) > NUM_EXAMPLES else []
+        yield f"fields of rows that are not used: {', '.join([*named, *more])}"
+    if duplicates and (duplicates.exact or duplicates.near):
+        yield (
+            f"{duplicates.exact} documents are copies of others and {duplicates.near} nearly so (similarity of at "
+            f"least {duplicates.similarity:g}); {duplicates.moved} changed sides to be where what they copy is"
+        )
 
 
 def _sum(counts: Sequence[SplitCounts]) -> SplitCounts:
@@ -84,7 +114,8 @@ def finished(shards: Shards, written: frozenset[str]) -> dict[int, Summary]:
             summary = Summary.model_validate(folder.get_json(entry.name))
         except ValidationError:  # of another version: the part is prepared again
             continue
-        if all(shard_name(split, index) in written for split, of in summary.splits.items() if of.rows):
+        names = (shard_name(split, index, i) for split, of in summary.splits.items() for i in range(of.shards))
+        if all(name in written for name in names):
             found[index] = summary
     return found
 

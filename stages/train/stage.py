@@ -38,7 +38,7 @@ class Train(Stage):
     """
 
     KIND: ClassVar = "model"
-    REVISION: ClassVar = "2026-11-21 students in the type of their origin; padding that learns"
+    REVISION: ClassVar = "2026-11-25 each segment of a row alone; rows mixed over eight shards"
     PLACES_WORKERS: ClassVar = True
     FRESH_PROCESS: ClassVar = True
     INPUTS: ClassVar = {
@@ -81,7 +81,10 @@ class Train(Stage):
         """
         if not self.objectives:
             raise ConfigError("objectives is empty, expected at least one of stages.train.objectives")
+        from stages.models.compatibility import check_planned
+
         check_student(self.model, sources)
+        check_planned(sources, self.INPUTS, unquantized=("teacher", "origin"))
         for objective in self.objectives:
             objective.check(sources)
         if "teacher" in sources and not any(objective.NEEDS.teacher for objective in self.objectives):

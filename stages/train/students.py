@@ -6,14 +6,13 @@ values that would.
 """
 
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
 from stages.contract import Config
-from stages.errors import ConfigError, ExternalDataError
+from stages.errors import ConfigError
 from stages.external.checkpoints import Checkpoint
 from stages.formats.dataset import DatasetInfo
 
@@ -72,38 +71,20 @@ class Smaller(Config):
     importance_tokens: int = Field(65_536, ge=1)
     """Tokens of training text on which importance is measured, at most."""
 
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """How much is kept of what: the fields of a `Size`."""
+        return {name: getattr(self, name) for name in ("layers", "heads", "width", "ffn_width")}
+
     def model_post_init(self, _: Any) -> None:
         """Refuse a student that is no smaller."""
-        if (self.layers, self.heads, self.width, self.ffn_width) == (None, None, None, None):
+        if set(self.sizes.values()) == {None}:
             raise ConfigError(
                 "Smaller has none of layers, heads, width and ffn_width; set one, or use Continue() for the origin's "
                 "own size"
             )
         if isinstance(self.layers, int) and self.layers < 1:
             raise ConfigError(f"Smaller.layers is {self.layers}, expected at least 1")
-
-    def check_sizes(self, config: Mapping[str, Any]) -> None:
-        """Refuse what the origin's `config.json` shows to be larger than it is.
-
-        Raises:
-            ConfigError: more layers, heads or channels than it has.
-        """
-        text = {**config, **(config.get("text_config") or {})}
-        for name, keys in SIZES.items():
-            wanted, most = getattr(self, name), next((text[key] for key in keys if text.get(key)), None)
-            if isinstance(wanted, tuple):
-                wanted = max(wanted, default=0) + 1
-            if wanted is not None and most is not None and wanted > most:
-                raise ConfigError(f"Smaller.{name} is {wanted}, expected at most the origin's {most}")
-
-
-SIZES = {
-    "layers": ("num_hidden_layers", "n_layer", "num_layers"),
-    "heads": ("num_attention_heads", "n_head", "num_heads"),
-    "width": ("hidden_size", "n_embd", "d_model"),
-    "ffn_width": ("intermediate_size", "n_inner"),
-}
-"""What families call a size in `config.json`."""
 
 
 class Continue(Config):
@@ -135,8 +116,9 @@ def check_student(student: Llama | Smaller | Continue, sources: Mapping[str, Any
             f"model is {type(student).__name__}, which {how} the input 'origin', and none is wired; pass origin="
         )
     if isinstance(student, Smaller) and isinstance(origin := sources["origin"], Checkpoint):
-        with suppress(ExternalDataError):  # raised where its identity is asked for
-            student.check_sizes(origin.config() or {})
+        from stages.models.compatibility import check_cut
+
+        check_cut(origin, student.sizes)
 
 
 def build_student(
@@ -170,8 +152,7 @@ def build_student(
     model = load_model(origin, dtype="float32")
     if isinstance(student, Continue):
         return model
-    size = Size(student.layers, student.heads, student.width, student.ffn_width)
-    smaller: PreTrainedModel = narrow(model, size, seed=seed, importance=importance)
+    smaller: PreTrainedModel = narrow(model, Size(**student.sizes), seed=seed, importance=importance)
     return smaller
 
 

@@ -20,6 +20,7 @@ from stages.models.checkpoints import load_model, save_checkpoint, stored_dtype
 from stages.models.compatibility import check_compatible
 from stages.models.importance import observe_importance
 from stages.models.narrowing import Importance
+from stages.models.segments import SEGMENTS_ALONE, keeps_segments_apart
 from stages.runtime.translation import within_memory
 from stages.runtime.workers import WorkerSetup
 from stages.train import snapshots
@@ -99,11 +100,18 @@ def train_rank(job: TrainJob, ranks: Ranks) -> None:
     if job.snapshot:
         progress = Progress(step=job.snapshot.step, **job.snapshot.facts)
         tensors = snapshots.read(context.resume, job.snapshot)
+    whole_rows = keeps_segments_apart(model)
+    if not whole_rows and ranks.rank == 0:
+        context.reporter.note(SEGMENTS_ALONE.format("the student"))
     training = Training(
         model=model,
         reader=_reader(job, ranks, dataset.sequence_length),
         loss=LossSum(
-            job.objectives, dataset.vocabulary_size, dtype=job.recipe.dtype, teacher=_teacher(job, ranks, dataset)
+            job.objectives,
+            dataset.vocabulary_size,
+            dtype=job.recipe.dtype,
+            teacher=_teacher(job, ranks, dataset),
+            whole_rows=whole_rows,
         ),
         recipe=job.recipe,
         reporter=context.reporter,

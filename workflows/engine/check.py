@@ -26,7 +26,7 @@ def check(workflow: Workflow) -> None:
         problems = ["it has no steps"]
     if not problems:
         workflow.in_order()
-        problems = [problem for step in steps for problem in _stage_fits(workflow, step)]
+        problems = list(_stages_fit(workflow))
     if problems:
         raise ConfigError(
             f"workflow {workflow.name!r} cannot run:\n" + "\n".join(f"  - {problem}" for problem in problems)
@@ -80,16 +80,19 @@ def _required_needs_required(workflow: Workflow, step: Step) -> Iterator[str]:
             yield f"{step.name} is required but needs {need}, which is not"
 
 
-def _stage_fits(workflow: Workflow, step: Step) -> Iterator[str]:
-    """Let a stage compare its config with those that feed it."""
+def _stages_fit(workflow: Workflow) -> Iterator[str]:
+    """Let each stage compare its config with those that feed it; what is wrong with several is said once."""
+    found: dict[str, list[str]] = {}
 
     def origin(source: Source) -> Stage | ExternalData:
         return workflow.steps[source.step].stage if isinstance(source, Handle) else source.checkpoint
 
-    try:
-        step.stage.check(step.wired(origin))
-    except ConfigError as error:
-        yield f"{step.name}: {error}"
+    for step in workflow.steps.values():
+        try:
+            step.stage.check(step.wired(origin))
+        except ConfigError as error:
+            found.setdefault(str(error), []).append(step.name)
+    yield from (f"{', '.join(names)}: {problem}" for problem, names in found.items())
 
 
 def find_step(workflow: Workflow, name: str) -> Step:

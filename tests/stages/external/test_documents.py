@@ -67,6 +67,94 @@ def test_files_that_cannot_be_read_are_refused(tmp_path: Path, path: str, messag
         Files(paths=(str(tmp_path / path),)).identity()
 
 
+CARD = """---
+license: mit
+configs:
+- config_name: small
+  data_files: small/*.jsonl
+- config_name: default
+  data_files:
+  - split: train
+    path: [data/part-*.jsonl, more.jsonl]
+  - split: test
+    path: data/held-*.jsonl
+---
+# A dataset
+"""
+
+
+def clone(folder: Path, *names: str, card: str = "# A dataset\n") -> Path:
+    """Write a clone of a dataset repository."""
+    about = ("dataset_infos.json", "LICENSE", "LICENSE.txt", ".gitattributes", ".git/config.json")
+    for name in (*about, *names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("{}")
+    (folder / "README.md").write_text(card)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("names", "card", "read"),
+    [
+        (("a.jsonl", "b.txt"), "# x", ["a.jsonl", "b.txt"]),
+        (
+            ("data/train-00000-of-00001.jsonl", "data/test-00000-of-00001.jsonl"),
+            "# x",
+            ["data/train-00000-of-00001.jsonl"],
+        ),
+        (("train/a.jsonl", "validation/train.jsonl", "other.jsonl"), "# x", ["train/a.jsonl"]),
+        (("a.jsonl", "my_test.jsonl"), "# x", ["a.jsonl"]),
+        (("test.jsonl", "dev.jsonl"), "# x", ["dev.jsonl", "test.jsonl"]),
+        (("contest.jsonl", "trainer.jsonl"), "# x", ["contest.jsonl", "trainer.jsonl"]),
+        (
+            ("data/part-1.jsonl", "more.jsonl", "data/held-1.jsonl", "small/a.jsonl", "z.jsonl"),
+            CARD,
+            ["data/part-1.jsonl", "more.jsonl"],
+        ),
+        (("x.jsonl", "y.jsonl"), "---\nconfigs:\n- config_name: one\n  data_files: x.jsonl\n---\n", ["x.jsonl"]),
+    ],
+    ids=["about", "shards", "folders", "no-train", "held-out-alone", "words", "card", "card-of-one"],
+)
+def test_data_files_of_a_cloned_dataset_are_told_as_the_hub_does(
+    tmp_path: Path, names: tuple[str, ...], card: str, read: list[str]
+) -> None:
+    source = Files(paths=(str(clone(tmp_path / "d", *names, card=card)),))
+    assert [file.name for file in source.files()] == read
+    (note,) = source.notes()
+    assert f"{len(read)} files are read; left out: LICENSE and 3 more (about the data)" in note
+    for name in set(names) - set(read):
+        assert name in note or "and" in note
+
+
+def test_split_of_a_cloned_dataset_may_be_named(tmp_path: Path) -> None:
+    folder = clone(tmp_path / "d", "data/part-1.jsonl", "data/held-1.jsonl", card=CARD)
+    assert [file.name for file in Files(paths=(str(folder),), split="test").files()] == ["data/held-1.jsonl"]
+    with pytest.raises(
+        ExternalDataError, match=r"no file of the split 'dev' that is there .*\(its splits: test, train\)"
+    ):
+        Files(paths=(str(folder),), split="dev").files()
+
+
+def test_card_with_several_configurations_and_no_default_is_refused_with_their_names(tmp_path: Path) -> None:
+    card = "---\nconfigs:\n- {config_name: a, data_files: a.jsonl}\n- {config_name: b, data_files: b.jsonl}\n---\n"
+    folder = clone(tmp_path / "d", "a.jsonl", "b.jsonl", card=card)
+    with pytest.raises(ExternalDataError, match="has the configurations a, b and no default; give the files"):
+        Files(paths=(str(folder),)).files()
+    assert [file.name for file in Files(paths=(f"{folder}/a.jsonl",)).files()] == ["a.jsonl"]
+
+
+def test_card_is_read_as_text_where_it_is_asked_for(tmp_path: Path) -> None:
+    folder = clone(tmp_path / "d", "a.md")
+    assert [file.name for file in Files(paths=(f"{folder}/*.md",)).files()] == ["README.md", "a.md"]
+    assert [file.name for file in Files(paths=(f"{folder}/README.md",)).files()] == ["README.md"]
+    assert [file.name for file in Files(paths=(f"{folder}/*",)).files()] == ["a.md"]
+
+
+def test_folder_with_brackets_in_its_name_before_a_glob_is_found(tmp_path: Path) -> None:
+    folder = write(tmp_path / "runs [2026]" / "x", a__jsonl="{}").parent
+    assert [file.name for file in Files(paths=(f"{folder}/**/*.jsonl",)).files()] == ["x/a.jsonl"]
+
+
 def test_local_dataset_identity_is_that_of_its_rows(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     rows = datasets.Dataset.from_dict({"text": ["a", "b"]})

@@ -31,7 +31,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("text", {"text": "half \ud800"}, "surrogate pair at character 5"),
         ("prompt-completion", {"prompt": "x"}, "no field 'completion'"),
         ("prompt-completion", {"prompt": "x", "completion": " "}, "the completion is empty"),
-        ("chat", {"conversation": []}, "no field 'messages'"),
+        ("chat", {"chat": []}, "no field 'messages'"),
         ("chat", {"messages": "hi"}, "'messages' is str 'hi', expected a list"),
         ("chat", {"messages": []}, "expected a list"),
         ("chat", {"messages": ["hi"]}, r"messages\[0\] is str 'hi'"),

@@ -2,6 +2,8 @@
 
 import codecs
 import json
+import tempfile
+import tracemalloc
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,10 +16,12 @@ from hypothesis import strategies as st
 
 from stages.errors import StageFailed, Transient
 from stages.external.documents import Files, HubDataset, LocalDataset, PythonDocs
+from stages.prepare import reading
+from stages.prepare.decoding import cut_text
 from stages.prepare.opening import open_dataset
 from stages.prepare.parts import plan_parts
 from stages.prepare.python_docs import extract_docstrings, list_modules, read_module, read_topics
-from stages.prepare.reading import cut_text, first_row_number, read_piece
+from stages.prepare.reading import first_row_number, read_piece
 
 
 @pytest.fixture(autouse=True)
@@ -71,7 +75,10 @@ def test_json_list_is_read_whole_and_strangers_in_it_are_problems(tmp_path: Path
     (tmp_path / "a.json").write_bytes(codecs.BOM_UTF8 + b'[{"text": "a"}]')
     assert [value["text"] for _, _, value in rows(Files(paths=(str(tmp_path),)), 1024)] == ["a"]
     (tmp_path / "a.json").write_text("[1,")
-    assert rows(Files(paths=(str(tmp_path),)), 1024)[0][2].startswith("not JSON")
+    found = rows(Files(paths=(str(tmp_path),)), 1024)
+    assert found[0][2] == "a JSON int, expected an object with fields"
+    assert found[1][:2] == ("a.json", 2)
+    assert found[1][2].startswith("not JSON")
 
 
 def test_line_nested_too_deeply_is_a_problem_and_the_next_is_read(tmp_path: Path) -> None:
@@ -90,9 +97,93 @@ def test_text_with_windows_line_ends_is_cut_as_its_copy_with_others(tmp_path: Pa
     assert found[0] == found[1]
 
 
-def test_text_that_is_not_utf8_is_a_problem_at_its_byte(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_bytes(b"abc\xff")
-    assert rows(Files(paths=(str(tmp_path),)), 1024) == [("a.txt", 1, "not UTF-8 at byte 3")]
+@pytest.mark.parametrize(
+    ("text", "encoding", "problem"),
+    [
+        ("a\nbé", "latin-1", "not UTF-8 at byte 3 (line 2); it may be latin-1 or windows-1252"),
+        ("a\nbé", "utf-16-le", "not UTF-8 at byte 6 (line 2); it may be utf-16 without a byte order mark"),
+    ],
+)
+def test_text_in_another_encoding_is_a_problem_at_its_byte_and_line(
+    tmp_path: Path, text: str, encoding: str, problem: str
+) -> None:
+    (tmp_path / "a.txt").write_bytes(text.encode(encoding))
+    ((name, number, found),) = rows(Files(paths=(str(tmp_path),)), 1024)
+    assert (name, number) == ("a.txt", 1)
+    assert found.startswith(problem)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+def test_file_whose_mark_names_its_encoding_is_read_in_it(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "a.txt").write_bytes("né\r\nb".encode(encoding))
+    (tmp_path / "b.jsonl").write_bytes("".join(f'{{"n": "é{i}"}}\n' for i in range(300)).encode(encoding))
+    (tmp_path / "c.json").write_bytes('[{"n": "é"}]'.encode(encoding))
+    found = rows(Files(paths=(str(tmp_path),)), 1024)
+    assert [value for name, _, value in found if name == "a.txt"] == ["né\nb"]
+    assert [value["n"] for name, _, value in found if name == "b.jsonl"] == [f"é{i}" for i in range(300)]
+    assert [value["n"] for name, _, value in found if name == "c.json"] == ["é"]
+
+
+def test_line_in_another_encoding_is_a_problem_in_its_place(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'{"n": 1}\n{"n": "\xe9"}\n{"n": 3}\n')
+    found = rows(Files(paths=(str(tmp_path),)), 10**6)
+    assert [number for _, number, _ in found] == [1, 2, 3]
+    assert found[1][2] == "not UTF-8 at byte 7 of the line; write the file again as UTF-8"
+
+
+@pytest.mark.parametrize(("name", "head", "tail"), [("a.jsonl", "", ""), ("a.json", "[", "]")])
+def test_row_that_is_too_long_is_a_problem_and_takes_no_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, head: str, tail: str
+) -> None:
+    monkeypatch.setattr(reading, "MAX_ROW_BYTES", 300_000)
+    monkeypatch.setattr(reading, "CHUNK", 100_000)
+    between = "," if head else "\n"
+    lines = ['{"n": 1}', json.dumps({"n": "x" * 9_000_000}), '{"n": 3}']
+    (tmp_path / name).write_text(head + between.join(lines) + tail)
+    pieces = [piece for part in plan_parts(Files(paths=(str(tmp_path),)), 10**6) for piece in part.pieces]
+    tracemalloc.start()
+    found = [(first_row_number(piece) + row.number, row) for piece in pieces for row in read_piece(piece)]
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 3_000_000
+    assert (found[0][0], found[0][1].value) == (1, {"n": 1})
+    assert found[1][0] == 2
+    assert "bytes, expected at most 300000; divide it into several rows" in str(found[1][1].problem)
+    if not head:
+        assert "a line of 9000010 bytes" in str(found[1][1].problem)
+        assert (found[2][0], found[2][1].value) == (3, {"n": 3})
+
+
+def test_text_in_one_line_takes_no_memory(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("word " * 4_000_000)
+    (part,) = plan_parts(Files(paths=(str(tmp_path),)), 10**8)
+    tracemalloc.start()
+    num_characters = sum(len(row.value) for row in read_piece(part.pieces[0]))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert num_characters == 20_000_000
+    assert peak < 8_000_000
+
+
+@given(
+    st.lists(st.recursive(st.integers() | st.text(), lambda v: st.lists(v) | st.dictionaries(st.text(), v))),
+    st.integers(1, 40),
+)
+@settings(max_examples=20, deadline=None)
+def test_json_list_is_read_as_json_reads_it_whatever_is_read_in_one_go(values: list[Any], chunk: int) -> None:
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reading, "CHUNK", chunk)
+        patch.setenv("STILLHOUSE_CACHE", folder)
+        (Path(folder) / "a.json").write_text(json.dumps([{"v": value} for value in values], indent=chunk % 3 or None))
+        found = rows(Files(paths=(f"{folder}/a.json",)), 10**6)
+    assert [value["v"] for _, _, value in found] == values
+
+
+def test_parquet_objects_lack_the_keys_that_other_rows_gave_them(tmp_path: Path) -> None:
+    calls = [{"name": "add", "arguments": {"a": 1}}, {"name": "mul", "arguments": {"b": 2}}]
+    pq.write_table(pa.table({"calls": [[call] for call in calls], "note": [None, "x"]}), tmp_path / "a.parquet")
+    found = [value for _, _, value in rows(Files(paths=(str(tmp_path),)), 10**6)]
+    assert found == [{"calls": [calls[0]], "note": None}, {"calls": [calls[1]], "note": "x"}]
 
 
 def test_small_files_share_a_part_in_the_order_of_their_names(tmp_path: Path) -> None:

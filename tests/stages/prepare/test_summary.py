@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from stages.contract import Shards
-from stages.formats.dataset import RejectedRows, SplitCounts
+from stages.formats.dataset import Duplicates, OverlongDocuments, RejectedRows, SplitCounts
 from stages.formats.tokens import shard_name
 from stages.prepare import summary
 from stages.prepare.summary import SPLITS, Summary
@@ -17,6 +17,7 @@ def summary_of(rows: int, *examples: str) -> Summary:
         splits={"train": train, "validation": none, "calibration": none},
         rejected=RejectedRows(count=len(examples), rows_read=5, examples=examples),
         unlearned_answers=1,
+        unused_fields={"id": 5, "url": rows},
     )
 
 
@@ -45,3 +46,18 @@ def test_total_sums_parts_and_keeps_the_first_examples() -> None:
     assert len(total.rejected.examples) == 10
     assert total.metrics["train_rows"] == 7
     assert total.metrics["unlearned_answers"] == 2
+
+
+def test_fields_that_are_not_used_are_told_in_one_line_with_their_counts() -> None:
+    total = Summary.total([summary_of(3), summary_of(4)])
+    assert total.unused_fields == {"id": 10, "url": 7}
+    overlong, copies = (
+        OverlongDocuments(handling="reject", count=0, fraction=0.0),
+        Duplicates(similarity=0.8, exact=3, near=2, moved=1),
+    )
+    unlearned, unused, told = summary.notes(total, overlong, copies)
+    assert unlearned.startswith("2 answers in chats are no targets")
+    assert unused == "fields of rows that are not used: id (10 rows), url (7 rows)"
+    assert told.startswith("3 documents are copies of others and 2 nearly so (similarity of at least 0.8); 1 changed")
+    nothing = Duplicates(similarity=0.8, exact=0, near=0, moved=0)
+    assert list(summary.notes(Summary.total([]), overlong, nothing)) == []
