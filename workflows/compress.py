@@ -18,7 +18,7 @@ from stages.external.documents import Files
 from stages.measure.device import describe_cpu, describe_gpu
 from stages.measure.stage import Measure
 from stages.models.context_length import choose_row_length
-from stages.prepare.stage import Prepare
+from stages.prepare.stage import Overlong, Prepare
 from stages.promote.stage import Gate, Promote
 from stages.quantize.proposers import Grid
 from stages.quantize.schemes import DEFAULT_SCHEMES, Scheme
@@ -77,6 +77,8 @@ class DataSettings(Config):
 
     sequence_length: int | None = Field(None, ge=16)
     """Tokens in one packed row; if not given, what teacher and students can read, and at most 2048."""
+    overlong: Overlong = "reject"
+    """Whether a chat or labelled row that is longer than a row is left out, or loses its end."""
     validation_fraction: float = Field(0.05, gt=0, lt=1)
     """Share of the documents that models are compared on, unless `evaluation` is given."""
     calibration_fraction: float = Field(0.05, gt=0, lt=1)
