@@ -11,7 +11,7 @@ Shapes: B rows, T tokens of a row, L layers, H attention heads, D channels, F ne
 """
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -47,12 +47,13 @@ class _Sums:
 
 
 @torch.inference_mode()
-def observe_importance(model: Any, batches: Iterable[tuple[Tensor, Tensor]]) -> Importance:
+def observe_importance(model: Any, batches: Iterable[tuple[Mapping[str, Tensor], Tensor]]) -> Importance:
     """Run a model over text and return what its parts do there, on the CPU.
 
     Args:
         model: a causal language model, in evaluation mode.
-        batches: (token ids [B, T], which of them are no padding [B, T]), on the model's device.
+        batches: (inputs of a forward pass, as `segments.row_inputs` gives them; which tokens [B, T] are no padding), on
+            the model's device.
 
     Raises:
         StageFailed: its layers are not found.
@@ -74,9 +75,9 @@ def observe_importance(model: Any, batches: Iterable[tuple[Tensor, Tensor]]) -> 
             weight = getattr(module, "weight", None)
             if NORM.search(name) and weight is not None and weight.shape == (config.hidden_size,):
                 stack.callback(module.register_forward_hook(_norm_hook(sums, f"channels.{name}")).remove)
-        for ids_BT, valid_BT in batches:
+        for inputs, valid_BT in batches:
             sums.valid_BT1 = valid_BT[..., None]
-            model(input_ids=ids_BT, use_cache=False)
+            model(**inputs, use_cache=False)
     found = {name: total.sqrt().cpu() for name, total in sums.sums.items()}
 
     def each(kind: str) -> Tensor | None:

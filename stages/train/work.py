@@ -20,7 +20,7 @@ from stages.models.checkpoints import load_model, save_checkpoint, stored_dtype
 from stages.models.compatibility import check_compatible
 from stages.models.importance import observe_importance
 from stages.models.narrowing import Importance
-from stages.models.segments import SEGMENTS_ALONE, keeps_segments_apart
+from stages.models.segments import SEGMENTS_ALONE, keeps_segments_apart, row_inputs
 from stages.runtime.translation import within_memory
 from stages.runtime.workers import WorkerSetup
 from stages.train import snapshots
@@ -144,19 +144,17 @@ def _importance(job: TrainJob, ranks: Ranks, dataset: DatasetInfo, origin: Path 
     check_compatible("the student's checkpoint", origin, dataset)
     paths = job.context.one("data").paths(shard_pattern(job.split))
     chosen = np.arange(min(num_rows(paths), max(1, job.model.importance_tokens // dataset.sequence_length)))
-    rows = max(1, MICRO_BATCH_TOKENS[ranks.device.type] // dataset.sequence_length)
-    batches = (
-        (
-            torch.tensor(batch.ids_RT, dtype=torch.long, device=ranks.device),
-            torch.tensor(batch.document_ids_RT >= 0, device=ranks.device),
-        )
-        for batch in read_batches(
-            paths, chosen, rows_per_batch=job.context.resources.micro_batch or rows, columns=("document_ids",)
-        )
-    )
+    (rows,) = read_batches(paths, chosen, rows_per_batch=len(chosen), columns=("document_ids", "positions"))
+    ids_RT, positions_RT = (torch.as_tensor(each, device=ranks.device) for each in (rows.ids_RT, rows.positions_RT))
+    filled_RT = torch.as_tensor(rows.document_ids_RT >= 0, device=ranks.device)
     model = load_model(origin, dtype=job.recipe.dtype, device=str(ranks.device))
-    with within_memory("measuring what the origin's parts do", micro_batch=job.context.resources.micro_batch or rows):
-        found = observe_importance(model, batches)
+    whole = keeps_segments_apart(model)
+    largest = max(1, MICRO_BATCH_TOKENS[ranks.device.type] // dataset.sequence_length)
+    size = job.context.resources.micro_batch or largest
+    inputs = row_inputs(ids_RT.long(), positions_RT, filled_RT, whole=whole, batch_rows=size)
+    filled = filled_RT.split(size) if whole else [torch.ones_like(each["input_ids"]) for each in inputs]
+    with within_memory("measuring what the origin's parts do", micro_batch=size):
+        found = observe_importance(model, zip(inputs, filled, strict=True))
     if ranks.world_size > 1:
         for scores in filter(torch.is_tensor, astuple(found)):
             torch.distributed.broadcast(shared := scores.to(ranks.device), src=0)

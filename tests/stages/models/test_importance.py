@@ -27,7 +27,7 @@ def model_of(family: str) -> Any:
 
 
 def important(model: Any) -> Importance:
-    return observe_importance(model, [(IDS[:2], ALL[:2]), (IDS[2:], ALL[2:])])
+    return observe_importance(model, [({"input_ids": IDS[:2]}, ALL[:2]), ({"input_ids": IDS[2:]}, ALL[2:])])
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -81,7 +81,7 @@ def test_importance_counts_no_padding_and_leaves_the_model_as_it_was() -> None:
     padded = torch.nn.functional.pad(IDS, (0, 8), value=1)
     valid = torch.nn.functional.pad(ALL, (0, 8), value=False)
     for found, expected in zip(
-        vars_of(observe_importance(model, [(padded, valid)])), vars_of(important(model)), strict=True
+        vars_of(observe_importance(model, [({"input_ids": padded}, valid)])), vars_of(important(model)), strict=True
     ):
         torch.testing.assert_close(found, expected)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
