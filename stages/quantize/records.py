@@ -25,7 +25,6 @@ __all__ = [
     "check_enough",
     "check_lost",
     "describe_choice",
-    "describe_failures",
     "describe_trials",
     "failed_receipt",
     "final_metrics",
@@ -172,17 +171,13 @@ def describe_choice(search: Search) -> str:
     if search.finalists:
         best = min(one.reloaded_kl for one in search.finalists)
         return f"chose none: the best finalist has KL {best:.2g} nats/token, and max_kl is {search.max_kl:g}"
-    rejected = any(isinstance(trial, DoneTrial) and trial.reload_error for trial in search.trials)
-    reason = "no finalist survived its reload" if rejected else describe_failures(search.trials)
-    return f"chose none: {reason} (search.json has all)"
-
-
-def describe_failures(trials: Sequence[Trial]) -> str:
-    """Return the first reason why trials failed, and how many others there are."""
-    reasons = sorted(reasons_of(trials))
-    if not reasons:
-        return "no scheme makes the model smaller than 16 bits do"
-    return reasons[0] if len(reasons) == 1 else f"{reasons[0]}; and {len(reasons) - 1} other reasons"
+    if any(isinstance(trial, DoneTrial) and trial.reload_error for trial in search.trials):
+        reason = "no finalist survived its reload"
+    elif any(isinstance(trial, FailedTrial) for trial in search.trials):
+        reason = "no scheme succeeded"
+    else:
+        reason = "no scheme makes the model smaller than 16 bits do"
+    return f"chose none: {reason} (search.json says why)"
 
 
 def check_lost(missing: Sequence[str], results: Any, micro_batch: int) -> None:

@@ -13,7 +13,6 @@ from stages.quantize.records import (
     assemble_search,
     check_enough,
     describe_choice,
-    describe_failures,
     describe_trials,
     failed_receipt,
     final_metrics,
@@ -108,9 +107,6 @@ def test_too_few_done_trials_is_an_error_that_names_each_reason() -> None:
 
 def test_failures_are_described_once_for_each_reason() -> None:
     same = [failed(INT8, "too wide"), failed(INT4, "too wide")]
-    assert describe_failures(same) == "too wide"
-    assert describe_failures([*same, failed(INT3, "no luck")]) == "no luck; and 1 other reasons"
-    assert describe_failures([]) == "no scheme makes the model smaller than 16 bits do"
     assert describe_trials([done(INT3, 0.1, 10), *same]) == [
         f"{INT3.name}: KL 0.1 nats/token, 10 bytes, 5.00 bits a weight",
         f"{INT8.name}, {INT4.name} failed: too wide",
@@ -132,7 +128,7 @@ def test_choice_is_described_with_its_bits_or_with_why_there_is_none() -> None:
     lost = assemble_search(
         trials, (), Verification(rejected={INT8.name: "gone"}), base="abc", base_bytes=400, max_kl=1.0
     )
-    assert describe_choice(lost) == "chose none: no finalist survived its reload (search.json has all)"
+    assert describe_choice(lost) == "chose none: no finalist survived its reload (search.json says why)"
 
 
 def test_layers_that_were_kept_are_on_record_for_the_finalist_too() -> None:
