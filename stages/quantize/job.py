@@ -1,15 +1,11 @@
-"""What every process of a search is given, and what a survey finds: plain values, without torch.
-
-Shape letters: R rows, T tokens of a row.
-"""
+"""What every process of a search is given, and what a survey finds: plain values, without torch."""
 
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
-
 from stages.contract import Artifact
 from stages.formats.dataset import DatasetInfo
+from stages.formats.tokens import TokenRows
 from stages.storage import Folder
 
 
@@ -19,8 +15,8 @@ class SearchJob:
 
     model: Artifact
     resume: Folder
-    calibration_RT: np.ndarray
-    """Token ids that schemes are calibrated on."""
+    calibration: TokenRows
+    """What schemes are calibrated on."""
     dataset: DatasetInfo
     """What the model must fit; the KL is normalized over its vocabulary."""
     micro_batch: int | None
@@ -67,3 +63,5 @@ class Survey:
     """Tokens that are measured."""
     noise: float
     """KL of the model to itself with another micro-batch, nats per token: what rounding alone makes of it."""
+    whole_rows: bool = True
+    """Whether it keeps the segments of a row apart by itself."""

@@ -23,6 +23,7 @@ from stages.formats.search import DoneTrial
 from stages.formats.tokens import TokenRows
 from stages.models.checkpoints import bytes_in_16_bits, dtype_in_16_bits, load_model, save_checkpoint, stored_dtype
 from stages.models.compatibility import check_compatible
+from stages.models.segments import row_inputs
 from stages.quantize.compress import find_layers, forget_session, quantize_model, quiet, split_experts
 from stages.quantize.fidelity import BasePredictions, fitting_micro_batch, measure_fidelity, predict
 from stages.quantize.fitting import plan_layers
@@ -68,6 +69,7 @@ def survey_model(job: SearchJob, rows: TokenRows) -> tuple[Survey, BasePredictio
         bytes_16=bytes_in_16_bits(folder),
         num_tokens=len(base.states.array),
         noise=noise,
+        whole_rows=base.head.whole_rows,
     )
     return found, base
 
@@ -124,8 +126,13 @@ def _quantize_and_save(
         scheme,
         plan,
         layers=survey.layers,
-        calibration_RT=job.calibration_RT,
-        micro_batch=survey.micro_batch,
+        calibration=row_inputs(
+            torch.tensor(job.calibration.ids_RT, dtype=torch.long),
+            torch.tensor(job.calibration.positions_RT),
+            torch.tensor(job.calibration.document_ids_RT >= 0),
+            whole=survey.whole_rows,
+            batch_rows=survey.micro_batch,
+        ),
     )
     buffers = set_buffers_aside(model, survey.layers) if scheme.vocabulary_bits else {}
     save_checkpoint(model, folder, Folder.at(scratch), "model")

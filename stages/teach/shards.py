@@ -6,7 +6,7 @@ Shapes: B rows, T tokens, K kept entries, C temperatures.
 """
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,26 +50,36 @@ def _refuse_broken(signals: Signals, digests: list[bytes], dtype: str) -> None:
     )
 
 
-def teach_shard(path: Path, teach: Callable[[torch.Tensor], Signals], *, batch_rows: int, dtype: str) -> ShardSignals:
-    """Run a teacher over the rows of one token shard.
+def teach_shard(
+    path: Path,
+    teach: Callable[[torch.Tensor, torch.Tensor], Signals],
+    *,
+    batch_rows: int,
+    dtype: str,
+) -> Generator[int, None, ShardSignals]:
+    """Run a teacher over the rows of one token shard; yield the tokens of each batch as it is taught.
 
     Args:
         path: a `tokens/…parquet` file.
-        teach: input_ids [B, T] → signals of its B · T tokens, on the CPU.
+        teach: input_ids [B, T] and positions [B, T] → signals of their B · T tokens, on the CPU.
         batch_rows: rows in one call of it.
         dtype: what the teacher computes in, for messages.
+
+    Returns:
+        the finished shard, once all is taught.
 
     Raises:
         StageFailed: the teacher gave NaN or infinite logits; names the row.
         OutOfMemory: the device's memory did not hold a batch.
     """
     sink = io.BytesIO()
-    rows = tokens.read_rows([path], ("digest",))
+    rows = tokens.read_rows([path], ("digest", "positions"))
     with signal_shards.writer(sink) as write:
         for start in range(0, len(rows), batch_rows):
             batch = rows.take(slice(start, start + batch_rows))
             with within_memory(f"the teacher on {batch.ids_RT.shape[1]} tokens a row", micro_batch=len(batch)):
-                signals = teach(torch.from_numpy(batch.ids_RT.copy()))
+                signals = teach(torch.from_numpy(batch.ids_RT.copy()), torch.from_numpy(batch.positions_RT.copy()))
             _refuse_broken(signals, batch.digests, dtype)
             write(record_of(batch.digests, signals))
+            yield batch.ids_RT.size
     return ShardSignals(sink.getvalue(), len(rows), rows.ids_RT.size)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from stages.models.heads import Head, observe_head
+from stages.models.segments import run_rows
 from stages.ops.divergences import chunked_sum
 from stages.train.batches import MicroBatch
 from stages.train.objectives.loss import Loss, Targets
@@ -46,7 +47,9 @@ class LiveTeacher:
         if self._head is None:
             self._head = observe_head(self._model, batch.input_ids_BT, self._vocabulary)
         with torch.inference_mode():
-            states_NX, hidden_ND = self._head.run(self._model, batch.input_ids_BT, hidden_states=hidden_states)
+            states_NX, hidden_ND = self._head.run(
+                self._model, batch.input_ids_BT, batch.position_ids_BT, hidden_states=hidden_states
+            )
         # Outside of inference mode: autograd takes what is selected here as the constants of a loss.
         states_MX, *hidden_MD = (each.index_select(0, batch.positions_M) for each in (states_NX, *hidden_ND))
         return TeacherOutputs(self._head, states_MX, tuple(hidden_MD))
@@ -63,6 +66,8 @@ class LossSum:
     """What the student's forward pass computes in; losses are float32."""
     teacher: LiveTeacher | None = None
     """None where no objective asks one."""
+    whole_rows: bool = True
+    """Whether the student keeps the segments of a row apart by itself (`stages.models.segments`)."""
 
     @property
     def names(self) -> list[str]:
@@ -80,7 +85,9 @@ class LossSum:
         asked = self.teacher.outputs(batch, hidden_states=hidden) if self.teacher else None
         device = batch.input_ids_BT.device.type
         with torch.autocast(device, dtype=torch.bfloat16, enabled=self.dtype == "bfloat16"):
-            student = network(input_ids=batch.input_ids_BT, use_cache=False, output_hidden_states=hidden)
+            student = run_rows(
+                network, batch.input_ids_BT, batch.position_ids_BT, whole=self.whole_rows, hidden_states=hidden
+            )
 
         def term(values: tuple[Tensor, ...], rows: slice) -> tuple[Tensor, ...]:
             seen = self._seen(values, asked, batch, rows)
@@ -88,8 +95,7 @@ class LossSum:
             weighted = sum(o.scale * part for o, part in zip(self.objectives, parts, strict=True))
             return (weighted, *parts)  # type: ignore[arg-type]
 
-        values = (student.logits, *(student.hidden_states if hidden else ()))
-        return chunked_sum([value.flatten(0, 1) for value in values], batch.positions_M, term)
+        return chunked_sum([student.values_NX, *student.hidden_states], batch.positions_M, term)
 
     def _seen(
         self, values: tuple[Tensor, ...], asked: TeacherOutputs | None, batch: MicroBatch, rows: slice

@@ -38,7 +38,7 @@ class Train(Stage):
     """
 
     KIND: ClassVar = "model"
-    REVISION: ClassVar = "2026-11-21 students in the type of their origin; padding that learns"
+    REVISION: ClassVar = "2026-11-25 each segment of a row alone; rows mixed over eight shards"
     PLACES_WORKERS: ClassVar = True
     FRESH_PROCESS: ClassVar = True
     INPUTS: ClassVar = {

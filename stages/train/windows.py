@@ -1,7 +1,7 @@
 """Token shards joined to their signal shards by digest: some whole shards at a time, in memory.
 
 Promise: a shard's signals are kept as they were read; with k = 64 that is 400 bytes a token, and 2.3 KB for each token
-of one shard in all while it is read (measured).
+of one shard in all while it is read (measured): 150 MB for a shard of 65,536.
 
 Shapes: R rows, T tokens of a row, K kept entries, C temperatures.
 """
@@ -79,8 +79,8 @@ def read_shard(pair: ShardPair, layout: SignalsLayout | None) -> Shard:
         StageFailed: rows have no signals.
     """
     joined = layout is not None and pair.signals is not None
-    rows = tokens.read_rows([pair.tokens], ("digest", "loss_mask") if joined else ("loss_mask",))
-    arrays = {"input_ids": rows.ids_RT, "loss_mask": rows.mask_RT}
+    rows = tokens.read_rows([pair.tokens], ("positions", "loss_mask", *(("digest",) if joined else ())))
+    arrays = {"input_ids": rows.ids_RT, "positions": rows.positions_RT, "loss_mask": rows.mask_RT}
     if layout is None or pair.signals is None:
         return Shard(arrays, {}, np.arange(len(rows)))
     where = {digest: row for row, digest in enumerate(read_digests(pair.signals))}

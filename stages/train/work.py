@@ -17,6 +17,7 @@ from stages.formats.tokens import shard_pattern
 from stages.formats.training import TrainingInfo
 from stages.models.checkpoints import load_model, save_checkpoint, stored_dtype
 from stages.models.compatibility import check_compatible
+from stages.models.segments import SEGMENTS_ALONE, keeps_segments_apart
 from stages.runtime.workers import WorkerSetup
 from stages.train import snapshots
 from stages.train.forward import LiveTeacher, LossSum
@@ -93,11 +94,18 @@ def train_rank(job: TrainJob, ranks: Ranks) -> None:
     if job.snapshot:
         progress = Progress(step=job.snapshot.step, **job.snapshot.facts)
         tensors = snapshots.read(context.resume, job.snapshot)
+    whole_rows = keeps_segments_apart(model)
+    if not whole_rows and ranks.rank == 0:
+        context.reporter.note(SEGMENTS_ALONE.format("the student"))
     training = Training(
         model=model,
         reader=_reader(job, ranks, dataset.sequence_length),
         loss=LossSum(
-            job.objectives, dataset.vocabulary_size, dtype=job.recipe.dtype, teacher=_teacher(job, ranks, dataset)
+            job.objectives,
+            dataset.vocabulary_size,
+            dtype=job.recipe.dtype,
+            teacher=_teacher(job, ranks, dataset),
+            whole_rows=whole_rows,
         ),
         recipe=job.recipe,
         reporter=context.reporter,

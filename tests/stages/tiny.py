@@ -37,9 +37,15 @@ def dataset_info(**changes: Any) -> DatasetInfo:
 
 
 def write_dataset(
-    folder: Path, *, vocabulary: int = 96, length: int = 16, shards: tuple[int, ...] = (5, 7, 6), seed: int = 0
+    folder: Path,
+    *,
+    vocabulary: int = 96,
+    length: int = 16,
+    shards: tuple[int, ...] = (5, 7, 6),
+    segments: int = 1,
+    seed: int = 0,
 ) -> Artifact:
-    """Write a dataset artifact of random rows, some padded at the end; return it."""
+    """Write a dataset artifact of random rows of equal segments, some padded at the end; return it."""
     rng = np.random.default_rng(seed)
     digest = write_tokenizer(folder / "tokenizer", vocabulary)
     (folder / "tokens").mkdir()
@@ -49,14 +55,15 @@ def write_dataset(
         # A learnable structure: every other token follows from the one before.
         input_ids[:, 1::2] = (input_ids[:, 0::2][:, : input_ids[:, 1::2].shape[1]] * 7 + 3) % (vocabulary - 2) + 2
         mask = np.ones((rows, length), bool)
-        mask[:, 0] = False
+        positions = np.tile(np.arange(length, dtype=np.int32) % (length // segments), (rows, 1))
+        mask &= positions > 0
         padded = rng.integers(0, max(1, length // 3), rows)
         for row, count in enumerate(padded):
             if count:
                 input_ids[row, -count:], mask[row, -count:] = 1, False
         targets += int(mask.sum())
         owners = np.where(mask, part, -1).astype(np.int64)
-        shard = to_parquet(TokenRows(input_ids, owners, mask))
+        shard = to_parquet(TokenRows(input_ids, owners, mask, positions))
         (folder / shard_name("train", part)).write_bytes(shard)
     counts = SplitCounts(shards=len(shards), rows=sum(shards), tokens=targets, documents=len(shards))
     info = dataset_info(

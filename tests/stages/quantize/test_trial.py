@@ -6,15 +6,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors import safe_open
 
 from stages.contract import Artifact
 from stages.errors import OutOfMemory, StageFailed
 from stages.formats.dataset import DatasetInfo
 from stages.formats.search import DoneTrial, FailedTrial
-from stages.models.checkpoints import StoredTensor, stored_tensors
+from stages.models.checkpoints import StoredTensor, load_model, stored_tensors
+from stages.models.segments import row_inputs
 from stages.quantize import trial
+from stages.quantize.compress import find_layers, quantize_model, quiet
 from stages.quantize.fidelity import BasePredictions
+from stages.quantize.fitting import plan_layers
 from stages.quantize.job import SearchJob, Survey
 from stages.quantize.records import Receipt, failed_receipt, read_receipt, write_receipt
 from stages.quantize.rows import read_distinct_rows, split_rows
@@ -33,11 +37,11 @@ def surveyed(model: Artifact, data: Artifact, tmp_path_factory: pytest.TempPathF
 
 def survey_of(model: Artifact, data: Artifact, resume: Path) -> Surveyed:
     rows = read_distinct_rows(data.paths("tokens/calibration-*.parquet"))
-    calibration, evaluation = split_rows(rows, calibration=16, evaluation=8, seed=0)
+    calibration, evaluation = split_rows(rows, calibration_tokens=16 * 32, evaluation_tokens=8 * 31, seed=0)
     job = SearchJob(
         model=model,
         resume=Folder.at(resume),
-        calibration_RT=calibration.ids_RT,
+        calibration=calibration,
         dataset=DatasetInfo.read(data),
         micro_batch=None,
         device="cpu",
@@ -70,6 +74,32 @@ def test_survey_of_a_model_that_does_not_fit_the_dataset_is_refused(
     job, _, base = surveyed
     with pytest.raises(StageFailed, match=message):
         trial.survey_model(replace(job, dataset=job.dataset.model_copy(update=change)), base.rows)
+
+
+def test_calibration_on_packed_rows_is_that_on_each_document_alone(model: Artifact) -> None:
+    """By the weights that GPTQ finds, which depend on every activation: other attention gives others."""
+    generator = torch.Generator().manual_seed(0)
+    ids_RT = torch.randint(0, VOCABULARY, (8, 32), generator=generator)
+    places_RT = torch.cat([torch.arange(12), torch.arange(14), torch.arange(6)]).expand(8, -1)
+    scheme, filled_RT = (
+        Scheme(weight_bits=4, group_size=32, algorithm="gptq"),
+        torch.ones_like(ids_RT, dtype=torch.bool),
+    )
+    found = []
+    for inputs in (
+        row_inputs(ids_RT, places_RT, filled_RT, whole=True, batch_rows=4),
+        row_inputs(ids_RT, places_RT, filled_RT, whole=False, batch_rows=4),
+        [{"input_ids": ids_BT} for ids_BT in ids_RT.split(4)],
+    ):
+        loaded = load_model(model.folder("model"))
+        layers = find_layers(loaded)
+        with quiet():
+            plan = plan_layers(scheme, layers.in_features)
+            quantize_model(loaded, scheme, plan, layers=layers, calibration=inputs)
+        found.append(torch.cat([loaded.get_submodule(name).weight.flatten() for name in layers.in_features]))
+    packed, alone, mixed = found
+    assert float((packed != alone).float().mean()) < 0.001
+    assert float((mixed != alone).float().mean()) > 0.02
 
 
 def as_finalist(receipt: Receipt, resume: Path) -> Artifact:
@@ -230,7 +260,8 @@ def shape_on_disk(folder: Path, layer: str) -> tuple[int, int]:
 def test_trial_whose_gptq_would_round_to_nearest_fails_with_that_reason(surveyed: Surveyed, tmp_path: Path) -> None:
     """One row of one repeated token: every layer's Hessian has rank one."""
     job, survey, base = surveyed
-    job = replace(job, resume=Folder.at(tmp_path), calibration_RT=np.full((1, 32), 7, np.int32))
+    row = job.calibration.take(np.array([0]))
+    job = replace(job, resume=Folder.at(tmp_path), calibration=replace(row, ids_RT=np.full((1, 32), 7, np.int32)))
     scheme = Scheme(weight_bits=4, group_size=32, algorithm="gptq", dampening=1e-12)
     receipt = trial.run_trial(scheme, job, survey, base)
     assert isinstance(receipt.trial, FailedTrial)
