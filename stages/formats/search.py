@@ -29,10 +29,13 @@ class DoneTrial(FormatModel):
     size_bytes: int
     """Weights on disk."""
     bits_per_weight: float
+    """Bits on disk for each parameter of the model, whatever part it belongs to."""
     linear_bits_per_weight: float
-    """Of the linear layers alone, without the output head and routers."""
+    """Of the linear layers and experts alone, without the output head and routers."""
+    kept_layers: tuple[str, ...] = ()
+    """Layers that stayed in 16 bits since the scheme's groups do not divide them."""
     pareto: bool = False
-    """Whether no other trial beats it in both size and KL."""
+    """Whether no other trial beats it in both size and KL, the plain 16-bit cast included."""
     reload_error: str | None = None
     """Why a finalist did not survive its reload."""
 
@@ -66,6 +69,8 @@ class Finalist(FormatModel):
     size_bytes: int
     bits_per_weight: float
     linear_bits_per_weight: float
+    kept_layers: tuple[str, ...] = ()
+    """Layers that stayed in 16 bits since the scheme's groups do not divide them."""
 
 
 class Search(JsonFormat):
@@ -76,7 +81,7 @@ class Search(JsonFormat):
     base: str
     """Fingerprint of the model that was quantized."""
     base_bytes: int
-    """Its weights on disk."""
+    """Its weights in 16 bits: compression by a cast alone does not count."""
     max_kl: float
     """Nats per token that the chosen scheme may have."""
     trials: tuple[Trial, ...]

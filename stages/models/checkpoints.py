@@ -9,6 +9,8 @@ import errno
 import json
 import math
 import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,7 +63,7 @@ def load_model(folder: Path, *, dtype: str = "float32", device: str = "cpu") -> 
                 trust_remote_code=False,
                 output_loading_info=True,
             )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, RuntimeError, ImportError, SafetensorError) as error:
         text = f"cannot load the model in {folder}: {type(error).__name__}: {error}"
         if isinstance(error, OSError) and error.errno in PASSING_ERRNOS:
             raise Transient(text) from error
@@ -72,9 +74,24 @@ def load_model(folder: Path, *, dtype: str = "float32", device: str = "cpu") -> 
         raise StageFailed(
             f"the weights in {folder} are not those that its config.json describes: {shown}; save the model again"
         )
+    if isinstance(wanted, torch.dtype):
+        _unpack_four_bit_floats(model, wanted)
     with within_memory(f"moving the model in {folder} to {device}"):
         loaded: PreTrainedModel = model.to(device).eval()
     return loaded
+
+
+def _unpack_four_bit_floats(model: "PreTrainedModel", dtype: "torch.dtype") -> None:
+    """Unpack a checkpoint in NVFP4 or MXFP4 now, into the type that it is to compute in.
+
+    compressed-tensors 0.19 unpacks it at the first forward pass, into bfloat16 whatever the model's type is, so that
+    its first product fails in any other one.
+    """
+    compressor: Any = getattr(getattr(model, "hf_quantizer", None), "compressor", None)
+    groups = compressor.quantization_config.config_groups.values() if compressor else ()
+    if any(group.weights and group.weights.type == "float" and group.weights.num_bits == 4 for group in groups):
+        compressor.decompress_model(model)
+        model.to(dtype)
 
 
 def save_checkpoint(model: "PreTrainedModel", tokenizer: Path | None, out: Folder, name: str) -> None:
@@ -168,13 +185,8 @@ def weight_names(folder: Path, index: str) -> frozenset[str]:
     if (folder / index).exists():
         return frozenset(json.loads((folder / index).read_text())["weight_map"])
     path = folder / "model.safetensors"
-    if not path.exists():
-        return frozenset()
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = file.read(size) if size <= MAX_HEADER_BYTES else b""
     try:
-        return frozenset(json.loads(header))
+        return frozenset(tensors_of_file(path)) if path.exists() else frozenset()
     except ValueError:  # raised where it is loaded
         return frozenset()
 
@@ -183,21 +195,84 @@ MAX_HEADER_BYTES = 100_000_000
 """What safetensors itself allows."""
 
 
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """One tensor of a safetensors file."""
+
+    dtype: str
+    """Safetensors' name of its type, e.g. `BF16`."""
+    shape: tuple[int, ...]
+    size_bytes: int
+
+    @property
+    def num_elements(self) -> int:
+        """Return how many numbers it holds."""
+        return math.prod(self.shape)
+
+
+def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """Return what the safetensors files of a checkpoint hold, by name, from their headers."""
+    found: dict[str, StoredTensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        found |= tensors_of_file(path)
+    return found
+
+
+def tensors_of_file(path: Path) -> dict[str, StoredTensor]:
+    """Return what one safetensors file holds, by name, from its header.
+
+    Raises:
+        ValueError: it is no safetensors file.
+    """
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size) if size <= MAX_HEADER_BYTES else b"")
+    header.pop("__metadata__", None)
+    tensors = {}
+    for name, entry in header.items():
+        start, end = entry["data_offsets"]
+        tensors[name] = StoredTensor(entry["dtype"], tuple(entry["shape"]), end - start)
+    return tensors
+
+
+def add_to_index(folder: Path, files: Mapping[str, str]) -> None:
+    """Enter tensors into the index of a checkpoint of several files; name of a tensor → name of its file."""
+    path = folder / "model.safetensors.index.json"
+    if path.exists():
+        index = json.loads(path.read_text())
+        index["weight_map"] |= files
+        path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def bytes_in_16_bits(folder: Path) -> int:
+    """Return the bytes of a checkpoint's tensors with each floating-point number in 16 bits at most.
+
+    Compression is told against this: a checkpoint in 32 bits is not half compressed by a cast.
+    """
+    wide = ("F32", "F64")
+    return sum(
+        2 * tensor.num_elements if tensor.dtype in wide else tensor.size_bytes
+        for tensor in stored_tensors(folder).values()
+    )
+
+
 def stored_dtype(folder: Path) -> "torch.dtype":
     """Return the type in which a checkpoint's floating-point weights are stored; of several, the largest tensors'."""
     import torch
-    from safetensors import safe_open
 
     sizes: dict[torch.dtype, int] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118  it is no mapping
-                part = file.get_slice(name)
-                dtype = _TORCH_OF.get(part.get_dtype())
-                if dtype is not None:
-                    kind = getattr(torch, dtype)
-                    sizes[kind] = sizes.get(kind, 0) + math.prod(part.get_shape())
+    for tensor in stored_tensors(folder).values():
+        dtype = _TORCH_OF.get(tensor.dtype)
+        if dtype is not None:
+            kind = getattr(torch, dtype)
+            sizes[kind] = sizes.get(kind, 0) + tensor.num_elements
     return max(sizes, key=lambda kind: sizes[kind], default=torch.float32)
+
+
+def dtype_in_16_bits(folder: Path) -> str:
+    """Return torch's name of the 16-bit type that a checkpoint is stored in, or is to be: bfloat16, unless float16."""
+    found = str(stored_dtype(folder)).removeprefix("torch.")
+    return found if found == "float16" else "bfloat16"
 
 
 _TORCH_OF = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float32"}

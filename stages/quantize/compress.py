@@ -1,8 +1,8 @@
 """One scheme applied to one model in memory by llm-compressor's `oneshot`.
 
 Promises: calibration data is what the caller gives, in memory (`oneshot` alone would look for a data set by name);
-output head, embeddings and routers keep their dtype; nothing is written to the standard streams.
-Does not: save, measure, or run twice in a process: `oneshot` keeps a global session.
+what a scheme does not name keeps its dtype, routers always; nothing is written to the standard streams.
+Does not: save, or measure. `oneshot` keeps a global session, so that one process quantizes one model.
 """
 
 import contextlib
@@ -15,19 +15,34 @@ from typing import Any
 
 import torch
 
-from stages.errors import StageFailed
+from stages.quantize.fitting import LayerPlan
 from stages.quantize.job import Layers
+from stages.quantize.recipes import layer_recipe, vocabulary_recipe
 from stages.quantize.schemes import Scheme
+from stages.runtime.workarounds import linearized_experts
 
 ROUTER_NAMES = frozenset({"gate", "router", "shared_expert_gate"})
 """Last part of the names of layers that choose experts: small, and one changed choice changes everything after it."""
 
 
+def split_experts(model: Any) -> None:
+    """Give the experts of a mixture model linear layers of their own, in place, where transformers loads them back."""
+    if any(_is_expert(name, parameter) for name, parameter in model.named_parameters()):
+        linearized_experts(model)
+
+
+def _is_expert(name: str, parameter: torch.Tensor) -> bool:
+    """Whether a parameter holds the weights of several experts, which are no layers of their own."""
+    return "experts" in name and parameter.ndim == 3
+
+
 def find_layers(model: Any) -> Layers:
     """Return the linear layers that are quantized and those that are not; a model may have none of the former."""
-    head = model.get_output_embeddings()
-    in_features, ignored, num_weights = {}, [], 0
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    in_features, ignored, names, num_weights = {}, [], {}, 0
     for name, module in model.named_modules():
+        if module is head or module is embeddings:
+            names[module] = name
         if not isinstance(module, torch.nn.Linear):
             continue
         if module is head or name.rpartition(".")[2] in ROUTER_NAMES:
@@ -35,7 +50,9 @@ def find_layers(model: Any) -> Layers:
         else:
             in_features[name] = module.in_features
             num_weights += module.weight.numel()
-    return Layers(in_features, num_weights, tuple(ignored))
+    in_experts = sum(weight.numel() for name, weight in model.named_parameters() if _is_expert(name, weight))
+    vocabulary = tuple(names[module] for module in (embeddings, head) if module in names)
+    return Layers(in_features, num_weights + in_experts, in_experts, tuple(ignored), vocabulary)
 
 
 def silence_libraries() -> None:
@@ -63,20 +80,26 @@ def quiet() -> Iterator[None]:
 
 
 def quantize_model(
-    model: Any, scheme: Scheme, *, layers: Layers, calibration: Sequence[Mapping[str, torch.Tensor]]
+    model: Any,
+    scheme: Scheme,
+    plan: LayerPlan,
+    *,
+    layers: Layers,
+    calibration: Sequence[Mapping[str, torch.Tensor]],
 ) -> None:
     """Quantize a model in place.
 
     Args:
-        model: a causal language model that was loaded from a local folder.
+        model: a causal language model in the type that it is to be stored in, its experts split.
         scheme: what to do.
+        plan: what that is for each layer.
         layers: the model's layers, from `find_layers`.
         calibration: the inputs of each forward pass over the calibration rows.
 
     Raises:
-        StageFailed: GPTQ could not solve a layer, or a layer was left as it was.
+        StageFailed: GPTQ could not solve a layer, or AWQ or SmoothQuant found none to scale.
     """
-    from llmcompressor import oneshot
+    from llmcompressor import oneshot, reset_session
 
     arguments: dict[str, Any] = {"pipeline": "datafree"}
     if scheme.needs_calibration:
@@ -89,16 +112,17 @@ def quantize_model(
             "shuffle_calibration_samples": False,
         }
     # Any object keeps `oneshot` from searching for a processor; it only hands it to loaders of named data sets.
-    oneshot(model=model, recipe=scheme.recipe(layers.in_features, layers.ignored), processor=object(), **arguments)
-    wanted = scheme.quantized_layers(layers.in_features)
-    left = [name for name in wanted if getattr(model.get_submodule(name), "quantization_scheme", None) is None]
-    if left:
-        raise StageFailed(
-            f"{scheme.name} left {len(left)} layers as they were, e.g. {left[0]}; expected all to be quantized"
-        )
+    if recipe := layer_recipe(scheme, plan, layers):
+        oneshot(model=model, recipe=recipe, processor=object(), **arguments)
+    if scheme.vocabulary_bits:
+        # By itself: in one recipe with GPTQ, layers are calibrated behind embeddings without scales (KL 1.6, not 0.3).
+        reset_session()
+        recipe = vocabulary_recipe(scheme.vocabulary_bits, layers)
+        oneshot(model=model, recipe=recipe, processor=object(), pipeline="datafree")
 
 
-def linear_bytes(model: Any, layers: Layers) -> int:
-    """Return the bytes that the linear layers take, once `save_pretrained` has packed the model in place."""
-    tensors = (tensor for name in layers.in_features for tensor in model.get_submodule(name).state_dict().values())
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+def forget_session() -> None:
+    """Let go of the model that `oneshot` keeps in its global session, so that the next one fits into memory."""
+    from llmcompressor import reset_session
+
+    reset_session()

@@ -38,6 +38,12 @@ class BasePredictions:
     states: PackedTensor
     """Of each measured position, in the order of the rows."""
 
+    def first(self, num_rows: int) -> "BasePredictions":
+        """Return the predictions on the first rows."""
+        rows = self.rows.take(np.arange(min(num_rows, len(self.rows))))
+        states = PackedTensor(self.states.array[: int(predicts(rows.mask_RT).sum())], self.states.dtype)
+        return BasePredictions(rows, self.head, states)
+
 
 @dataclass(frozen=True, slots=True)
 class Fidelity:

@@ -41,8 +41,7 @@ def import_for_quantizing() -> None:
 
         silence_libraries()
         import llmcompressor
-        from llmcompressor.modifiers.transform import smoothquant
 
-        from stages.quantize import gptq
+        from stages.quantize import gptq, scaling
 
-        del llmcompressor, gptq, smoothquant
+        del llmcompressor, gptq, scaling

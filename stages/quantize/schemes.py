@@ -1,20 +1,20 @@
 """Quantization schemes: what a trial tries, under a name that stays the same between runs.
 
 Promises: a scheme's name is derived from its fields and differs where they differ, so that it can name a folder, a
-receipt and a row of the leaderboard; a scheme that cannot fit a model is found from layer shapes, before anything is
-quantized.
-Does not: choose rules for single layers (a proposer may), quantize embeddings, the output head or routers.
+receipt and a row of the leaderboard. What a scheme does not quantize is stored in 16 bits.
+Does not: choose rules for single layers (a proposer may), quantize routers, or look at a model (`fitting.py` does).
 
 Sources: round-to-nearest is the affine map of arXiv:1712.05877 (section 2.1) with compressed-tensors' ranges; GPTQ is
-arXiv:2210.17323; SmoothQuant is arXiv:2211.10438, equation 4.
+arXiv:2210.17323; AWQ is arXiv:2306.00978; SmoothQuant is arXiv:2211.10438, equation 4; MXFP4 is the OCP Microscaling
+specification 1.0.
 """
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -35,8 +35,31 @@ DIGEST_CHARACTERS = 10
 """Of a name that its fields would make longer: 40 bits, while a search has some hundred schemes."""
 
 
+Numbers = Literal["int", "fp8", "nvfp4", "mxfp4"]
+
+CAST_BITS = 16
+"""Bits of a weight that is not quantized."""
+MAX_INTEGER_BITS = 8
+
+
 @dataclass(frozen=True, slots=True)
-class _Grain:
+class FloatFormat:
+    """A floating-point format of weights."""
+
+    bits: int
+    group_size: int | None
+    """Weights that share a scale, which the format fixes; None is one scale for each output channel."""
+
+
+FLOAT_FORMATS: Mapping[Numbers, FloatFormat] = {
+    "fp8": FloatFormat(8, None),
+    "nvfp4": FloatFormat(4, 16),
+    "mxfp4": FloatFormat(4, 32),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Grain:
     """How fine one layer's weights are rounded."""
 
     weight_bits: int
@@ -71,65 +94,86 @@ class LayerRule(Config):
 
 
 class Scheme(Config):
-    """One way to quantize the linear layers of a model."""
+    """One way to store a model in fewer bits."""
 
-    weight_bits: int = Field(ge=2, le=8)
-    """Bits of each weight; integers."""
+    weight_bits: int = Field(ge=2, le=CAST_BITS)
+    """Bits of each weight of the linear layers: 2 to 8, or 16, which is a plain cast."""
+    numbers: Numbers = "int"
+    """What the bits mean: integers, FP8 (E4M3, one scale for each output channel), or four-bit floats with one scale
+    for 16 weights (NVFP4) or 32 (MXFP4)."""
     group_size: int | None = Field(default=None, ge=8)
-    """Weights of one row that share a scale; None is one scale for each output channel."""
+    """Weights of one row that share a scale, of integers; None is one scale for each output channel."""
     symmetric: bool = True
     """Ranges are symmetric around zero; otherwise each group stores a zero point as well."""
-    algorithm: Literal["rtn", "gptq"] = "rtn"
-    """Round to nearest, or GPTQ, which compensates each column's error in the columns after it."""
-    activation_bits: Literal[8] | None = None
-    """Quantize inputs of linear layers too, with one dynamic scale for each token; None leaves them as they are."""
+    algorithm: Literal["rtn", "gptq", "awq"] = "rtn"
+    """Round to nearest; GPTQ, which compensates each column's error in the columns after it; or AWQ, which scales the
+    channels that matter before it rounds to nearest."""
+    activation_bits: Literal[4, 8] | None = None
+    """Quantize inputs of linear layers too, to the same kind of numbers, with dynamic scales (of each token; of each
+    group for four-bit floats); None leaves them as they are."""
     observer: Observer = "memoryless_minmax"
     """How a range is chosen: its extremes, the least squared error, or that weighted by the inputs' power."""
     smooth: float | None = Field(default=None, ge=0, le=1)
     """SmoothQuant's strength: how much of the activations' range moves into the weights; None does not smooth."""
     dampening: float = Field(default=DEFAULT_DAMPENING, gt=0, lt=1)
     """GPTQ: fraction of the Hessian's mean diagonal that is added to it."""
+    vocabulary_bits: Literal[8] | None = None
+    """Bits of the token embeddings and of the output head, integers with one scale for each token; a tied table stays
+    one table. None leaves them in 16 bits. Not 4: transformers does not load a packed embedding."""
+    kv_cache: Literal["fp8"] | None = None
+    """How keys and values are cached: FP8 with one calibrated scale for each layer; None is the model's own type."""
     rules: tuple[LayerRule, ...] = ()
     """What is done otherwise with some layers; of the rules that match a layer, the first counts."""
 
     @model_validator(mode="after")
-    def _activations_need_8_bit_weights(self) -> Self:
-        bits = [self.weight_bits, *(rule.weight_bits for rule in self.rules if rule.weight_bits)]
-        if self.activation_bits is not None and min(bits) != 8:
-            raise ValueError(
-                f"activation_bits=8 with weight_bits={min(bits)}: compressed-tensors stores such weights in 8 "
-                "bits each, which saves nothing; use weight_bits=8, or activation_bits=None"
-            )
+    def _makes_sense(self) -> Self:
+        for problem in (*self._problems_of_bits(), *self._problems_of_parts()):
+            raise ValueError(problem)
         return self
 
-    @model_validator(mode="after")
-    def _last_rule_changes_something(self) -> Self:
+    def _problems_of_bits(self) -> Iterator[str]:
+        layout = FLOAT_FORMATS.get(self.numbers)
+        if layout:
+            if self.weight_bits != layout.bits:
+                yield f"numbers={self.numbers!r} have {layout.bits} bits; got weight_bits={self.weight_bits}"
+            fixed = ("group_size", "symmetric", "algorithm", "observer")
+            changed = [name for name in fixed if getattr(self, name) != type(self).model_fields[name].default]
+            if changed or any(not rule.skip for rule in self.rules):
+                shown = ", ".join(f"{name}={getattr(self, name)!r}" for name in changed) or "a rule that changes layers"
+                yield f"{shown} has a meaning for integers only; numbers={self.numbers!r} fix it, so leave it out"
+            if self.activation_bits not in (None, layout.bits):
+                yield f"activation_bits={self.activation_bits} with numbers={self.numbers!r}; expected {layout.bits}"
+        elif MAX_INTEGER_BITS < self.weight_bits < CAST_BITS:
+            yield f"weight_bits={self.weight_bits}; expected 2 to {MAX_INTEGER_BITS}, or {CAST_BITS}, which is a cast"
+        elif self.weight_bits == CAST_BITS:
+            kept = {"weight_bits", "vocabulary_bits", "kv_cache"}
+            changed = sorted(self.model_dump(exclude_defaults=True).keys() - kept)
+            if changed:
+                yield f"weight_bits=16 is a plain cast, for which {', '.join(changed)} has no meaning; leave it out"
+        elif self.activation_bits is not None:
+            bits = min([self.weight_bits, *(rule.weight_bits for rule in self.rules if rule.weight_bits)])
+            if self.activation_bits != MAX_INTEGER_BITS or bits != MAX_INTEGER_BITS:
+                yield (
+                    f"activation_bits={self.activation_bits} with weight_bits={bits}: compressed-tensors stores such "
+                    "weights in 8 bits each, which saves nothing; use 8 for both, or activation_bits=None"
+                )
+
+    def _problems_of_parts(self) -> Iterator[str]:
         # An earlier rule may repeat the scheme's settings: it excepts layers from the rules after it.
-        usual = _Grain(self.weight_bits, self.group_size)
+        usual = self.usual_grain
         if self.rules and self._grain_of(self.rules[-1]) == usual:
-            raise ValueError(
+            yield (
                 f"the last rule, for {self.rules[-1].layers!r}, changes nothing: weight_bits={usual.weight_bits} and "
                 f"group_size={usual.group_size} are the scheme's own, and the same trial would have another name; "
                 "leave the rule out, or change it"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _smoothing_needs_activations(self) -> Self:
         if self.smooth is not None and self.activation_bits is None:
-            raise ValueError(
+            yield (
                 f"smooth={self.smooth} without activation_bits: smoothing moves the range of activations into the "
                 "weights, which only helps where activations are quantized; set activation_bits=8, or smooth=None"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _dampening_needs_gptq(self) -> Self:
         if self.dampening != DEFAULT_DAMPENING and self.algorithm != "gptq":
-            raise ValueError(
-                f"dampening={self.dampening} has a meaning for algorithm='gptq' only, not {self.algorithm!r}"
-            )
-        return self
+            yield f"dampening={self.dampening} has a meaning for algorithm='gptq' only, not {self.algorithm!r}"
 
     @property
     def name(self) -> str:
@@ -149,128 +193,72 @@ class Scheme(Config):
         return "-".join([*parts, digest])
 
     def _name_parts(self) -> list[str]:
+        parts = [*self._number_parts(), OBSERVER_LABELS[self.observer]]
+        parts.append(f"smooth{self.smooth!r}" if self.smooth is not None else "")
+        parts.append(f"damp{self.dampening!r}" if self.dampening != DEFAULT_DAMPENING else "")
+        parts.append(f"vocab{self.vocabulary_bits}" if self.vocabulary_bits else "")
+        parts.append(f"kv{self.kv_cache}" if self.kv_cache else "")
+        return [part for part in parts if part]
+
+    def _number_parts(self) -> list[str]:
+        if self.weight_bits == CAST_BITS:
+            return ["16bit"]
+        if self.numbers != "int":  # as runtimes call them: FP8 W8A8 with dynamic scales, NVFP4 and NVFP4A16
+            if self.activation_bits is None:
+                return [f"{self.numbers}a16"]
+            return [self.numbers, *(["dynamic"] if self.numbers == "fp8" else [])]
         grain = f"g{self.group_size}" if self.group_size else "channel"
         sign = "sym" if self.symmetric else "asym"
         if self.activation_bits:
             # The channel-wise symmetric form is what every runtime calls W8A8: its name leaves those two parts out.
             plain = [part for part, usual in ((grain, "channel"), (sign, "sym")) if part != usual]
-            parts = [f"w{self.weight_bits}a{self.activation_bits}", f"int{self.weight_bits}", *plain, self.algorithm]
-        else:
-            parts = [f"int{self.weight_bits}", grain, sign, self.algorithm]
-        parts.append(OBSERVER_LABELS[self.observer])
-        parts.append(f"smooth{self.smooth!r}" if self.smooth is not None else "")
-        parts.append(f"damp{self.dampening!r}" if self.dampening != DEFAULT_DAMPENING else "")
-        return [part for part in parts if part]
+            return [f"w{self.weight_bits}a{self.activation_bits}", f"int{self.weight_bits}", *plain, self.algorithm]
+        return [f"int{self.weight_bits}", grain, sign, self.algorithm]
 
     @property
     def needs_calibration(self) -> bool:
         """Whether quantizing reads calibration rows."""
-        return self.algorithm == "gptq" or self.smooth is not None or self.observer == "imatrix_mse"
+        static = self.numbers == "nvfp4" and self.activation_bits  # the scale over a tensor's scales
+        reads = self.algorithm != "rtn" or self.smooth is not None or self.observer == "imatrix_mse"
+        return bool(reads or static or self.kv_cache)
 
-    def _grain(self, layer: str) -> _Grain | None:
+    @property
+    def usual_grain(self) -> Grain:
+        """How layers without a rule are rounded."""
+        layout = FLOAT_FORMATS.get(self.numbers)
+        return Grain(self.weight_bits, layout.group_size if layout else self.group_size)
+
+    def grain(self, layer: str) -> Grain | None:
         """Return how a layer's weights are rounded; None where they stay as they are."""
+        if self.weight_bits == CAST_BITS:
+            return None
         rule = next((rule for rule in self.rules if fnmatchcase(layer, rule.layers)), None)
-        return _Grain(self.weight_bits, self.group_size) if rule is None else self._grain_of(rule)
+        return self.usual_grain if rule is None else self._grain_of(rule)
 
-    def _grain_of(self, rule: LayerRule) -> _Grain | None:
+    def _grain_of(self, rule: LayerRule) -> Grain | None:
         if rule.skip:
             return None
-        group_size = self.group_size if rule.group_size is None else rule.group_size
-        return _Grain(rule.weight_bits or self.weight_bits, None if group_size == "channel" else group_size)
-
-    def quantized_layers(self, layers: Iterable[str]) -> list[str]:
-        """Return those of a model's linear layers that the scheme does not skip."""
-        return [name for name in layers if self._grain(name) is not None]
-
-    def misfit(self, in_features: Mapping[str, int]) -> str | None:
-        """Say why the scheme cannot fit a model, from the input widths of its linear layers; None where it fits."""
-        if not in_features:
-            return (
-                "the model has no linear layers besides its head, so there is nothing to quantize "
-                "(GPT-2's are Conv1D, which llm-compressor does not know)"
-            )
-        for rule in self.rules:
-            if not any(fnmatchcase(name, rule.layers) for name in in_features):
-                example = next(iter(in_features))
-                return f"the rule for {rule.layers!r} matches no linear layer; expected a glob, e.g. of {example!r}"
-        if not self.quantized_layers(in_features):
-            return "its rules skip every linear layer, so there is nothing to quantize"
-        wrong: dict[int, list[str]] = {}
-        for name, width in sorted(in_features.items()):
-            grain = self._grain(name)
-            if grain is not None and grain.group_size is not None and width % grain.group_size:
-                wrong.setdefault(grain.group_size, []).append(f"{name} ({width})")
-        if not wrong:
-            return None
-        group_size, names = next(iter(wrong.items()))
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        return (
-            f"group_size={group_size} does not divide the input width of {', '.join(names[:3])}{more}; "
-            "expected a group size that divides every one, or None (one scale for each channel)"
-        )
-
-    def recipe(self, layers: Iterable[str], ignore: Sequence[str]) -> list[Any]:
-        """Build the llm-compressor modifiers of this scheme.
-
-        Args:
-            layers: names of the model's linear layers.
-            ignore: names of those that stay as they are whatever the scheme.
-        """
-        from llmcompressor.modifiers.quantization import QuantizationModifier
-        from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
-
-        from stages.quantize.gptq import StrictGPTQModifier
-
-        by_grain: dict[_Grain | None, list[str]] = {}
-        for name in layers:
-            by_grain.setdefault(self._grain(name), []).append(name)
-        skipped = by_grain.pop(None, [])
-        usual = _Grain(self.weight_bits, self.group_size)
-        if usual in by_grain:
-            by_grain[usual] = ["Linear"]  # a layer's name goes before its class, in compressed-tensors and in vLLM
-        groups = {
-            "config_groups": {
-                f"group_{index}": self._group(grain, targets)
-                for index, (grain, targets) in enumerate(by_grain.items())
-                if grain is not None
-            },
-            "ignore": [*ignore, *skipped],
-        }
-        smoothing = [] if self.smooth is None else [SmoothQuantModifier(smoothing_strength=self.smooth)]
-        if self.algorithm == "gptq":
-            return [*smoothing, StrictGPTQModifier(dampening_frac=self.dampening, **groups)]
-        return [*smoothing, QuantizationModifier(**groups)]
-
-    def _group(self, grain: _Grain, targets: list[str]) -> Any:
-        from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
-
-        weights = QuantizationArgs(
-            num_bits=grain.weight_bits,
-            type="int",
-            symmetric=self.symmetric,
-            strategy="group" if grain.group_size else "channel",
-            group_size=grain.group_size,
-            observer=self.observer,
-        )
-        activations = None
-        if self.activation_bits:
-            activations = QuantizationArgs(
-                num_bits=self.activation_bits, type="int", symmetric=True, strategy="token", dynamic=True, observer=None
-            )
-        return QuantizationScheme(targets=targets, weights=weights, input_activations=activations)
+        group_size = self.usual_grain.group_size if rule.group_size is None else rule.group_size
+        return Grain(rule.weight_bits or self.weight_bits, None if group_size == "channel" else group_size)
 
 
+CAST = Scheme(weight_bits=CAST_BITS)
+"""What every other scheme has to beat; part of every search."""
 DEFAULT_SCHEMES = (
     Scheme(weight_bits=8),
-    Scheme(weight_bits=8, activation_bits=8),
-    Scheme(weight_bits=4),
-    Scheme(weight_bits=4, group_size=64),
-    Scheme(weight_bits=4, group_size=64, symmetric=False),
-    Scheme(weight_bits=4, group_size=64, algorithm="gptq"),
-    Scheme(weight_bits=4, group_size=32, symmetric=False, algorithm="gptq"),
-    Scheme(weight_bits=3, group_size=64, algorithm="gptq"),
-    Scheme(weight_bits=3, group_size=32, symmetric=False, algorithm="gptq", observer="imatrix_mse"),
+    Scheme(weight_bits=8, vocabulary_bits=8),
+    Scheme(weight_bits=8, numbers="fp8", activation_bits=8),
+    Scheme(weight_bits=8, activation_bits=8, smooth=0.8),
+    Scheme(weight_bits=4, group_size=128, algorithm="gptq", observer="imatrix_mse"),
+    Scheme(weight_bits=4, group_size=128, algorithm="gptq", observer="imatrix_mse", vocabulary_bits=8),
+    Scheme(weight_bits=4, group_size=128, algorithm="awq"),
+    Scheme(weight_bits=4, group_size=32, symmetric=False, algorithm="gptq", observer="imatrix_mse"),
+    Scheme(weight_bits=4, numbers="nvfp4"),
+    Scheme(weight_bits=4, numbers="nvfp4", activation_bits=4),
+    Scheme(weight_bits=4, numbers="mxfp4", activation_bits=4),
+    Scheme(weight_bits=3, group_size=64, algorithm="gptq", observer="imatrix_mse"),
 )
-"""From the safest to the smallest, each with what it has to beat: round-to-nearest beside GPTQ, channels beside groups.
+"""From the safest to the smallest, beside the plain 16-bit cast.
 
-The last one's observer took 25 % off the KL of 3-bit GPTQ in a trial on a small language model (0.063 to 0.048)."""
+The observer that weights errors by the inputs' power took 25 % off the KL of 3-bit GPTQ in a trial on a small language
+model (0.063 to 0.048), and 11 % at 4 bits."""

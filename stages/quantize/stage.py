@@ -4,8 +4,9 @@ A proposer (`proposers.py`) names the schemes, in rounds: each round's trials ru
 they found before it names the next.
 
 Promises: every scheme ends as a row of `search.json`, with its measured KL and its real bytes, or with the reason why
-it failed; a finalist is one whose files, loaded by plain transformers in a process that did not quantize, have the KL
-that its trial measured; an attempt that goes on runs only schemes that have no receipt.
+it failed; a plain 16-bit cast is one of them, and no finalist is beaten in both by another scheme, the cast included; a
+finalist is one whose files, loaded by plain transformers in a process that did not quantize, have the KL that its trial
+measured; an attempt that goes on runs only schemes that have no receipt.
 Does not: train, or measure speed.
 
 Tune's own restore is not used: it keeps a search's state on one disk, while receipts live in the store.
@@ -16,12 +17,12 @@ import io
 import logging
 import tempfile
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, SerializeAsAny
 
 from stages.contract import Artifact, Context, Input, Kind, Outcome, Stage
-from stages.errors import OutOfMemory, StageFailed, Transient
+from stages.errors import OutOfMemory, StageFailed
 from stages.formats.search import FailedTrial, Trial
 from stages.quantize.finalists import publish
 from stages.quantize.imports import import_for_measuring, import_for_quantizing
@@ -30,14 +31,15 @@ from stages.quantize.records import (
     Receipt,
     assemble_search,
     check_enough,
-    describe_failures,
-    describe_trial,
+    check_lost,
+    describe_choice,
+    describe_trials,
     final_metrics,
     known_receipts,
     points_of,
     read_receipt,
 )
-from stages.quantize.schemes import Scheme
+from stages.quantize.schemes import CAST, Scheme
 from stages.quantize.selection import TrialPoint, Verification, pareto_front, preference, verify
 from stages.runtime.processes import environment
 from stages.runtime.workers import WorkerSetup, device_of, fetch_result, remote_task, tune_resources
@@ -60,7 +62,7 @@ class Quantize(Stage):
     """Try quantization schemes on a model and keep the best of size against KL."""
 
     KIND: ClassVar[Kind] = "search"
-    REVISION: ClassVar[str] = "2026-11-25 each segment alone; calibrated and measured on different documents"
+    REVISION: ClassVar[str] = "2026-11-25 segments alone, other documents measured; 16 bits for the rest, a cast"
     PLACES_WORKERS: ClassVar = True
     INPUTS: ClassVar[Mapping[str, Input]] = {"model": Input(("model",)), "data": Input(("dataset",))}
     FRESH_PROCESS: ClassVar[bool] = True
@@ -79,9 +81,14 @@ class Quantize(Stage):
     """Nats per token to the unquantized model that the chosen one may have; 4-bit weights in groups of 128 by round to
     nearest have 0.03 on a small language model."""
     reload_tolerance: float = Field(default=1e-3, gt=0)
-    """Nats per token by which a finalist's KL may differ after its reload."""
+    """Nats per token by which a finalist's KL may differ after its reload, beyond what rounding in the model's type
+    makes, which is measured: the unquantized model in batches of two sizes."""
     min_done: int = Field(default=1, ge=0)
-    """Trials that must succeed, or the step fails; with 0 a search that finds nothing is a result too."""
+    """Trials that must succeed besides the plain cast, or the step fails, as it does where none survives its reload;
+    with 0 a search that finds nothing is a result too."""
+    on_indivisible: Literal["fail", "keep"] = "fail"
+    """Where a group does not divide a layer's input width: that scheme fails, or that layer stays in 16 bits, which
+    `search.json` lists."""
     seed: int = Field(default=0, ge=0)
     """Chooses the rows; torch's seed in every trial."""
 
@@ -131,21 +138,23 @@ class Quantize(Stage):
         receipts = self._search(context, job, survey, base)
         trials = [receipt.trial for receipt in receipts.values()]
         front = pareto_front(points_of(trials))
+        # The cast of a model in 16 bits is that model: it beats what is larger, and has no checkpoint here.
+        order = [point for point in preference(front, self.max_kl) if receipts[point.name].folder]
         published: dict[str, tuple[File, ...]] = {}
 
         def reload(names: Sequence[str]) -> Mapping[str, float | str]:
             return _reload(names, context, receipts, published, (job, survey, base))
 
         verdict = verify(
-            preference(front, self.max_kl), wanted=self.finalists, tolerance=self.reload_tolerance, reload=reload
+            order, wanted=self.finalists, tolerance=self.reload_tolerance, noise=survey.noise, reload=reload
         )
         for name, reason in verdict.rejected.items():
             context.reporter.note(f"finalist {name} does not count: {reason}")
             context.out.delete([file.name for file in published.get(name, ())])
-        if verdict.rejected and not verdict.accepted:
+        if verdict.rejected and not verdict.accepted and self.min_done:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in verdict.rejected.items())
             raise StageFailed(f"none of {len(verdict.rejected)} finalists survived its reload: {reasons}")
-        return self._finish(context, trials, front, verdict)
+        return self._finish(context, trials, front, verdict, survey.bytes_16)
 
     def _job(self, context: Context, calibration: "TokenRows") -> "SearchJob":
         from stages.formats.dataset import DatasetInfo
@@ -160,6 +169,7 @@ class Quantize(Stage):
             micro_batch=resources.micro_batch,
             device=device_of(resources),
             seed=self.seed,
+            on_indivisible=self.on_indivisible,
         )
 
     def _search(self, context: Context, job: Any, survey: "Survey", base: Any) -> dict[str, Receipt]:
@@ -167,13 +177,17 @@ class Quantize(Stage):
         receipts: dict[str, Receipt] = {}
         while True:
             proposed = self.proposer.propose([receipt.trial for receipt in receipts.values()])
-            schemes = {scheme.name: scheme for scheme in proposed if scheme.name not in receipts}
+            # The cast comes first of all: it is what every other scheme has to beat.
+            asked = proposed if receipts else [CAST, *proposed]
+            schemes = {scheme.name: scheme for scheme in asked if scheme.name not in receipts}
             if not schemes:
                 break
-            known = known_receipts(schemes.values(), context.resume, survey.layers.in_features)
+            known = known_receipts(schemes.values(), context.resume, survey, self.on_indivisible)
             num_schemes = len(receipts) + len(schemes)
             for index, receipt in enumerate(known.values()):
                 _report(context, receipt.trial, len(receipts) + index + 1, num_schemes)
+            for line in describe_trials([receipt.trial for receipt in known.values()]):
+                context.reporter.note(line)
             pending = {name: scheme for name, scheme in schemes.items() if name not in known}
             if pending:
                 logger.info("deciding to run %d of %d schemes, since the others are known", len(pending), len(schemes))
@@ -184,35 +198,26 @@ class Quantize(Stage):
         return receipts
 
     def _finish(
-        self, context: Context, trials: Sequence[Trial], front: tuple[TrialPoint, ...], verdict: Verification
+        self,
+        context: Context,
+        trials: Sequence[Trial],
+        front: tuple[TrialPoint, ...],
+        verdict: Verification,
+        base_bytes: int,
     ) -> Outcome:
         """Write `search.json`, report what was chosen, and return the final numbers."""
         model = context.one("model")
-        base_bytes = sum(file.size_bytes for file in model.below("model/*.safetensors"))
         search = assemble_search(
             trials, front, verdict, base=model.fingerprint, base_bytes=base_bytes, max_kl=self.max_kl
         )
         search.write(context.out)
-        metrics = final_metrics(search)
-        if not verdict.accepted:
-            context.reporter.note(
-                f"chose none, since no scheme succeeded: {describe_failures(trials)} (search.json has all)"
-            )
-        elif search.chosen is None:
-            best = min(verdict.accepted.values())
-            context.reporter.note(
-                f"chose none: the best finalist has KL {best:.2g} nats/token, and max_kl is {self.max_kl:g}"
-            )
-        else:
-            size, kl = metrics["chosen_size_bytes"], metrics["chosen_kl"]
-            context.reporter.note(f"chose {search.chosen}: {size:.0f} bytes, KL {kl:.2g} nats/token")
-        return Outcome(metrics)
+        context.reporter.note(describe_choice(search))
+        return Outcome(final_metrics(search))
 
 
 def _report(context: Context, trial: Trial, num_tried: int, num_schemes: int) -> None:
     """Report the trial of one scheme."""
     context.reporter.progress(num_tried, num_schemes, "trials")
-    context.reporter.note(describe_trial(trial))
     if not isinstance(trial, FailedTrial):
         context.reporter.curve(num_tried, {"trial/kl": trial.kl, "trial/size_bytes": trial.size_bytes})
 
@@ -271,6 +276,7 @@ def _run_trials(
             if receipt := read_receipt(context.resume, name):
                 receipts[name] = receipt
                 _report(context, receipt.trial, num_tried + len(receipts), num_schemes)
+                context.reporter.note(*describe_trials([receipt.trial]))
 
     trial = tune.with_parameters(
         _trial, setup=WorkerSetup.of(context), schemes=schemes, job=job, survey=survey, base=base
@@ -292,24 +298,8 @@ def _run_trials(
                 callbacks=[Watch()],
             ),
         ).fit()
-        _check_lost([name for name in schemes if name not in receipts], results, survey)
+        check_lost([name for name in schemes if name not in receipts], results, survey.micro_batch)
     return receipts
-
-
-def _check_lost(missing: Sequence[str], results: Any, survey: "Survey") -> None:
-    """Raise where trials left no receipt: something that another attempt may not meet again."""
-    if not missing:
-        return
-    starved = [result.metrics["out_of_memory"] for result in results if (result.metrics or {}).get("out_of_memory")]
-    reasons = sorted({str(error).strip() for error in results.errors})
-    # Ray's memory monitor kills the worker before the kernel does, and says so.
-    starved += [reason for reason in reasons if "OutOfMemoryError" in reason or "low on memory" in reason]
-    if starved:
-        raise OutOfMemory(starved[0], micro_batch=survey.micro_batch)
-    shown = "; ".join(reason.rpartition("\n")[2] for reason in reasons)
-    raise Transient(
-        f"{len(missing)} trials ended without a receipt ({', '.join(missing)}): {shown}; the others stay done"
-    )
 
 
 def _reload(

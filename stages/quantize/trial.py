@@ -1,6 +1,7 @@
 """What the three kinds of processes of a search do: survey the model, try one scheme, measure finalists again.
 
-Promises: a trial's checkpoint is in the store before its receipt, and the receipt is created once, whole; what would
+Promises: a trial measures what it wrote: its checkpoint is checked tensor by tensor, loaded again by plain transformers
+and run; it is in the store before its receipt, and the receipt is created once, whole; what would
 fail again (a scheme that does not work) is a receipt with its error, and what may not (memory, storage, a device) is
 raised, without a receipt, so that the scheme is tried again.
 Does not: know Ray. Each of the three is called once in a process of its own.
@@ -11,6 +12,7 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import torch
@@ -19,15 +21,17 @@ from stages.contract import Artifact
 from stages.errors import OutOfMemory, Transient
 from stages.formats.search import DoneTrial
 from stages.formats.tokens import TokenRows
-from stages.models.checkpoints import load_model, save_checkpoint
+from stages.models.checkpoints import bytes_in_16_bits, dtype_in_16_bits, load_model, save_checkpoint, stored_dtype
 from stages.models.compatibility import check_compatible
 from stages.models.segments import row_inputs
-from stages.quantize.compress import find_layers, linear_bytes, quantize_model, quiet
+from stages.quantize.compress import find_layers, forget_session, quantize_model, quiet, split_experts
 from stages.quantize.fidelity import BasePredictions, fitting_micro_batch, measure_fidelity, predict
+from stages.quantize.fitting import plan_layers
 from stages.quantize.job import SearchJob, Survey
 from stages.quantize.records import Receipt, ReceiptFile, failed_receipt, write_receipt
-from stages.quantize.schemes import Scheme
-from stages.runtime.translation import within_memory
+from stages.quantize.schemes import CAST_BITS, Scheme
+from stages.quantize.written import check_written, complete_vocabulary, set_buffers_aside
+from stages.runtime.translation import one_line, within_memory
 from stages.storage import Folder
 
 
@@ -51,9 +55,33 @@ def survey_model(job: SearchJob, rows: TokenRows) -> tuple[Survey, BasePredictio
             base = predict(
                 model, rows, vocabulary_size=job.dataset.vocabulary_size, micro_batch=micro_batch, device=job.device
             )
-    num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    replays_head = base.head.weight is not None
-    return Survey(find_layers(model), num_parameters, micro_batch, replays_head, base.head.whole_rows), base
+        noise = _rounding_noise(model, base, micro_batch, job.device)
+        num_parameters = sum(parameter.numel() for parameter in model.parameters())
+        split_experts(model)
+    dtype = dtype_in_16_bits(folder)
+    found = Survey(
+        layers=find_layers(model),
+        num_parameters=num_parameters,
+        micro_batch=micro_batch,
+        replays_head=base.head.weight is not None,
+        dtype=dtype,
+        is_cast=stored_dtype(folder) == getattr(torch, dtype),
+        bytes_16=bytes_in_16_bits(folder),
+        num_tokens=len(base.states.array),
+        noise=noise,
+        whole_rows=base.head.whole_rows,
+    )
+    return found, base
+
+
+NOISE_ROWS = 8
+"""Rows on which the model is compared with itself."""
+
+
+def _rounding_noise(model: Any, base: BasePredictions, micro_batch: int, device: str) -> float:
+    """Return the KL of a model to itself, run in batches of another size, in nats per token."""
+    other = max(1, micro_batch // 2) if micro_batch > 1 else 2
+    return max(0.0, measure_fidelity(model, base.first(NOISE_ROWS), micro_batch=other, device=device).kl)
 
 
 def run_trial(scheme: Scheme, job: SearchJob, survey: Survey, base: BasePredictions) -> Receipt:
@@ -74,7 +102,7 @@ def run_trial(scheme: Scheme, job: SearchJob, survey: Survey, base: BasePredicti
             if _may_succeed_later(error):
                 raise
             seconds = round(time.monotonic() - started, 3)
-            return write_receipt(job.resume, failed_receipt(scheme, f"{type(error).__name__}: {error}", seconds))
+            return write_receipt(job.resume, failed_receipt(scheme, one_line(error), seconds))
         folder, files = _upload(Path(scratch), scheme.name, job.resume)
     trial = trial.model_copy(update={"seconds": round(time.monotonic() - started, 3)})
     return write_receipt(job.resume, Receipt(trial=trial, folder=folder, files=files))
@@ -89,11 +117,14 @@ def _quantize_and_save(
     scheme: Scheme, job: SearchJob, survey: Survey, base: BasePredictions, scratch: Path
 ) -> DoneTrial:
     torch.manual_seed(job.seed)
-    folder = job.model.folder("model")
-    model = load_model(folder, dtype="auto", device=job.device)
+    folder, written = job.model.folder("model"), scratch / "model"
+    plan = plan_layers(scheme, survey.layers.in_features)
+    model = load_model(folder, dtype=survey.dtype, device=job.device)
+    split_experts(model)
     quantize_model(
         model,
         scheme,
+        plan,
         layers=survey.layers,
         calibration=row_inputs(
             torch.tensor(job.calibration.ids_RT, dtype=torch.long),
@@ -103,10 +134,18 @@ def _quantize_and_save(
             batch_rows=survey.micro_batch,
         ),
     )
-    # Before saving: `save_pretrained` packs the weights in place.
-    fidelity = measure_fidelity(model, base, micro_batch=survey.micro_batch, device=job.device)
+    buffers = set_buffers_aside(model, survey.layers) if scheme.vocabulary_bits else {}
     save_checkpoint(model, folder, Folder.at(scratch), "model")
-    size_bytes = sum(path.stat().st_size for path in (scratch / "model").glob("*.safetensors"))
+    if scheme.vocabulary_bits:
+        complete_vocabulary(written, buffers, survey.layers)
+    linear_bytes = check_written(written, scheme, plan, survey.layers)
+    del model
+    forget_session()
+    fidelity = measure_fidelity(
+        load_model(written, dtype="auto", device=job.device), base, micro_batch=survey.micro_batch, device=job.device
+    )
+    size_bytes = sum(path.stat().st_size for path in written.glob("*.safetensors"))
+    num_linear = survey.layers.num_weights
     return DoneTrial(
         scheme=scheme.name,
         config=scheme.model_dump(mode="json"),
@@ -114,7 +153,8 @@ def _quantize_and_save(
         **asdict(fidelity),
         size_bytes=size_bytes,
         bits_per_weight=8 * size_bytes / survey.num_parameters,
-        linear_bits_per_weight=8 * linear_bytes(model, survey.layers) / survey.layers.num_weights,
+        linear_bits_per_weight=8 * linear_bytes / num_linear if num_linear else CAST_BITS,
+        kept_layers=plan.kept,
     )
 
 
@@ -145,5 +185,5 @@ def remeasure(
         except Exception as error:  # as in `run_trial`
             if _may_succeed_later(error) and not isinstance(error, OSError):
                 raise
-            found[scheme] = f"{type(error).__name__}: {error}"
+            found[scheme] = one_line(error)
     return found

@@ -1,4 +1,4 @@
-"""What Ray, torch and llm-compressor give no public way to do: each here alone, with its reason.
+"""What Ray, torch, transformers and llm-compressor give no public way to do: each here alone, with its reason.
 
 `tests/stages/runtime/test_workarounds.py` fails when one of their versions or of these names changes: then look whether
 the reason still holds, and delete what has none.
@@ -20,7 +20,7 @@ from stages.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
-SEEN_IN = {"ray": "2.60", "torch": "2.13", "llmcompressor": "0.14"}
+SEEN_IN = {"ray": "2.60", "torch": "2.13", "transformers": "5.17", "llmcompressor": "0.14"}
 """Package → how the version begins in which all of this was seen."""
 TRAIN_ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",  # the end of training is noticed at the next check; 2 s by default
@@ -184,3 +184,35 @@ def allocations(profiler: Any) -> list[int]:
 def rounded_to_nearest(gptq: Any) -> list[str]:
     """Return the modules that an llm-compressor `GPTQModifier` rounded to nearest; it says so in its log only."""
     return list(gptq._rtn_fallback_module_names)
+
+
+def num_scaled_by_awq(awq: Any) -> int:
+    """Return how many layers an llm-compressor `AWQModifier` found to scale; it goes on where there are none."""
+    return len(awq._resolved_mappings)
+
+
+def unpinned_cache() -> None:
+    """Let llm-compressor's AWQ run where there is no accelerator: it pins its cache whether or not there is one."""
+    import torch
+    from llmcompressor.pipelines.cache import IntermediatesCache
+
+    if not torch.accelerator.is_available():
+        IntermediatesCache.pin_memory = lambda *_, **__: None
+
+
+def linearized_experts(model: Any) -> None:
+    """Give each expert of a mixture model linear layers of its own, in place, where plain transformers loads them back.
+
+    transformers keeps the experts of a layer in one tensor. llm-compressor splits it, and writes `gate_proj`, `up_proj`
+    and `down_proj` of each expert; transformers reads these for families whose checkpoints have such names (Qwen, not
+    Mixtral, whose experts load as noise). Its own way to load them split needs torchvision.
+    """
+    from transformers import conversion_mapping
+
+    # For the families with other names, experts stay one tensor in 16 bits.
+    found = conversion_mapping.get_checkpoint_conversion_mapping(model.config.get_text_config().model_type) or []
+    sources = [pattern for rule in found for pattern in getattr(rule, "source_patterns", ())]
+    if any("experts" in pattern and "gate_proj" in pattern for pattern in sources):
+        from llmcompressor.modeling.moe.linearize import linearize_moe
+
+        linearize_moe(model)

@@ -152,7 +152,7 @@ def _importance(job: TrainJob, ranks: Ranks, dataset: DatasetInfo, origin: Path 
     largest = max(1, MICRO_BATCH_TOKENS[ranks.device.type] // dataset.sequence_length)
     size = job.context.resources.micro_batch or largest
     inputs = row_inputs(ids_RT.long(), positions_RT, filled_RT, whole=whole, batch_rows=size)
-    filled = filled_RT.split(size) if whole else [torch.ones_like(each["input_ids"]) for each in inputs]
+    filled = torch.split(filled_RT, size) if whole else [torch.ones_like(each["input_ids"]) for each in inputs]
     with within_memory("measuring what the origin's parts do", micro_batch=size):
         found = observe_importance(model, zip(inputs, filled, strict=True))
     if ranks.world_size > 1:

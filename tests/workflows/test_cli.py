@@ -79,7 +79,7 @@ def test_run_unknown_parameter_names_nearest(capsys: pytest.CaptureFixture[str],
         (("--teacher-steps", "0"), "--teacher-steps: Input should be greater than or equal to 1; got 0"),
         (("--teacher.rope-theta", "-1"), "--teacher.rope-theta: Input should be greater than 0; got '-1'"),
         (("--teacher.heads", "7"), "--teacher: width 192 over 7 heads is no even whole number"),
-        (("--schemes", '{"weight_bits": 9}'), "--schemes.weight-bits: Input should be less than or equal to 8"),
+        (("--schemes", '{"weight_bits": 17}'), "--schemes.weight-bits: Input should be less than or equal to 16"),
     ],
     ids=["plain", "nested", "together", "in a list"],
 )

@@ -14,10 +14,14 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from stages.errors import OutOfMemory, StageFailed, Transient
 from stages.models.checkpoints import (
+    add_to_index,
+    bytes_in_16_bits,
+    dtype_in_16_bits,
     load_model,
     model_config,
     save_checkpoint,
     stored_dtype,
+    stored_tensors,
 )
 from stages.models.tokenization import load_tokenizer
 from stages.storage import Folder
@@ -156,3 +160,27 @@ def test_model_that_cannot_be_loaded_for_now_is_told_from_a_broken_one(
 def test_stored_dtype_is_that_of_the_weights_on_disk(tmp_path: Path, dtype: torch.dtype) -> None:
     tiny_model().to(dtype).save_pretrained(tmp_path)
     assert stored_dtype(tmp_path) is dtype
+
+
+@pytest.mark.parametrize(
+    ("dtype", "in_16_bits"),
+    [(torch.float32, "bfloat16"), (torch.bfloat16, "bfloat16"), (torch.float16, "float16")],
+)
+def test_bytes_and_type_in_16_bits_are_the_same_however_a_checkpoint_is_stored(
+    tmp_path: Path, dtype: torch.dtype, in_16_bits: str
+) -> None:
+    model = tiny_model().to(dtype)
+    model.save_pretrained(tmp_path, max_shard_size="2KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    assert bytes_in_16_bits(tmp_path) == 2 * sum(parameter.numel() for parameter in model.parameters())
+    assert dtype_in_16_bits(tmp_path) == in_16_bits
+    found = stored_tensors(tmp_path)["model.embed_tokens.weight"]
+    assert (found.shape, found.num_elements, found.size_bytes) == ((32, 16), 512, 512 * dtype.itemsize)
+
+
+def test_tensor_that_is_entered_into_the_index_is_found_there(tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path, max_shard_size="2KB")
+    add_to_index(tmp_path, {"lm_head.weight_scale": "model-00001-of-00002.safetensors"})
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["weight_map"]["lm_head.weight_scale"] == "model-00001-of-00002.safetensors"
+    assert "model.embed_tokens.weight" in index["weight_map"]

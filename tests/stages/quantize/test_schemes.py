@@ -1,4 +1,4 @@
-"""Names, validation and fit of schemes."""
+"""Names and validation of schemes."""
 
 import hashlib
 import re
@@ -20,6 +20,13 @@ from stages.quantize.schemes import DEFAULT_SCHEMES, MAX_NAME_CHARACTERS, LayerR
         (Scheme(weight_bits=3, group_size=32, symmetric=False), "int3-g32-asym-rtn"),
         (Scheme(weight_bits=8, activation_bits=8), "w8a8-int8-rtn"),
         (Scheme(weight_bits=8, activation_bits=8, group_size=64, smooth=0.8), "w8a8-int8-g64-rtn-smooth0.8"),
+        (Scheme(weight_bits=16), "16bit"),
+        (Scheme(weight_bits=16, vocabulary_bits=8), "16bit-vocab8"),
+        (Scheme(weight_bits=8, numbers="fp8", activation_bits=8), "fp8-dynamic"),
+        (Scheme(weight_bits=8, numbers="fp8"), "fp8a16"),
+        (Scheme(weight_bits=4, numbers="nvfp4", activation_bits=4, kv_cache="fp8"), "nvfp4-kvfp8"),
+        (Scheme(weight_bits=4, numbers="mxfp4"), "mxfp4a16"),
+        (Scheme(weight_bits=4, group_size=128, algorithm="awq", vocabulary_bits=8), "int4-g128-sym-awq-vocab8"),
         (Scheme(weight_bits=4, algorithm="gptq", dampening=0.1), "int4-channel-sym-gptq-damp0.1"),
         (Scheme(weight_bits=4, algorithm="gptq", observer="imatrix_mse"), "int4-channel-sym-gptq-imatrix"),
     ],
@@ -38,9 +45,14 @@ def all_rules() -> st.SearchStrategy[LayerRule]:
 
 
 def all_schemes() -> st.SearchStrategy[Scheme]:
-    def build(bits, group, symmetric, algorithm, act, observer, smooth, dampening, rules):
+    def changes_nothing(bits, group, rules):
+        last = rules[-1] if rules else None
+        return last and (last.weight_bits or bits, last.group_size) == (bits, group or "channel")
+
+    def integers(bits, group, symmetric, algorithm, act, observer, smooth, dampening, rules, extras):
+        bits = 8 if act else bits
         return Scheme(
-            weight_bits=8 if act else bits,
+            weight_bits=bits,
             group_size=group,
             symmetric=symmetric,
             algorithm=algorithm,
@@ -48,24 +60,37 @@ def all_schemes() -> st.SearchStrategy[Scheme]:
             observer=observer,
             smooth=smooth if act else None,
             dampening=dampening if algorithm == "gptq" else 0.01,
-            rules=() if changes_nothing(8 if act else bits, group, rules) else tuple(rules),
+            rules=() if changes_nothing(bits, group, rules) else tuple(rules),
+            **extras,
         )
 
-    def changes_nothing(bits, group, rules):
-        last = rules[-1] if rules else None
-        return last and (last.weight_bits or bits, last.group_size) == (bits, group or "channel")
-
-    return st.builds(
-        build,
-        st.integers(2, 8),
-        st.none() | st.integers(8, 256),
-        st.booleans(),
-        st.sampled_from(["rtn", "gptq"]),
-        st.sampled_from([None, 8]),
-        st.sampled_from(["memoryless_minmax", "memoryless_mse", "imatrix_mse"]),
-        st.none() | st.floats(0, 1),
-        st.sampled_from([0.01, 0.1]) | st.floats(1e-6, 0.5),
-        st.lists(all_rules(), max_size=2),
+    extras = st.fixed_dictionaries(
+        {"vocabulary_bits": st.sampled_from([None, 8]), "kv_cache": st.sampled_from([None, "fp8"])}
+    )
+    floats = st.sampled_from([("fp8", 8), ("nvfp4", 4), ("mxfp4", 4)])
+    return st.one_of(
+        st.builds(
+            integers,
+            st.integers(2, 8),
+            st.none() | st.integers(8, 256),
+            st.booleans(),
+            st.sampled_from(["rtn", "gptq", "awq"]),
+            st.sampled_from([None, 8]),
+            st.sampled_from(["memoryless_minmax", "memoryless_mse", "imatrix_mse"]),
+            st.none() | st.floats(0, 1),
+            st.sampled_from([0.01, 0.1]) | st.floats(1e-6, 0.5),
+            st.lists(all_rules(), max_size=2),
+            extras,
+        ),
+        st.builds(
+            lambda kind, act, extras: Scheme(
+                weight_bits=kind[1], numbers=kind[0], activation_bits=kind[1] if act else None, **extras
+            ),
+            floats,
+            st.booleans(),
+            extras,
+        ),
+        extras.map(lambda extras: Scheme(weight_bits=16, **extras)),
     )
 
 
@@ -98,7 +123,18 @@ def test_digest_of_a_scheme_is_of_what_differs_from_the_defaults() -> None:
         ({"weight_bits": 4, "activation_bits": 8}, "saves nothing"),
         ({"weight_bits": 8, "smooth": 0.5}, "without activation_bits"),
         ({"weight_bits": 4, "dampening": 0.5}, "algorithm='gptq' only"),
-        ({"weight_bits": 4, "algorithm": "awq"}, "'rtn' or 'gptq'"),
+        ({"weight_bits": 4, "algorithm": "hqq"}, "'rtn', 'gptq' or 'awq'"),
+        ({"weight_bits": 12}, "expected 2 to 8, or 16, which is a cast"),
+        ({"weight_bits": 16, "group_size": 64, "algorithm": "gptq"}, "for which algorithm, group_size has no meaning"),
+        ({"weight_bits": 8, "numbers": "nvfp4"}, "numbers='nvfp4' have 4 bits; got weight_bits=8"),
+        ({"weight_bits": 4, "numbers": "mxfp4", "group_size": 32}, "group_size=32 has a meaning for integers only"),
+        ({"weight_bits": 8, "numbers": "fp8", "activation_bits": 4}, "activation_bits=4 with numbers='fp8'"),
+        ({"weight_bits": 4, "activation_bits": 4}, "saves nothing"),
+        (
+            {"weight_bits": 4, "numbers": "nvfp4", "rules": [{"layers": "*.q", "weight_bits": 8}]},
+            "a rule that changes layers has a meaning for integers only",
+        ),
+        ({"weight_bits": 8, "vocabulary_bits": 4}, "Input should be 8"),
         ({"weight_bits": 4, "bits": 4}, "Extra inputs"),
         ({"weight_bits": 4, "rules": [{"layers": "*"}]}, "neither skips nor changes"),
         ({"weight_bits": 4, "rules": [{"layers": "*", "skip": True, "weight_bits": 8}]}, "both skips and changes"),
@@ -119,6 +155,14 @@ def test_digest_of_a_scheme_is_of_what_differs_from_the_defaults() -> None:
         "smooth",
         "dampening",
         "algorithm",
+        "twelve-bits",
+        "cast-in-groups",
+        "nvfp4-of-8-bits",
+        "mxfp4-group",
+        "fp8-a4",
+        "int-w4a4",
+        "nvfp4-rule",
+        "vocabulary",
         "unknown-field",
         "idle-rule",
         "rule-of-two-minds",
@@ -133,71 +177,15 @@ def test_scheme_that_makes_no_sense_is_refused(fields: dict[str, object], messag
         Scheme.model_validate(fields)
 
 
-def test_default_schemes_cover_the_axes_and_differ() -> None:
-    assert len({scheme.name for scheme in DEFAULT_SCHEMES}) == len(DEFAULT_SCHEMES) >= 8
-    assert {scheme.weight_bits for scheme in DEFAULT_SCHEMES} == {3, 4, 8}
-    for values in (
-        {scheme.group_size is None for scheme in DEFAULT_SCHEMES},
-        {scheme.symmetric for scheme in DEFAULT_SCHEMES},
-        {scheme.algorithm for scheme in DEFAULT_SCHEMES},
-        {scheme.activation_bits for scheme in DEFAULT_SCHEMES},
-    ):
-        assert len(values) == 2
+def test_default_schemes_are_those_in_use_and_differ() -> None:
+    names = [scheme.name for scheme in DEFAULT_SCHEMES]
+    assert len(set(names)) == len(names)
+    assert {scheme.numbers for scheme in DEFAULT_SCHEMES} == {"int", "fp8", "nvfp4", "mxfp4"}
+    assert {scheme.algorithm for scheme in DEFAULT_SCHEMES} == {"rtn", "gptq", "awq"}
+    assert {scheme.vocabulary_bits for scheme in DEFAULT_SCHEMES} == {None, 8}
+    assert {"int4-g128-sym-gptq-imatrix", "fp8-dynamic", "w8a8-int8-rtn-smooth0.8", "nvfp4"} < set(names)
 
 
 def test_grid_with_a_scheme_twice_is_refused() -> None:
     with pytest.raises(ValidationError, match="int8-channel-sym-rtn more than once"):
         Grid(schemes=(Scheme(weight_bits=8), Scheme(weight_bits=8)))
-
-
-def test_misfit_names_layer_width_and_group() -> None:
-    reason = Scheme(weight_bits=4, group_size=128).misfit({"a.q_proj": 256, "a.down_proj": 704})
-    assert reason is not None
-    assert "a.down_proj (704)" in reason
-    assert "group_size=128" in reason
-    assert "q_proj" not in reason
-
-
-def test_misfit_of_group_wider_than_the_layer_is_found() -> None:
-    assert Scheme(weight_bits=4, group_size=128).misfit({"a": 64}) is not None
-
-
-def test_misfit_of_fitting_schemes_is_none() -> None:
-    assert Scheme(weight_bits=4, group_size=64).misfit({"a": 64, "b": 704}) is None
-    assert Scheme(weight_bits=4).misfit({"a": 63}) is None
-
-
-RULES = (
-    LayerRule(layers="*.0.down_proj", skip=True),
-    LayerRule(layers="*.down_proj", weight_bits=8, group_size="channel"),
-)
-
-
-def test_rule_of_the_schemes_own_settings_excepts_layers_from_later_rules() -> None:
-    kept = LayerRule(layers="*.0.down_proj", weight_bits=4)
-    scheme = Scheme(weight_bits=4, rules=(kept, LayerRule(layers="*.down_proj", group_size=64)))
-    assert scheme.misfit({"a.0.down_proj": 50, "a.1.down_proj": 64}) is None
-
-
-def test_of_rules_that_match_a_layer_the_first_counts() -> None:
-    scheme = Scheme(weight_bits=4, group_size=64, rules=RULES)
-    widths = {"a.0.down_proj": 50, "a.1.down_proj": 50, "a.1.up_proj": 64}
-    assert scheme.quantized_layers(widths) == ["a.1.down_proj", "a.1.up_proj"]
-    assert scheme.misfit(widths) is None
-    reason = scheme.misfit(widths | {"a.1.q_proj": 50})
-    assert reason is not None
-    assert "a.1.q_proj (50)" in reason
-    assert "down_proj" not in reason
-
-
-@pytest.mark.parametrize(
-    ("rules", "message"),
-    [
-        ((LayerRule(layers="*.experts.*", weight_bits=8),), r"'\*.experts.\*' matches no linear layer"),
-        ((LayerRule(layers="*", skip=True),), "rules skip every linear layer"),
-        ((LayerRule(layers="a.*", group_size=48),), r"group_size=48 does not divide the input width of a.q \(64\)"),
-    ],
-    ids=["no-match", "nothing-left", "group-of-a-rule"],
-)
-def test_misfit_of_rules_is_found(rules: tuple[LayerRule, ...], message: str) -> None:
-    assert re.search(message, str(Scheme(weight_bits=4, rules=rules).misfit({"a.q": 64})))

@@ -17,7 +17,7 @@ from stages.quantize import stage as quantize_stage
 from stages.quantize.job import Layers, SearchJob, Survey
 from stages.quantize.proposers import Grid, Proposer
 from stages.quantize.records import Receipt, write_receipt
-from stages.quantize.schemes import Scheme
+from stages.quantize.schemes import CAST, Scheme
 from stages.quantize.stage import Quantize
 from tests.fakes import RecordingReporter, fake_context
 
@@ -59,11 +59,13 @@ def search(local_ray: None, model: Artifact, data: Artifact, tmp_path_factory: p
 
 
 def test_search_records_every_scheme_in_order(search: Search, model: Artifact) -> None:
-    assert list(search.trials) == [scheme.name for scheme in SCHEMES]
-    assert [trial["status"] for trial in search.json["trials"]] == ["done", "done", "done", "failed"]
+    assert list(search.trials) == [CAST.name, *(scheme.name for scheme in SCHEMES)]
+    assert [trial["status"] for trial in search.json["trials"]] == ["done", "done", "done", "done", "failed"]
     assert "group_size=96 does not divide" in search.trials[TOO_WIDE.name]["error"]
     assert search.json["base"] == model.fingerprint
-    assert search.json["base_bytes"] == sum(f.size_bytes for f in model.below("model/*.safetensors"))
+    (weights,) = model.below("model/*.safetensors")
+    assert search.json["base_bytes"] == pytest.approx(weights.size_bytes / 2, rel=0.02), "it is stored in 32 bits"
+    assert search.trials[CAST.name]["size_bytes"] == pytest.approx(search.json["base_bytes"], rel=0.02)
     assert search.trials[GPTQ4.name]["config"] == GPTQ4.model_dump(mode="json")
     assert 0 < search.trials[INT8.name]["kl"] < search.trials[W8A8.name]["kl"] < search.trials[GPTQ4.name]["kl"]
     assert search.trials[INT8.name]["agreement"] > search.trials[GPTQ4.name]["agreement"] > 0
@@ -74,9 +76,9 @@ def test_search_records_every_scheme_in_order(search: Search, model: Artifact) -
 def test_search_sizes_are_real_and_smaller_for_fewer_bits(search: Search) -> None:
     small, large = search.trials[GPTQ4.name], search.trials[INT8.name]
     assert small["size_bytes"] < large["size_bytes"] < search.json["base_bytes"]
-    # Float32 scales: 4 + 32/32 bits for groups of 32, and 8 + 32/64 or 8 + 32/128 for channels; shapes on top.
-    assert 5 <= small["linear_bits_per_weight"] < 5.2
-    assert 8.25 <= large["linear_bits_per_weight"] < 8.7
+    # Scales in 16 bits: 4 + 16/32 bits for groups of 32, and 8 + 16/64 or 8 + 16/128 for channels; shapes on top.
+    assert 4.5 <= small["linear_bits_per_weight"] < 4.7
+    assert 8.12 <= large["linear_bits_per_weight"] < 8.4
     for name, finalist in search.finalists.items():
         weights = [e for e in search.context.out.entries(f"finalists/{name}") if e.name.endswith(".safetensors")]
         assert sum(entry.size_bytes for entry in weights) == finalist["size_bytes"]
@@ -106,7 +108,7 @@ def test_search_finalists_are_complete_checkpoints(search: Search) -> None:
 def test_search_reports_how_far_it_is(search: Search) -> None:
     report = search.context.reporter
     assert isinstance(report, RecordingReporter)
-    assert report.progressed == [(done, 4, "trials") for done in (1, 2, 3, 4)]
+    assert report.progressed == [(done, 5, "trials") for done in (1, 2, 3, 4, 5)]
     assert {point["trial/size_bytes"] for _, point in report.points} == {
         trial["size_bytes"] for trial in search.trials.values() if trial["status"] == "done"
     }
@@ -146,14 +148,15 @@ def test_search_behind_receipts_runs_no_trial_again_and_rejects_what_its_files_d
 
 
 def survey_little(job: object, evaluation: object) -> tuple[Survey, None]:
-    return Survey(Layers({"layer": 64}, 64 * 64, ()), 64 * 64, 8, replays_head=True), None
+    layers = Layers({"layer": 64}, 64 * 64, 0, (), ("embeddings",))
+    return Survey(layers, 64 * 64, 8, True, "bfloat16", True, bytes_16=16, num_tokens=1, noise=0.0), None
 
 
 class Coarser(Proposer):
     """Halves the bits of the smallest down to 4, round by round."""
 
     def propose(self, trials: Sequence[Trial]) -> Sequence[Scheme]:
-        if not trials:
+        if not trials:  # the cast is among them, once it was tried
             return (Scheme(weight_bits=8), TOO_WIDE)
         done = [trial for trial in trials if isinstance(trial, DoneTrial)]
         smallest = Scheme.model_validate(min(done, key=lambda trial: trial.size_bytes).config)
@@ -194,12 +197,13 @@ def test_search_asks_its_proposer_again_with_what_it_found_and_the_same_after_a_
         monkeypatch.setattr(quantize_stage, name, fake)
     stage = STAGE.model_copy(update={"proposer": Coarser()})
     search = Search(stage, fake_context(tmp_path / "one", {"model": model, "data": data}, workers=2))
-    assert list(search.trials) == [INT8.name, TOO_WIDE.name, INT4.name]
-    assert [trial["status"] for trial in search.json["trials"]] == ["done", "failed", "done"]
+    assert list(search.trials) == [CAST.name, INT8.name, TOO_WIDE.name, INT4.name]
+    assert [trial["status"] for trial in search.json["trials"]] == ["done", "done", "failed", "done"]
+    assert CAST.name not in search.finalists, "it is the model itself"
     assert search.json["chosen"] == INT4.name
     reporter = search.context.reporter
     assert isinstance(reporter, RecordingReporter)
-    assert sorted(reporter.progressed) == [(1, 2, "trials"), (2, 2, "trials"), (3, 3, "trials")]
+    assert sorted(reporter.progressed) == [(1, 3, "trials"), (2, 3, "trials"), (3, 3, "trials"), (4, 4, "trials")]
 
     context = fake_context(tmp_path / "two", {"model": model, "data": data}, workers=2)
     receipt = f"trials/{INT8.name}.json"
@@ -208,6 +212,45 @@ def test_search_asks_its_proposer_again_with_what_it_found_and_the_same_after_a_
     assert list(again.trials) == list(search.trials)
     assert again.trials[INT8.name] == search.trials[INT8.name]
     assert again.trials[INT4.name]["seconds"] > search.trials[INT4.name]["seconds"]
+
+
+def remeasure_in_vain(names: Sequence[str], *_: object) -> dict[str, str]:
+    return dict.fromkeys(names, "noise instead of weights")
+
+
+@pytest.mark.parametrize("min_done", [0, 1])
+def test_search_whose_finalists_do_not_survive_is_a_result_where_none_need_succeed(
+    min_done: int, local_ray: None, model: Artifact, data: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, fake in {"_survey": survey_little, "_trial": try_quickly, "_remeasure": remeasure_in_vain}.items():
+        monkeypatch.setattr(quantize_stage, name, fake)
+    stage = STAGE.model_copy(update={"proposer": Grid(schemes=(INT8,)), "min_done": min_done})
+    context = fake_context(tmp_path, {"model": model, "data": data}, workers=2)
+    if min_done:
+        with pytest.raises(StageFailed, match=r"none of 1 finalists survived its reload: .*noise instead of weights"):
+            stage.run(context)
+        return
+    search = Search(stage, context)
+    assert search.trials[INT8.name]["reload_error"] == "noise instead of weights"
+    assert (search.json["finalists"], search.json["chosen"]) == ([], None)
+    assert not context.out.entries("finalists")
+
+
+def test_model_without_linear_layers_says_so_once(
+    local_ray: None, model: Artifact, data: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def survey_none(job: object, evaluation: object) -> tuple[Survey, None]:
+        layers = Layers({}, 0, 0, (), ("embeddings",))
+        return Survey(layers, 64, 8, True, "bfloat16", True, bytes_16=16, num_tokens=1, noise=0.0), None
+
+    monkeypatch.setattr(quantize_stage, "_survey", survey_none)
+    context = fake_context(tmp_path, {"model": model, "data": data}, workers=2)
+    search = Search(STAGE.model_copy(update={"min_done": 0}), context)
+    assert [trial["status"] for trial in search.json["trials"]] == ["done", *["failed"] * len(SCHEMES)]
+    assert isinstance(context.reporter, RecordingReporter)
+    said = [note for note in context.reporter.notes if "no linear layers" in note]
+    assert len(said) == 1
+    assert ", ".join(scheme.name for scheme in SCHEMES) in said[0]
 
 
 def try_in_vain(config: Mapping[str, Any], **_: object) -> dict[str, str]:

@@ -19,6 +19,7 @@ from stages.runtime.workarounds import (
     SESSION,
     allocations,
     deprecated_options,
+    num_scaled_by_awq,
     rounded_to_nearest,
     short_temp_dir,
     silence_progress_bars,
@@ -108,6 +109,28 @@ def test_short_temp_dir_where_none_can_be_written_says_what_to_do(monkeypatch: p
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     with pytest.raises(ConfigError, match=r"a socket's may have \d+; set RAY_TMPDIR to a short folder"):
         short_temp_dir({"TMPDIR": "/tmp/" + "x" * 90})
+
+
+def test_awq_of_llm_compressor_still_pins_its_cache_without_an_accelerator() -> None:
+    """When this fails, `unpinned_cache` can go."""
+    from llmcompressor.modifiers.transform.awq import AWQModifier
+    from llmcompressor.modifiers.transform.awq import base as awq
+
+    assert "cache.pin_memory(batch_index)" in inspect.getsource(awq)
+    assert num_scaled_by_awq(AWQModifier()) == 0
+
+
+def test_conversions_that_experts_are_split_by_are_there_in_transformers() -> None:
+    """Where a family's checkpoints name each expert's `gate_proj`, split experts load back; Mixtral's are `w1`."""
+    from transformers import conversion_mapping
+
+    def names(model_type: str) -> str:
+        found = conversion_mapping.get_checkpoint_conversion_mapping(model_type)
+        return " ".join(pattern for rule in found for pattern in rule.source_patterns)
+
+    assert "gate_proj" in names("qwen3_moe")
+    assert "w1" in names("mixtral")
+    assert "gate_proj" not in names("mixtral")
 
 
 @pytest.mark.ray
