@@ -15,6 +15,7 @@ from stages.evaluate.stage import Evaluate
 from stages.external.checkpoints import Checkpoint, PretrainedTokenizer
 from stages.external.documents import Files
 from stages.measure.device import describe_cpu, describe_gpu
+from stages.measure.runtimes import measured_runtime, on_device
 from stages.measure.stage import Measure
 from stages.prepare.stage import Prepare
 from stages.promote.stage import Gate, Promote
@@ -177,12 +178,14 @@ def compress(
             origin=origin,
             resources=resources,
         )
+    target = on_device(gate.runtime, "cuda" if gpus_per_worker else "cpu")
+    gate = gate.model_copy(update={"runtime": target})
     # A student that cannot be quantized is still a candidate: `search.json` says why of each scheme.
     max_kl = gate.max_kl_to_base or Quantize.model_fields["max_kl"].default
     searches = {
         f"{name}-quantized": flow.step(
             f"quantize.{name}",
-            Quantize(proposer=Grid(schemes=schemes), max_kl=max_kl, min_done=0, seed=seed),
+            Quantize(proposer=Grid(schemes=schemes), max_kl=max_kl, runtime=target, min_done=0, seed=seed),
             model=model,
             data=corpus,
             resources=resources,
@@ -192,6 +195,7 @@ def compress(
     models: dict[str, Source] = {"teacher": big, **trained, **searches}
     scores = flow.step("scores", Evaluate(seed=seed), data=judged_on, reference=big, models=models, resources=resources)
     measure = Measure(
+        runtime=measured_runtime(target),
         device=device or _device(gpus_per_worker),
         threads=int(max(1, cpus_per_worker)),
         prompt_tokens=min(128, sequence_length // 2),  # no more than every teacher that can read a row can read

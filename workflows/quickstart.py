@@ -13,6 +13,7 @@ from stages.errors import ConfigError
 from stages.evaluate.stage import Evaluate
 from stages.external.documents import PythonDocs
 from stages.measure.device import describe_cpu
+from stages.measure.runtimes import measured_runtime, on_device
 from stages.measure.stage import Measure
 from stages.prepare.stage import ByteLevelBPE, Prepare
 from stages.promote.stage import Gate, Promote
@@ -134,9 +135,10 @@ def quickstart(
         for setting in students
     }
     first, last = students[0].name, students[-1].name
+    target = on_device(gate.runtime, "cpu")
     search = flow.step(
         f"quantize.{last}",
-        Quantize(proposer=Grid(schemes=schemes), seed=seed),
+        Quantize(proposer=Grid(schemes=schemes), runtime=target, seed=seed),
         model=trained[last],
         data=corpus,
         resources=TWO,
@@ -145,11 +147,12 @@ def quickstart(
     scores = flow.step("scores", Evaluate(seed=seed), data=corpus, reference=big, models=models, resources=TWO)
     speed = flow.step(
         "speed",
-        Measure(device=describe_cpu(), threads=2, seed=seed),
+        Measure(runtime=measured_runtime(target), device=describe_cpu(), threads=2, seed=seed),
         models=models,
         resources=Resources(cpus_per_worker=2),
     )
     baseline, contender = (first, last) if first != last else (None, None)
+    gate = gate.model_copy(update={"runtime": target})
     promote = Promote(gate=gate, baseline=baseline, contender=contender, registered_name="quickstart", seed=seed)
     flow.step("verdict", promote, scores=scores, speed=speed)
     return flow

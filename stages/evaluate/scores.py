@@ -76,6 +76,7 @@ def _candidate_scores(one: Scored, reference: Candidate) -> CandidateScores:
         agreement=agreement,
         kl_to_base=kl_to_base,
         agreement_with_base=agreement_with_base,
+        config=candidate.config,
     )
 
 

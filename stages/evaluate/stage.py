@@ -28,7 +28,7 @@ class Evaluate(Stage):
     """Scores of each model on a dataset's split."""
 
     KIND: ClassVar[Kind] = "scores"
-    REVISION: ClassVar[str] = "2026-11-25 one rule for output heads, bases of any kind, typed files"
+    REVISION: ClassVar[str] = "2026-11-25 the config of each candidate"
     PLACES_WORKERS: ClassVar = True
     INPUTS: ClassVar[Mapping[str, Input]] = {
         "data": Input(("dataset",)),

@@ -65,6 +65,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("final/latency_p50_ms", "ms/token p50", "ms", "lower", _fixed(2), 1),
     Metric("final/latency_p95_ms", "ms/token p95", "ms", "lower", _fixed(2), 6),
     Metric("final/tokens_per_second", "tokens/s", "tokens/s", "higher", _fixed(0), 5),
+    Metric("final/throughput_tokens_per_second", "tokens/s batch", "tokens/s", "higher", _fixed(0), 9),
     Metric("final/peak_memory_bytes", "memory MB", "bytes", "lower", lambda value: f"{value / 1e6:,.1f}", 7),
     Metric("final/cost_seconds", "cost s", "seconds", "lower", _fixed(0), 4),
     Metric("final/cross_entropy", "cross-entropy", "nats/token", "lower", _fixed(4)),
@@ -72,7 +73,8 @@ METRICS: tuple[Metric, ...] = (
     Metric("final/agreement_with_base", "agreement with base %", "fraction", "higher", _percent),
     Metric("final/perplexity_delta_to_teacher", "perplexity over teacher's", "", "lower", _perplexity),
     Metric("final/perplexity_delta_to_base", "perplexity over base's", "", "lower", _perplexity),
-    Metric("final/prefill_p50_ms", "prefill ms p50", "ms", "lower", _fixed(2)),
+    Metric("final/prefill_p50_ms", "first token ms p50", "ms", "lower", _fixed(2)),
+    Metric("final/prefill_p95_ms", "first token ms p95", "ms", "lower", _fixed(2)),
 )
 """Every metric that a candidate may have, the columns of tables in their order first. The base of `…_base` is
 the model that a candidate was derived from; `final/cost_seconds` is what all steps before a candidate took."""

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import ClassVar, Literal, Self
 
+from pydantic import Field
+
 from stages.contract import Split
 from stages.formats.json_format import FormatModel, JsonFormat
 
@@ -68,6 +70,10 @@ class ReportedCandidate(FormatModel):
     """95 % intervals of some of them."""
     notes: dict[str, str]
     """Metric → why it is absent."""
+    served_by: dict[str, str] = Field(default_factory=dict)
+    """Runtime on a device → `served`, `refused` or `unknown`, with the reason and where it comes from."""
+    speed_by_batch: dict[str, float] = Field(default_factory=dict)
+    """Number of sequences at once → generated tokens per second."""
 
 
 class Report(JsonFormat):

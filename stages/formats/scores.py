@@ -1,6 +1,8 @@
 """`scores.json`: the quality of each candidate; `documents.parquet` beside it holds sums for each document."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
+
+from pydantic import Field
 
 from stages.contract import Split
 from stages.formats.json_format import FormatModel, JsonFormat
@@ -45,6 +47,8 @@ class CandidateScores(FormatModel):
     kl_to_base: float | None
     """Mean KL(base ‖ candidate), nats per token; None where no base was scored."""
     agreement_with_base: float | None
+    config: dict[str, Any] = Field(default_factory=dict)
+    """The checkpoint's `config.json`, from which rules say who serves it."""
 
 
 class Scores(JsonFormat):

@@ -25,7 +25,7 @@ from stages.models.serving_rules import (
     worst_of,
 )
 
-__all__ = ["RUNTIMES", "Answer", "Runtime", "RuntimeChoice", "Served", "describe", "is_served", "served_by"]
+__all__ = ["RUNTIMES", "Answer", "Runtime", "RuntimeChoice", "Served", "describe", "is_served", "served_by", "worst_of"]
 
 Runtime = Literal["vllm-cpu", "vllm-cuda", "transformers", "torchao"]
 """A runtime on one kind of device: transformers and torchao load a checkpoint on any that torch knows."""

@@ -18,6 +18,7 @@ from stages.formats.speed import CandidateSpeed
 from stages.ops.statistics import PairedBootstrap, Statistic
 from stages.promote.evidence import Evidence
 from stages.promote.gate import Gate
+from stages.promote.serving_check import check_runtime
 
 __all__ = ["check_candidate"]
 
@@ -73,7 +74,7 @@ def check_candidate(gate: Gate, name: str, evidence: Evidence) -> tuple[Check, .
     scores, speed = evidence.models[name], evidence.speed(name)
     checks = []
     for limit, bound in gate:
-        if bound is None:
+        if bound is None or limit == "runtime":
             continue
         if limit in _EXACT:
             rule = _EXACT[limit]
@@ -88,6 +89,8 @@ def check_candidate(gate: Gate, name: str, evidence: Evidence) -> tuple[Check, .
                 f"({scores.base_fingerprint[:12]}) is not among the models that were scored"
             )
             checks.append(Check(limit=limit, bound=bound, value=None, interval=None, passed=False, text=text))
+    if gate.runtime is not None:
+        checks.append(check_runtime(gate.runtime, scores, speed))
     return tuple(checks)
 
 

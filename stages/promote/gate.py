@@ -7,6 +7,7 @@ against the teacher, of size and of speed hold for every candidate.
 from pydantic import Field
 
 from stages.contract import Config
+from stages.models.serving import RuntimeChoice
 
 __all__ = ["Gate"]
 
@@ -34,3 +35,6 @@ class Gate(Config):
     """Median milliseconds of one decode step; a candidate whose speed is not measured does not keep it."""
     max_peak_memory_bytes: int | None = Field(None, gt=0)
     """Peak bytes of a generation; a candidate whose memory is not measured does not keep it."""
+    runtime: RuntimeChoice | None = None
+    """What must serve the candidate: what it refuses, or is not shown to serve, is never promoted. `vllm` is vLLM on
+    the device that speed is measured on."""

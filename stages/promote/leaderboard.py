@@ -20,8 +20,9 @@ def leaderboard(report: Report) -> tuple[list[str], list[list[str]]]:
     for candidate in candidates:
         mark = f" {CHAMPION_MARK}" if candidate.name == report.verdict.champion else ""
         cells = [metric.cell(candidate.metrics) for metric in columns]
-        rows.append([candidate.name + mark, *cells, _limits_kept(report, candidate.name)])
-    return ["candidate", *(metric.label for metric in columns), "limits kept"], rows
+        served = candidate.params.get("served_by", UNKNOWN)
+        rows.append([candidate.name + mark, *cells, served, _limits_kept(report, candidate.name)])
+    return ["candidate", *(metric.label for metric in columns), "served by", "limits kept"], rows
 
 
 def _rank(report: Report, candidate: ReportedCandidate) -> tuple[int, float, str]:
@@ -57,7 +58,20 @@ def write_markdown(report: Report) -> str:
         lines += [f"**{name}**", ""]
         lines += [f"- {'kept' if check.passed else '**not kept**'}: {check.text}" for check in checks]
         lines += [""]
-    return "\n".join([*lines, *_legend(report), ""])
+    return "\n".join([*lines, *_serving(report), *_legend(report), ""])
+
+
+def _serving(report: Report) -> list[str]:
+    """Return who serves each candidate and why not, and how fast batches are, where that is known."""
+    lines = ["## Who serves it", ""]
+    for candidate in report.candidates:
+        if candidate.served_by:
+            lines += [f"**{candidate.name}**", ""]
+            lines += [f"- {runtime}: {text}" for runtime, text in candidate.served_by.items()]
+            batches = candidate.speed_by_batch.items()
+            lines += [f"- {speed:,.0f} tokens/s with {size} sequences at once" for size, speed in batches]
+            lines += [""]
+    return lines
 
 
 def _row(cells: list[str]) -> str:

@@ -6,7 +6,9 @@ A metric that is not known is absent, never zero; where a reason is known it sta
 from stages.formats.report import Report, ReportedCandidate, Verdict
 from stages.formats.scores import CandidateScores
 from stages.formats.speed import CandidateSpeed
+from stages.models.serving import describe
 from stages.promote.evidence import Evidence
+from stages.promote.serving_check import answers_about
 
 __all__ = ["build_report"]
 
@@ -32,7 +34,8 @@ def _candidate(evidence: Evidence, name: str) -> ReportedCandidate:
     quality["final/perplexity_delta_to_teacher"] = scores.perplexity - evidence.perplexity(evidence.teacher)
     if scores.base is not None:
         quality["final/perplexity_delta_to_base"] = scores.perplexity - evidence.perplexity(scores.base)
-    reason = evidence.speed(name).reason
+    measured = evidence.speed(name)
+    reason, answers = measured.reason, answers_about(scores, measured)
     return ReportedCandidate(
         name=name,
         fingerprint=scores.fingerprint,
@@ -40,10 +43,12 @@ def _candidate(evidence: Evidence, name: str) -> ReportedCandidate:
         uri=scores.uri_prefix,
         kind=scores.kind,
         base=scores.base,
-        params={"method": scores.method or "none", **scores.axes},
+        params={"method": scores.method or "none", **scores.axes, "served_by": describe(answers)},
         metrics={metric: float(value) for metric, value in {**quality, **speed}.items() if value is not None},
         intervals={metric: evidence.interval(name, figure) for metric, figure in _INTERVALS.items()},
         notes={metric: reason for metric, value in speed.items() if value is None} if reason else {},
+        served_by={runtime: found.text for runtime, found in answers.items()},
+        speed_by_batch=measured.by_batch,
     )
 
 
@@ -65,8 +70,10 @@ def _quality_metrics(scores: CandidateScores) -> dict[str, float | None]:
 def _speed_metrics(speed: CandidateSpeed) -> dict[str, float | None]:
     return {
         "final/prefill_p50_ms": speed.prefill_p50_ms,
+        "final/prefill_p95_ms": speed.prefill_p95_ms,
         "final/latency_p50_ms": speed.latency_p50_ms,
         "final/latency_p95_ms": speed.latency_p95_ms,
         "final/tokens_per_second": speed.tokens_per_second,
+        "final/throughput_tokens_per_second": speed.throughput_tokens_per_second,
         "final/peak_memory_bytes": speed.peak_memory_bytes,
     }

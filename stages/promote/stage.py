@@ -18,7 +18,7 @@ class Promote(Stage):
     """The verdict on all candidates of one evaluation."""
 
     KIND: ClassVar[Kind] = "report"
-    REVISION: ClassVar[str] = "2026-11-25 limits to the base for whatever was derived, report in a typed file"
+    REVISION: ClassVar[str] = "2026-11-25 who serves a candidate"
     INPUTS: ClassVar[Mapping[str, Input]] = {
         "scores": Input(("scores",)),
         "speed": Input(("speed",), required=False),

@@ -133,6 +133,7 @@ def assemble_search(
     base: str,
     base_bytes: int,
     max_kl: float,
+    refused: Mapping[str, str],
 ) -> Search:
     """Return the content of `search.json`.
 
@@ -143,6 +144,7 @@ def assemble_search(
         base: fingerprint of the unquantized model.
         base_bytes: its weights on disk.
         max_kl: nats per token that the chosen one may have after its reload.
+        refused: schemes that the runtime does not serve, with the reason.
     """
     on_front = {point.name for point in front}
     done = {trial.scheme: trial for trial in trials if isinstance(trial, DoneTrial)}
@@ -153,7 +155,8 @@ def assemble_search(
         if isinstance(trial, FailedTrial):
             return trial
         reload_error = verdict.rejected.get(trial.scheme)
-        return trial.model_copy(update={"pareto": trial.scheme in on_front, "reload_error": reload_error})
+        facts = {"pareto": trial.scheme in on_front, "reload_error": reload_error}
+        return trial.model_copy(update={**facts, "refused": refused.get(trial.scheme)})
 
     return Search(
         base=base,

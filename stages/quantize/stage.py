@@ -23,6 +23,7 @@ from pydantic import Field, SerializeAsAny
 from stages.contract import Artifact, Context, Input, Kind, Outcome, Stage
 from stages.errors import OutOfMemory, StageFailed, Transient
 from stages.formats.search import FailedTrial, Trial
+from stages.models.serving import RuntimeChoice
 from stages.quantize.finalists import publish
 from stages.quantize.imports import import_for_measuring, import_for_quantizing
 from stages.quantize.proposers import Grid, Proposer
@@ -39,6 +40,7 @@ from stages.quantize.records import (
 )
 from stages.quantize.schemes import Scheme
 from stages.quantize.selection import TrialPoint, Verification, pareto_front, preference, verify
+from stages.quantize.served import find_refused
 from stages.runtime.processes import environment
 from stages.runtime.workers import WorkerSetup, device_of, fetch_result, remote_task, tune_resources
 from stages.storage import File
@@ -60,7 +62,7 @@ class Quantize(Stage):
     """Try quantization schemes on a model and keep the best of size against KL."""
 
     KIND: ClassVar[Kind] = "search"
-    REVISION: ClassVar[str] = "2026-11-25 KL over the dataset's vocabulary, search.json with a schema"
+    REVISION: ClassVar[str] = "2026-11-25 finalists that a runtime serves"
     PLACES_WORKERS: ClassVar = True
     INPUTS: ClassVar[Mapping[str, Input]] = {"model": Input(("model",)), "data": Input(("dataset",))}
     FRESH_PROCESS: ClassVar[bool] = True
@@ -78,6 +80,9 @@ class Quantize(Stage):
     nearest have 0.03 on a small language model."""
     reload_tolerance: float = Field(default=1e-3, gt=0)
     """Nats per token by which a finalist's KL may differ after its reload."""
+    runtime: RuntimeChoice | None = None
+    """What the finalists are for: a scheme whose checkpoint it refuses, by rule, is none. `vllm` is vLLM on every
+    device; `vllm-cuda` and `vllm-cpu` name one."""
     min_done: int = Field(default=1, ge=0)
     """Trials that must succeed, or the step fails; with 0 a search that finds nothing is a result too."""
     seed: int = Field(default=0, ge=0)
@@ -115,7 +120,10 @@ class Quantize(Stage):
             )
         receipts = self._search(context, job, survey, base)
         trials = [receipt.trial for receipt in receipts.values()]
-        front = pareto_front(points_of(trials))
+        refused = find_refused(receipts, context.resume, self.runtime)
+        for name, reason in refused.items():
+            context.reporter.note(f"{name} is no finalist: {reason}")
+        front = pareto_front(points_of(trial for trial in trials if trial.scheme not in refused))
         published: dict[str, tuple[File, ...]] = {}
 
         def reload(names: Sequence[str]) -> Mapping[str, float | str]:
@@ -130,7 +138,7 @@ class Quantize(Stage):
         if verdict.rejected and not verdict.accepted:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in verdict.rejected.items())
             raise StageFailed(f"none of {len(verdict.rejected)} finalists survived its reload: {reasons}")
-        return self._finish(context, trials, front, verdict)
+        return self._finish(context, trials, front, verdict, refused)
 
     def _job(self, context: Context, calibration: "TokenRows") -> "SearchJob":
         from stages.formats.dataset import DatasetInfo
@@ -169,17 +177,30 @@ class Quantize(Stage):
         return receipts
 
     def _finish(
-        self, context: Context, trials: Sequence[Trial], front: tuple[TrialPoint, ...], verdict: Verification
+        self,
+        context: Context,
+        trials: Sequence[Trial],
+        front: tuple[TrialPoint, ...],
+        verdict: Verification,
+        refused: Mapping[str, str],
     ) -> Outcome:
         """Write `search.json`, report what was chosen, and return the final numbers."""
         model = context.one("model")
         base_bytes = sum(file.size_bytes for file in model.below("model/*.safetensors"))
         search = assemble_search(
-            trials, front, verdict, base=model.fingerprint, base_bytes=base_bytes, max_kl=self.max_kl
+            trials,
+            front,
+            verdict,
+            base=model.fingerprint,
+            base_bytes=base_bytes,
+            max_kl=self.max_kl,
+            refused=refused,
         )
         search.write(context.out)
         metrics = final_metrics(search)
-        if not verdict.accepted:
+        if not verdict.accepted and refused:
+            context.reporter.note(f"chose none: {self.runtime} serves none of {len(refused)} schemes that succeeded")
+        elif not verdict.accepted:
             context.reporter.note(
                 f"chose none, since no scheme succeeded: {describe_failures(trials)} (search.json has all)"
             )
