@@ -65,7 +65,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("final/latency_p50_ms", "ms/token p50", "ms", "lower", _fixed(2), 1),
     Metric("final/latency_p95_ms", "ms/token p95", "ms", "lower", _fixed(2), 6),
     Metric("final/tokens_per_second", "tokens/s", "tokens/s", "higher", _fixed(0), 5),
-    Metric("final/throughput_tokens_per_second", "tokens/s batch", "tokens/s", "higher", _fixed(0), 9),
+    Metric("final/throughput_tokens_per_second", "tokens/s batch", "tokens/s", "higher", _fixed(0)),
     Metric("final/peak_memory_bytes", "memory MB", "bytes", "lower", lambda value: f"{value / 1e6:,.1f}", 7),
     Metric("final/cost_seconds", "cost s", "seconds", "lower", _fixed(0), 4),
     Metric("final/cross_entropy", "cross-entropy", "nats/token", "lower", _fixed(4)),

@@ -6,7 +6,7 @@ from pydantic import Field
 
 from stages.formats.json_format import FormatModel, JsonFormat
 
-__all__ = ["CandidateSpeed", "SameText", "Speed"]
+__all__ = ["FIGURES", "CandidateSpeed", "SameText", "Speed"]
 
 
 class SameText(FormatModel):

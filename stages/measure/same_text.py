@@ -89,6 +89,6 @@ def _logits(model: "torch.nn.Module", prompt: Sequence[int], tokens: Sequence[in
     """Return the logits `[N, V]` by which each of the tokens is predicted."""
     device = next(model.parameters()).device
     ids = torch.tensor([[*prompt, *tokens[:-1]]], device=device)
-    with torch.inference_mode():
+    with torch.no_grad():  # weights that are unpacked here are converted afterwards, which inference mode forbids
         logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 :]
     return logits

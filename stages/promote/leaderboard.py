@@ -16,13 +16,15 @@ def leaderboard(report: Report) -> tuple[list[str], list[list[str]]]:
     """Return the headers and the rows of a report's table; the first cell of a row begins with the candidate's name."""
     candidates = sorted(report.candidates, key=lambda candidate: _rank(report, candidate))
     columns = known_columns(candidate.metrics for candidate in candidates)
+    serving = any(candidate.served_by for candidate in candidates)
     rows = []
     for candidate in candidates:
         mark = f" {CHAMPION_MARK}" if candidate.name == report.verdict.champion else ""
         cells = [metric.cell(candidate.metrics) for metric in columns]
-        served = candidate.params.get("served_by", UNKNOWN)
-        rows.append([candidate.name + mark, *cells, served, _limits_kept(report, candidate.name)])
-    return ["candidate", *(metric.label for metric in columns), "served by", "limits kept"], rows
+        served = [candidate.params.get("served_by", UNKNOWN)] if serving else []
+        rows.append([candidate.name + mark, *cells, *served, _limits_kept(report, candidate.name)])
+    names = ["served by"] if serving else []
+    return ["candidate", *(metric.label for metric in columns), *names, "limits kept"], rows
 
 
 def _rank(report: Report, candidate: ReportedCandidate) -> tuple[int, float, str]:
@@ -63,6 +65,8 @@ def write_markdown(report: Report) -> str:
 
 def _serving(report: Report) -> list[str]:
     """Return who serves each candidate and why not, and how fast batches are, where that is known."""
+    if not any(candidate.served_by for candidate in report.candidates):
+        return []
     lines = ["## Who serves it", ""]
     for candidate in report.candidates:
         if candidate.served_by:

@@ -133,7 +133,7 @@ def assemble_search(
     base: str,
     base_bytes: int,
     max_kl: float,
-    refused: Mapping[str, str],
+    refused: Mapping[str, str] | None = None,
 ) -> Search:
     """Return the content of `search.json`.
 
@@ -156,7 +156,7 @@ def assemble_search(
             return trial
         reload_error = verdict.rejected.get(trial.scheme)
         facts = {"pareto": trial.scheme in on_front, "reload_error": reload_error}
-        return trial.model_copy(update={**facts, "refused": refused.get(trial.scheme)})
+        return trial.model_copy(update={**facts, "refused": (refused or {}).get(trial.scheme)})
 
     return Search(
         base=base,

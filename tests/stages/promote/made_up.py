@@ -1,14 +1,15 @@
 """Scores made up in numbers: what Evaluate would write for models of given quality, without any model."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from stages.contract import Artifact
 from stages.formats.documents import ModelDocuments, write_documents
 from stages.formats.scores import CandidateScores, Scores
-from stages.formats.speed import CandidateSpeed, Speed
+from stages.formats.speed import FIGURES, CandidateSpeed, Speed
 from stages.storage import Folder
 from tests.fakes import artifact_of
 
@@ -30,6 +31,8 @@ class Made:
     agreement_with_base: float = 0.97
     noise: float = 0.05
     """Standard deviation of its excess over documents."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """Its `config.json`."""
 
 
 TEACHER = Made(excess=0.0, kl=0.0, size_bytes=13_100_000, noise=0.0)
@@ -75,6 +78,7 @@ def write_scores(
                 agreement=agree.sum() / total,
                 kl_to_base=None if kl_base is None else kl_base.sum() / total,
                 agreement_with_base=None if agree_base is None else agree_base.sum() / total,
+                config=made.config,
             )
     out = Folder.at(folder)
     write_documents(out, documents)
@@ -97,12 +101,14 @@ def fingerprint_of(name: str) -> str:
     return f"{name:->64}"
 
 
-def write_speed(folder: Path, models: dict[str, Made]) -> Artifact:
+def write_speed(folder: Path, models: dict[str, Made], changes: dict[str, CandidateSpeed] | None = None) -> Artifact:
     """Write `speed.json`: 2 ms a token for each model, nothing for those that were derived from another."""
     absent = CandidateSpeed(reason="no kernel here")
-    figures = {name: 2.0 for name in CandidateSpeed.model_fields if name not in ("peak_memory_bytes", "reason")}
+    figures = {name: 2.0 for name in FIGURES if name != "peak_memory_bytes"}
     measured = CandidateSpeed(**figures, peak_memory_bytes=9_000_000)
-    load = {"batch_size": 1, "prompt_tokens": 8, "new_tokens": 4, "repeats": 3}
-    entries = {name: absent if made.base else measured for name, made in models.items()}
-    Speed(device="a CPU", threads=1, dtype="float32", **load, models=entries).write(Folder.at(folder))
+    load = {"batch_size": 1, "throughput_batch_sizes": (8,), "prompt_tokens": 8, "new_tokens": 4, "repeats": 3}
+    entries = {name: absent if made.base else measured for name, made in models.items()} | (changes or {})
+    Speed(runtime="transformers 5", device="a CPU", threads=1, dtype="float32", **load, models=entries).write(
+        Folder.at(folder)
+    )
     return artifact_of("speed", folder)

@@ -8,6 +8,7 @@ from pydantic import ValidationError
 from stages.errors import StageFailed
 from stages.formats.metrics import METRICS
 from stages.formats.report import Report
+from stages.formats.speed import CandidateSpeed, SameText
 from stages.promote.stage import Gate, Promote
 from tests.fakes import fake_context
 from tests.stages.promote.made_up import TEACHER, Made, write_scores, write_speed
@@ -22,12 +23,12 @@ MODELS = {
 }
 
 
-def promote(folder, models=None, *, speed=True, reference="teacher", seed=0, **config):
+def promote(folder, models=None, *, speed=True, speeds=None, reference="teacher", seed=0, **config):
     """Run the stage; return the report, the outcome and the context."""
     models = MODELS if models is None else models
     inputs = {"scores": write_scores(folder / "scores", models, reference=reference, seed=seed)}
     if speed:
-        inputs["speed"] = write_speed(folder / "speed", models)
+        inputs["speed"] = write_speed(folder / "speed", models, speeds)
     context = fake_context(folder / "run", inputs)
     outcome = Promote(**{"registered_name": "house", "bootstrap_resamples": 2000, **config}).run(context)
     return read_report(context), outcome, context
@@ -49,6 +50,71 @@ def test_champion_is_the_smallest_candidate_that_keeps_every_limit(tmp_path):
     (out,) = (reason for reason in verdict.reasons if reason.startswith("distilled.w2a16 is out"))
     assert "KL to its base" in out
     assert "nats/token above the limit of 0.1 nats/token" in out
+
+
+def packed(num_bits: int) -> dict:
+    weights = {"num_bits": num_bits, "type": "int", "strategy": "channel", "symmetric": True}
+    group = {"targets": ["Linear"], "weights": weights, "format": "pack-quantized"}
+    quantization = {"quant_method": "compressed-tensors", "config_groups": {"group_0": group}}
+    return {"architectures": ["LlamaForCausalLM"], "quantization_config": quantization}
+
+
+SERVED = {
+    "teacher": TEACHER,
+    "small": Made(excess=0.1, kl=0.12, config={"architectures": ["LlamaForCausalLM"]}),
+    "small.int4": Made(excess=0.11, kl=0.13, size_bytes=1_500_000, base="small", config=packed(4)),
+    "small.int3": Made(excess=0.11, kl=0.13, size_bytes=1_100_000, base="small", config=packed(3)),
+    "small.new": Made(excess=0.11, kl=0.13, size_bytes=900_000, base="small", config={"architectures": ["New"]}),
+}
+
+
+@pytest.mark.parametrize(
+    ("runtime", "champion"),
+    [("vllm-cpu", "small.int4"), ("vllm", "small.int4"), ("vllm-cuda", "small.int3"), ("transformers", "small.new")],
+)
+def test_candidate_that_the_named_runtime_refuses_or_may_refuse_is_never_promoted(tmp_path, runtime, champion):
+    report, *_ = promote(tmp_path, SERVED, gate=Gate(min_compression_x=1.0, runtime=runtime))
+    assert report.verdict.champion == champion
+    checks = {name: found[-1] for name, found in report.verdict.checks.items()}
+    assert {check.limit for check in checks.values()} == {"runtime"}
+    if runtime.startswith("vllm"):
+        assert not checks["small.new"].passed
+        assert "not shown to be served" in checks["small.new"].text
+    if runtime == "vllm-cpu":
+        assert "the only kernel takes 4 bits" in checks["small.int3"].text
+
+
+SAME = {"tokens": 9, "first_difference": None, "largest_gap": 0.0, "rounding": 0.01}
+
+
+def test_what_the_runtime_did_counts_before_any_rule(tmp_path):
+    speeds = {
+        "small.int4": CandidateSpeed(runtime="vllm-cpu", served=False, reason="ValueError: no kernel"),
+        "small.int3": CandidateSpeed(
+            runtime="vllm-cpu", served=True, same_text=SameText(**SAME, differing=0, holds=True)
+        ),
+        "small.new": CandidateSpeed(
+            runtime="vllm-cpu", served=True, same_text=SameText(**SAME, differing=4, holds=False)
+        ),
+    }
+    report, *_ = promote(tmp_path, SERVED, speeds=speeds, gate=Gate(min_compression_x=1.0, runtime="vllm"))
+    assert report.verdict.champion == "small.int3"
+    texts = {name: found[-1].text for name, found in report.verdict.checks.items()}
+    assert "ValueError: no kernel (seen; measured)" in texts["small.int4"]
+    assert "the same 9 tokens as transformers" in texts["small.int3"]
+    assert "rounding does not explain it" in texts["small.new"]
+    (found,) = (candidate for candidate in report.candidates if candidate.name == "small.int3")
+    assert found.params["served_by"] == "vllm, transformers"
+
+
+def test_report_says_who_serves_each_candidate_where_no_runtime_is_named(tmp_path):
+    report, _, context = promote(tmp_path, SERVED)
+    found = {candidate.name: candidate for candidate in report.candidates}
+    assert found["small.int3"].params["served_by"] == "vllm-cuda, transformers"
+    assert found["small.int3"].served_by["vllm-cpu"].startswith("refused: weights alone, 3-bit int")
+    text = context.out.get("leaderboard.md").decode()
+    assert "| served by |" in text
+    assert "## Who serves it" in text
 
 
 def test_teacher_is_no_candidate_for_promotion(tmp_path):
@@ -213,8 +279,9 @@ def test_candidates_have_the_metrics_that_are_known_and_the_reason_for_others(tm
     assert teacher.metrics["final/kl_to_teacher"] == 0
     assert teacher.metrics["final/perplexity_delta_to_teacher"] == pytest.approx(0)
     assert plain.metrics["final/latency_p50_ms"] == 2.0
-    assert plain.params == {"method": "none", "layers": "4"}
-    assert small.params == {"method": "w4a16", "layers": "4", "bits": "4"}
+    served = {"served_by": "transformers"}  # no architecture is named in what is made up
+    assert plain.params == {"method": "none", "layers": "4", **served}
+    assert small.params == {"method": "w4a16", "layers": "4", "bits": "4", **served}
     assert "final/latency_p50_ms" not in small.metrics
     assert small.notes["final/latency_p50_ms"] == "no kernel here"
     assert small.metrics["final/kl_to_base"] == pytest.approx(0.02, rel=0.1)
