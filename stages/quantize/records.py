@@ -133,7 +133,6 @@ def assemble_search(
     base: str,
     base_bytes: int,
     max_kl: float,
-    refused: Mapping[str, str] | None = None,
 ) -> Search:
     """Return the content of `search.json`.
 
@@ -144,7 +143,6 @@ def assemble_search(
         base: fingerprint of the unquantized model.
         base_bytes: its weights on disk.
         max_kl: nats per token that the chosen one may have after its reload.
-        refused: schemes that the runtime does not serve, with the reason.
     """
     on_front = {point.name for point in front}
     done = {trial.scheme: trial for trial in trials if isinstance(trial, DoneTrial)}
@@ -156,7 +154,7 @@ def assemble_search(
             return trial
         reload_error = verdict.rejected.get(trial.scheme)
         facts = {"pareto": trial.scheme in on_front, "reload_error": reload_error}
-        return trial.model_copy(update={**facts, "refused": (refused or {}).get(trial.scheme)})
+        return trial.model_copy(update={**facts, "refused": verdict.refused.get(trial.scheme)})
 
     return Search(
         base=base,

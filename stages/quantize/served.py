@@ -2,22 +2,22 @@
 
 from collections.abc import Mapping
 
+from stages.contract import Context
 from stages.formats.search import DoneTrial
 from stages.models.serving import RuntimeChoice, is_served
 from stages.quantize.records import Receipt
-from stages.storage import Folder
 
 __all__ = ["find_refused"]
 
 
-def find_refused(receipts: Mapping[str, Receipt], resume: Folder, runtime: RuntimeChoice | None) -> dict[str, str]:
+def find_refused(receipts: Mapping[str, Receipt], context: Context, runtime: RuntimeChoice | None) -> dict[str, str]:
     """Return the schemes that are no finalists, with the reason: a runtime refuses their checkpoints.
 
     What no rule covers may still be a finalist: it is tried where speed is measured.
 
     Args:
         receipts: of every scheme, by name.
-        resume: where the trials' checkpoints lie.
+        context: of the step; the trials' checkpoints lie in its `resume`, and each refusal is noted.
         runtime: what the search is for; None refuses nothing.
     """
     if runtime is None:
@@ -25,8 +25,9 @@ def find_refused(receipts: Mapping[str, Receipt], resume: Folder, runtime: Runti
     refused = {}
     for name, receipt in receipts.items():
         if isinstance(receipt.trial, DoneTrial) and receipt.folder is not None:
-            config = (resume / receipt.folder).find_json("config.json")
+            config = (context.resume / receipt.folder).find_json("config.json")
             found = is_served(config or {}, runtime)
             if found.answer == "refused":
                 refused[name] = f"{runtime}: {found.text}"
+                context.reporter.note(f"{name} is no finalist: {refused[name]}")
     return refused

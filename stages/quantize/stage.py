@@ -16,6 +16,7 @@ import io
 import logging
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field, SerializeAsAny
@@ -81,8 +82,7 @@ class Quantize(Stage):
     reload_tolerance: float = Field(default=1e-3, gt=0)
     """Nats per token by which a finalist's KL may differ after its reload."""
     runtime: RuntimeChoice | None = None
-    """What the finalists are for: a scheme whose checkpoint it refuses, by rule, is none. `vllm` is vLLM on every
-    device; `vllm-cuda` and `vllm-cpu` name one."""
+    """What finalists are for: a scheme whose checkpoint it refuses by rule is none; `vllm` is vLLM on every device."""
     min_done: int = Field(default=1, ge=0)
     """Trials that must succeed, or the step fails; with 0 a search that finds nothing is a result too."""
     seed: int = Field(default=0, ge=0)
@@ -120,9 +120,7 @@ class Quantize(Stage):
             )
         receipts = self._search(context, job, survey, base)
         trials = [receipt.trial for receipt in receipts.values()]
-        refused = find_refused(receipts, context.resume, self.runtime)
-        for name, reason in refused.items():
-            context.reporter.note(f"{name} is no finalist: {reason}")
+        refused = find_refused(receipts, context, self.runtime)
         front = pareto_front(points_of(trial for trial in trials if trial.scheme not in refused))
         published: dict[str, tuple[File, ...]] = {}
 
@@ -138,7 +136,7 @@ class Quantize(Stage):
         if verdict.rejected and not verdict.accepted:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in verdict.rejected.items())
             raise StageFailed(f"none of {len(verdict.rejected)} finalists survived its reload: {reasons}")
-        return self._finish(context, trials, front, verdict, refused)
+        return self._finish(context, trials, front, replace(verdict, refused=refused))
 
     def _job(self, context: Context, calibration: "TokenRows") -> "SearchJob":
         from stages.formats.dataset import DatasetInfo
@@ -177,29 +175,18 @@ class Quantize(Stage):
         return receipts
 
     def _finish(
-        self,
-        context: Context,
-        trials: Sequence[Trial],
-        front: tuple[TrialPoint, ...],
-        verdict: Verification,
-        refused: Mapping[str, str],
+        self, context: Context, trials: Sequence[Trial], front: tuple[TrialPoint, ...], verdict: Verification
     ) -> Outcome:
         """Write `search.json`, report what was chosen, and return the final numbers."""
         model = context.one("model")
         base_bytes = sum(file.size_bytes for file in model.below("model/*.safetensors"))
         search = assemble_search(
-            trials,
-            front,
-            verdict,
-            base=model.fingerprint,
-            base_bytes=base_bytes,
-            max_kl=self.max_kl,
-            refused=refused,
+            trials, front, verdict, base=model.fingerprint, base_bytes=base_bytes, max_kl=self.max_kl
         )
         search.write(context.out)
         metrics = final_metrics(search)
-        if not verdict.accepted and refused:
-            context.reporter.note(f"chose none: {self.runtime} serves none of {len(refused)} schemes that succeeded")
+        if verdict.refused and not verdict.accepted:
+            context.reporter.note(f"chose none: {self.runtime} serves no scheme that succeeded")
         elif not verdict.accepted:
             context.reporter.note(
                 f"chose none, since no scheme succeeded: {describe_failures(trials)} (search.json has all)"
