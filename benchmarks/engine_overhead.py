@@ -15,7 +15,7 @@ from pathlib import Path
 
 from stages.contract import Context, Outcome, Stage
 from workflows.engine.graph import Workflow
-from workflows.engine.heartbeat import Heartbeat
+from workflows.engine.heartbeat import beating
 from workflows.engine.plan import make_plan
 from workflows.engine.results import Watcher
 from workflows.engine.run import Settings, execute, run_started
@@ -64,7 +64,7 @@ def drive_seconds(flow: Workflow, store: ArtifactStore, tasks, *, mlflow: bool) 
         tracker = RunTracker(tracking_uri=default_tracking_uri(store.uri), artifact_root=root, runs=runs, run=run)
         tracker.record(run_started(run, flow, {}, "bench", store))
     record = tracker.record if tracker else lambda event: None
-    with Heartbeat(runs, run):
+    with beating(runs, run):
         result = Driver(plan, store, tasks, run, record, Watcher()).go()
     if tracker:
         state = tracker.close(120)

@@ -81,6 +81,12 @@ class Resources(Config):
         """GPUs that the step's workers take together."""
         return self.workers * self.gpus_per_worker
 
+    @property
+    def demand(self) -> str:
+        """What the step's workers take, for people: `2 × 4 CPU + 1 GPU`."""
+        gpus = f" + {self.gpus_per_worker:g} GPU" if self.gpus_per_worker else ""
+        return f"{self.workers} × {self.cpus_per_worker:g} CPU{gpus}"
+
 
 @dataclass(frozen=True, slots=True)
 class Input:

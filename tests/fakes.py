@@ -15,7 +15,7 @@ from workflows.engine.executor import Attempt, AttemptResult, Executor, Progress
 from workflows.engine.failures import Failure
 from workflows.engine.graph import Workflow
 from workflows.engine.manifest import Manifest, Provenance
-from workflows.engine.plan import ClusterResources, Plan, make_plan
+from workflows.engine.plan import ClusterResources, Plan, make_plan, watch_hashing
 from workflows.engine.results import RunResult, Watcher
 from workflows.engine.schedule import Phase
 from workflows.engine.store import ArtifactStore, Claim
@@ -141,7 +141,7 @@ def drive(
 ) -> tuple[RunResult, list[RunEvent]]:
     """Plan a workflow and drive it to its end; return the result and what it recorded."""
     recorded: list[RunEvent] = []
-    plan = make_plan(workflow, store, deep=True, cluster=tasks.cluster_resources(), **options)
+    plan = make_plan(workflow, store, watch=watch_hashing(None), cluster=tasks.cluster_resources(), **options)
     return Driver(plan, store, tasks, run, recorded.append, SilentWatcher()).go(), recorded
 
 

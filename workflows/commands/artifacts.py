@@ -10,9 +10,8 @@ from rich.text import Text
 
 from stages.errors import ConfigError
 from workflows.commands.find import find_store
-from workflows.commands.formatting import duration, fitting_table, size
-from workflows.commands.options import FAILED, OK, Count, Hours, OutputOptions, StoreOptions, TrackingOptions
-from workflows.commands.output import console, print_fields, print_json, say
+from workflows.commands.options import DEFAULT_STORE, FAILED, OK, Count, Hours, Json, Store, TrackingUri
+from workflows.commands.output import console, duration, print_fields, print_json, print_table, say, size
 from workflows.commands.terminal import progress_line
 from workflows.engine.gc import delete, find_garbage
 from workflows.engine.plan import watch_hashing
@@ -24,10 +23,10 @@ artifacts = App(
 
 
 @artifacts.command(name="list")
-def list_artifacts(*, at: StoreOptions = StoreOptions(), output: OutputOptions = OutputOptions()) -> int:
+def list_artifacts(*, store: Store = DEFAULT_STORE, json: Json = False) -> None:
     """List the artifacts: kind, step, size, when they were made."""
-    store = find_store(at.store)
-    pins, commits = set(store.pins()), filter(None, map(store.newest, store.fingerprints()))
+    opened = find_store(store)
+    pins, commits = set(opened.pins()), filter(None, map(opened.newest, opened.fingerprints()))
     rows: list[dict[str, Any]] = [
         {
             "fingerprint": commit.fingerprint,
@@ -42,40 +41,31 @@ def list_artifacts(*, at: StoreOptions = StoreOptions(), output: OutputOptions =
         }
         for commit in sorted(commits, key=lambda commit: commit.manifest.created)
     ]
-    if output.json:
+    if json:
         print_json({"artifacts": rows})
-        return OK
-    cells = [
-        [
-            row["step"],
-            row["kind"],
-            size(row["size_bytes"]),
-            duration(row["seconds"]),
-            time.strftime("%Y-%m-%d %H:%M", time.localtime(row["created"])),
-            row["fingerprint"][:12],
-            "pinned" if row["pinned"] else "",
-        ]
-        for row in rows
-    ]
-    out = console()
+        return
+    cells = []
+    for row in rows:
+        made = time.strftime("%Y-%m-%d %H:%M", time.localtime(row["created"]))
+        amounts = size(row["size_bytes"]), duration(row["seconds"]), made
+        cells.append([row["step"], row["kind"], *amounts, row["fingerprint"][:12], "pinned" if row["pinned"] else ""])
     headings = ("workflow/step", "kind", "size", "took", "made", "fingerprint", "")
-    out.print(fitting_table(headings, cells, width=out.width, droppable=("took", "kind", "made")))
+    print_table(console(), headings, cells, droppable=("took", "kind", "made"))
     say(f"{len(rows)} artifacts, {size(sum(row['size_bytes'] for row in rows))}")
-    return OK
 
 
 @artifacts.command
-def show(artifact: str, *, at: StoreOptions = StoreOptions(), output: OutputOptions = OutputOptions()) -> int:
+def show(artifact: str, *, store: Store = DEFAULT_STORE, json: Json = False) -> None:
     """Show an artifact: files, metrics, lineage, and the folder to load a checkpoint from.
 
     Args:
         artifact: the first digits of a fingerprint, or WORKFLOW/STEP.
     """
-    store = find_store(at.store)
-    fingerprint = store.resolve(artifact)
-    commit = store.newest(fingerprint)
+    opened = find_store(store)
+    fingerprint = opened.resolve(artifact)
+    commit = opened.newest(fingerprint)
     if commit is None:
-        reason = store.withdrawal(fingerprint) or "its step has not finished yet"
+        reason = opened.withdrawal(fingerprint) or "its step has not finished yet"
         raise ConfigError(f"{fingerprint[:12]} has no commit: {reason}")
     manifest, files = commit.manifest, commit.artifact.files
     folders = sorted({file.uri.rsplit("/", 1)[0] for file in files if file.name.endswith("/config.json")})
@@ -94,12 +84,11 @@ def show(artifact: str, *, at: StoreOptions = StoreOptions(), output: OutputOpti
         "provenance": manifest.provenance.model_dump(),
         "files": [{"name": file.name, "size_bytes": file.size_bytes, "uri": file.uri} for file in files],
     }
-    print_fields(answer, as_json=output.json)
-    return OK
+    print_fields(answer, as_json=json)
 
 
 @artifacts.command
-def verify(*which: str, at: StoreOptions = StoreOptions(), output: OutputOptions = OutputOptions()) -> int:
+def verify(*which: str, store: Store = DEFAULT_STORE, json: Json = False) -> int:
     """Hash files again and compare them with their manifests.
 
     What does not verify is withdrawn, and made again by the next run; runs need not hash again what does.
@@ -107,20 +96,20 @@ def verify(*which: str, at: StoreOptions = StoreOptions(), output: OutputOptions
     Args:
         which: fingerprints or WORKFLOW/STEP; all if none is given.
     """
-    store, out, rows, corrupt = find_store(at.store), console(quiet=output.json), [], 0
-    fingerprints = list(map(store.resolve, which)) if which else store.fingerprints()
+    opened, out, rows, corrupt = find_store(store), console(quiet=json), [], 0
+    fingerprints = list(map(opened.resolve, which)) if which else opened.fingerprints()
     with progress_line(out, "verifying") as show:
         watch = watch_hashing(show)
-        for commit in filter(None, map(store.newest, fingerprints)):
+        for commit in filter(None, map(opened.newest, fingerprints)):
             step = commit.manifest.step
-            problems = store.problems(commit, deep=True, watch=partial(watch, step), anew=True)
+            problems = opened.problems(commit, partial(watch, step), anew=True)
             rows.append({"fingerprint": commit.fingerprint, "step": step, "problems": problems})
             if problems:
                 corrupt += 1
-                store.withdraw(commit, problems[0])
+                opened.withdraw(commit, problems[0])
                 text = f"✗ {commit.fingerprint[:12]} {step}: {'; '.join(problems)}; withdrawn"
                 out.print(Text(text, style="bold red"), soft_wrap=True)
-    if output.json:
+    if json:
         print_json({"artifacts": rows})
     else:
         say(f"{len(rows) - corrupt} artifacts verify, {corrupt} do not")
@@ -128,18 +117,17 @@ def verify(*which: str, at: StoreOptions = StoreOptions(), output: OutputOptions
 
 
 @artifacts.command
-def pin(artifact: str, *, note: str = "", at: StoreOptions = StoreOptions()) -> int:
+def pin(artifact: str, *, note: str = "", store: Store = DEFAULT_STORE) -> None:
     """Keep an artifact and what it was made from, whatever `gc` would say.
 
     Args:
         artifact: the first digits of a fingerprint, or WORKFLOW/STEP.
         note: why.
     """
-    store = find_store(at.store)
-    fingerprint = store.resolve(artifact)
-    store.pin(fingerprint, note)
+    opened = find_store(store)
+    fingerprint = opened.resolve(artifact)
+    opened.pin(fingerprint, note)
     say(f"pinned {fingerprint[:12]}")
-    return OK
 
 
 @artifacts.command
@@ -148,9 +136,10 @@ def gc(
     keep_runs: Count = 5,
     min_age_hours: Hours = 24.0,
     yes: bool = False,
-    at: TrackingOptions = TrackingOptions(),
-    output: OutputOptions = OutputOptions(),
-) -> int:
+    store: Store = DEFAULT_STORE,
+    tracking_uri: TrackingUri = None,
+    json: Json = False,
+) -> None:
     """Collect what no pinned artifact, kept run or registered version reaches. Only lists, unless `--yes`.
 
     Also: what failed attempts left, snapshots that no attempt goes on from, and the records of old runs whose artifacts
@@ -161,28 +150,26 @@ def gc(
         min_age_hours: keep what was written less than so many hours ago.
         yes: delete.
     """
-    store = find_store(at.store)
+    opened = find_store(store)
     age = min_age_hours * 3600
-    garbage = find_garbage(store, tracking_uri=at.tracking_uri, keep_runs=keep_runs, min_age_seconds=age)
-    rows, sizes, counts = [], Counter[str](), Counter[str]()
+    garbage = find_garbage(opened, tracking_uri=tracking_uri, keep_runs=keep_runs, min_age_seconds=age)
+    rows, sizes = [], Counter[str]()
     for item in garbage.items:
         sizes[item.kind] += item.size_bytes
-        counts[item.kind] += 1
         name = "run" if item.kind == "run" else "fingerprint"
         rows.append({"kind": item.kind, name: item.name, "step": item.text, "size_bytes": item.size_bytes})
-        if not output.json:
+        if not json:
             say(f"{item.name if name == 'run' else item.name[:12]}  {item.text}  {size(item.size_bytes)}")
     if yes:
-        delete(store, garbage)
-    if output.json:
+        delete(opened, garbage)
+    if json:
         answer = {"collected": rows, "size_bytes": sizes.total(), "size_bytes_by_kind": sizes}
         print_json({**answer, "kept": len(garbage.kept), "kept_runs": garbage.kept_runs, "deleted": yes})
-        return OK
-    for kind, num_bytes in sizes.items():
-        say(f"{counts[kind]} {kind}s, {size(num_bytes)}")
+        return
+    for kind, number in Counter(item.kind for item in garbage.items).items():
+        say(f"{number} {kind}s, {size(sizes[kind])}")
     verb = "deleted" if yes else "would be deleted (give --yes to do it)"
     say(f"{size(sizes.total())} {verb}; {len(garbage.kept)} artifacts kept")
-    return OK
 
 
 def _step(commit: Commit) -> str:

@@ -22,24 +22,15 @@ WORKFLOWS = HERE.parent
 
 
 def find_store(uri: str) -> ArtifactStore:
-    """Return the store at a place.
-
-    Raises:
-        ConfigError: there is nothing there.
-    """
+    """Return the store at a place; raise `ConfigError` where there is none."""
     store = ArtifactStore(uri)
-    local = store.root.local_path()
-    if local is not None and not local.is_dir():
+    if (local := store.root.local_path()) and not local.is_dir():
         raise ConfigError(f"there is no store at {uri!r}; run a workflow first, or name its store with --store")
     return store
 
 
 def find_run(store: ArtifactStore, run: str) -> Mapping[str, str]:
-    """Return step → fingerprint of a run.
-
-    Raises:
-        ConfigError: the store has no such run; names the nearest.
-    """
+    """Return step → fingerprint of a run; raise one `ConfigError` that names the nearest where there is none."""
     runs = store.root / "runs"
     steps: Mapping[str, str] | None = (runs / run).find_json("steps.json")
     if steps is None:
@@ -56,11 +47,7 @@ class FoundWorkflow:
     by_value: ModuleType | None
 
     def graph(self, parameters: Mapping[str, Any]) -> Workflow:
-        """Return the workflow's graph for some parameters.
-
-        Raises:
-            ConfigError: the function refuses them, or is flawed.
-        """
+        """Return the workflow's graph for some parameters; raise `ConfigError` where its function is flawed."""
         try:
             made = self.build(**parameters)
         except (StillhouseError, ValidationError):
@@ -88,11 +75,7 @@ def workflow_names() -> list[str]:
 
 
 def find_workflow(text: str) -> FoundWorkflow:
-    """Return the workflow that `NAME` or `path/to/file.py[:function]` names.
-
-    Raises:
-        ConfigError: there is none; names the nearest.
-    """
+    """Return the workflow that `NAME` or `path/to/file.py[:function]` names; an error names the nearest."""
     path, _, function = text.partition(":")
     if not path.endswith(".py"):
         if text not in workflow_names():
@@ -148,12 +131,12 @@ def _function(module: ModuleType, name: str) -> Callable[..., Workflow]:
         and value.__annotations__.get("return") in (Workflow, "Workflow")
     }
     file, names = module.__file__, list(known)
-    if not name and not known:
-        raise ConfigError(f"{file!r} has no function that returns a Workflow (`def name(…) -> Workflow`)")
-    if not name and len(known) > 1:
-        raise ConfigError(f"{file!r} has several workflows ({', '.join(names)}); choose one: {file}:{names[0]}")
-    if name and name not in known:
+    if name in known or (not name and len(known) == 1):
+        return known[name or names[0]]
+    if name:
         raise ConfigError(
             f"{file} has no workflow function {name!r}{nearest(name, names)}; it must be declared `-> Workflow`"
         )
-    return known[name or names[0]]
+    if not known:
+        raise ConfigError(f"{file!r} has no function that returns a Workflow (`def name(…) -> Workflow`)")
+    raise ConfigError(f"{file!r} has several workflows ({', '.join(names)}); choose one: {file}:{names[0]}")

@@ -4,13 +4,12 @@ import shlex
 from pathlib import Path
 
 from stages.errors import ConfigError
-from workflows.commands.options import OK
 from workflows.commands.output import say
 
 STARTER = Path(__file__).parent.parent / "starter" / "my_workflow.py"
 
 
-def init(folder: Path) -> int:
+def init(folder: Path) -> None:
     """Write a commented workflow file to start from, that runs.
 
     Args:
@@ -25,4 +24,3 @@ def init(folder: Path) -> int:
     except OSError as error:
         raise ConfigError(f"{str(folder)!r} cannot be written: {error}") from error
     say(f"wrote {path}; run it: stillhouse run {shlex.quote(str(path))}")
-    return OK

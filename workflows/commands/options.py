@@ -1,8 +1,4 @@
-"""The options that commands share, each written once, and the exit codes.
-
-cyclopts flattens these dataclasses into a command's own options (`name="*"`): a field is an option, its docstring the
-help.
-"""
+"""The options that commands share, each written once, and the exit codes."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +9,9 @@ from cyclopts import Parameter, validators
 from workflows.engine.run import Settings
 
 OK, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
-"""Exit codes: every required step is committed; a step failed; the request is wrong; Ctrl-C."""
+"""Exit codes: every required step is committed; a step failed; the request is wrong; Ctrl-C. A command may return
+one; else it is OK."""
+DEFAULT_STORE = Settings().store
 
 Workflow = Annotated[str, Parameter(allow_leading_hyphen=True, show_default=False)]
 Tokens = Annotated[str, Parameter(show=False, allow_leading_hyphen=True)]
@@ -21,56 +19,35 @@ Flag = Annotated[bool, Parameter(negative=())]
 Port = Annotated[int, Parameter(validator=validators.Number(gte=1, lte=65535))]
 Count = Annotated[int, Parameter(validator=validators.Number(gte=0))]
 Hours = Annotated[float, Parameter(validator=validators.Number(gte=0))]
+Json = Annotated[Flag, Parameter(help="Print one JSON document and nothing else.")]
+Store = Annotated[str, Parameter(help="The store: a path, s3://, gs:// or az:// URI.")]
+TrackingUri = Annotated[
+    str | None, Parameter(help="MLflow's tracking URI; a sqlite file inside the store if not given.")
+]
+Address = Annotated[str | None, Parameter(help="HOST:PORT of a Ray cluster's head; this machine if not given.")]
 
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
-class OutputOptions:
-    """How a command answers."""
+class WorkflowOptions:
+    """What every command on a workflow takes beside the workflow's own parameters.
 
-    json: Flag = False
-    """Print one JSON document and nothing else."""
+    cyclopts flattens it into the command's own options (`name="*"`): a field is an option, its docstring the help.
+    """
 
-
-@Parameter(name="*")
-@dataclass(frozen=True, kw_only=True)
-class StoreOptions:
-    """Which store."""
-
-    store: str = "./.stillhouse"
-    """The store: a path, s3://, gs:// or az:// URI."""
-
-
-@Parameter(name="*")
-@dataclass(frozen=True, kw_only=True)
-class TrackingOptions(StoreOptions):
-    """Which store, and which MLflow."""
-
-    tracking_uri: str | None = None
-    """MLflow's tracking URI; a sqlite file inside the store if not given."""
-
-    @property
-    def settings(self) -> Settings:
-        """What the engine is asked with."""
-        return Settings(store=self.store, tracking_uri=self.tracking_uri)
-
-
-@Parameter(name="*")
-@dataclass(frozen=True, kw_only=True)
-class WorkflowOptions(OutputOptions, StoreOptions):
-    """What every command on a workflow takes beside the workflow's own parameters."""
-
+    json: Json = False
+    store: Store = DEFAULT_STORE
     params: Path | None = None
     """A YAML file of the workflow's parameters; options override it."""
 
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
-class RunOptions(WorkflowOptions, TrackingOptions):
+class RunOptions(WorkflowOptions):
     """What a request for a run takes besides."""
 
-    address: str | None = None
-    """HOST:PORT of a Ray cluster's head; this machine if not given."""
+    tracking_uri: TrackingUri = None
+    address: Address = None
     only: str | None = None
     """This step and what it needs."""
     strict_code: Flag = False

@@ -30,17 +30,9 @@ def with_parameters(
     found: FoundWorkflow,
     tokens: Sequence[str],
     options: Chosen,
-    act: Callable[[FoundWorkflow, Mapping[str, Any], Chosen], int],
-) -> int:
-    """Parse a workflow's own parameters beside the common options, then act; return the exit code.
-
-    Args:
-        verb: the command.
-        found: the workflow.
-        tokens: the rest of the command line.
-        options: the common options' defaults.
-        act: what to do with the workflow, its parameters and the common options.
-    """
+    act: Callable[[FoundWorkflow, Mapping[str, Any], Chosen], int | None],
+) -> int | None:
+    """Parse a workflow's own parameters beside the common options, which have defaults, then act on both."""
     signature = inspect.signature(found.build)
     hints = get_type_hints(found.build, include_extras=True)
     own = [_with_defaults_inside(parameter, hints[name]) for name, parameter in signature.parameters.items()]
@@ -51,10 +43,12 @@ def with_parameters(
         )
     common = inspect.Parameter(OPTIONS, inspect.Parameter.KEYWORD_ONLY, default=options, annotation=type(options))
 
-    def command(**values: Any) -> int:
+    def command(**values: Any) -> int | None:
         chosen = values.pop(OPTIONS, options)
-        given = {name: _as_declared(value, signature.parameters[name]) for name, value in values.items()}
-        return act(found, given, chosen)
+        for name, value in values.items():
+            if isinstance(default := signature.parameters[name].default, BaseModel):
+                values[name] = type(default)(**dict(value))  # not of the class that carried its defaults
+        return act(found, values, chosen)
 
     command.__signature__ = inspect.Signature([*own, common])  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in (*own, common)}
@@ -68,8 +62,8 @@ def with_parameters(
         default_parameter=Parameter(consume_multiple=True),  # `--documents a.txt b.txt`, as a shell's glob gives it
     )
     sub.default(command)
-    result = sub(list(tokens), exit_on_error=False, print_error=False)
-    return result if isinstance(result, int) else 0  # `--help` was asked for, and is printed
+    result: int | None = sub(list(tokens), exit_on_error=False, print_error=False)
+    return result
 
 
 def _with_defaults_inside(parameter: inspect.Parameter, hint: Any) -> inspect.Parameter:
@@ -85,17 +79,8 @@ def _with_defaults_inside(parameter: inspect.Parameter, hint: Any) -> inspect.Pa
     return parameter.replace(annotation=model, default=model(**dict(default)))
 
 
-def _as_declared(value: Any, parameter: inspect.Parameter) -> Any:
-    """Return a value as the class that the workflow declares, not the one that carried its defaults."""
-    return type(parameter.default)(**dict(value)) if isinstance(parameter.default, BaseModel) else value
-
-
 def _params_file(tokens: Sequence[str], known: Sequence[str]) -> list[Dict]:
-    """Return the source of parameters that `--params FILE` names.
-
-    Raises:
-        ConfigError: it is no YAML file of values of known parameters.
-    """
+    """Return the source of parameters that `--params FILE` names."""
     index = next((index for index, token in enumerate(tokens) if token.partition("=")[0] == "--params"), None)
     if index is None:
         return []
@@ -125,11 +110,10 @@ def changed_parameters(found: FoundWorkflow, parameters: Mapping[str, Any]) -> d
 
 def format_validation_error(error: ValidationError, owner: str) -> str:
     """Return what pydantic found wrong with a value of `owner` (a stage, or `--teacher`) in one line."""
-    return "; ".join(_sentence(problem, owner) for problem in error.errors())
-
-
-def _sentence(problem: Mapping[str, Any], owner: str) -> str:
-    where = ".".join([owner, *map(str, problem["loc"])])
-    where = where.replace("_", "-") if owner.startswith("--") else where
-    text = f"{where}: " + str(problem["msg"]).removeprefix("Value error, ")
-    return text + ("" if problem["type"] in ("missing", "value_error") else f"; got {problem['input']!r}")
+    found = []
+    for problem in error.errors():
+        where = ".".join([owner, *map(str, problem["loc"])])
+        where = where.replace("_", "-") if owner.startswith("--") else where
+        got = "" if problem["type"] in ("missing", "value_error") else f"; got {problem['input']!r}"
+        found.append(f"{where}: {problem['msg'].removeprefix('Value error, ')}{got}")
+    return "; ".join(found)

@@ -7,27 +7,26 @@ from rich.table import Table
 from rich.text import Text
 
 from workflows.commands.find import FoundWorkflow, find_workflow
-from workflows.commands.formatting import duration, plain_table
-from workflows.commands.options import OK, RunOptions, Tokens, Workflow
-from workflows.commands.output import console, print_json
+from workflows.commands.options import RunOptions, Tokens, Workflow
+from workflows.commands.output import console, duration, plain_table, print_json
 from workflows.commands.parameters import with_parameters
 from workflows.commands.terminal import plan_summary
-from workflows.engine.plan import Plan, StepPlan
+from workflows.engine.plan import Plan
 from workflows.engine.run import plan_only
 
 STATUS_STYLE = {"HIT": "green", "MISS": "yellow", "BLOCKED": "bold red"}
 
 
-def plan(workflow: Workflow, *tokens: Tokens) -> int:
+def plan(workflow: Workflow, *tokens: Tokens) -> None:
     """Show what a run would do: each step HIT, MISS or BLOCKED, and why. Starts nothing.
 
     Args:
         workflow: a name (`stillhouse workflows` lists them) or a file: path/to/file.py[:function].
     """
-    return with_parameters("plan", find_workflow(workflow), tokens, RunOptions(), _plan)
+    with_parameters("plan", find_workflow(workflow), tokens, RunOptions(), _plan)
 
 
-def _plan(found: FoundWorkflow, parameters: Mapping[str, Any], options: RunOptions) -> int:
+def _plan(found: FoundWorkflow, parameters: Mapping[str, Any], options: RunOptions) -> None:
     planned = plan_only(found.graph(parameters), options.settings)
     if options.json:
         steps = [step.to_json() for step in planned.steps.values()]
@@ -35,8 +34,7 @@ def _plan(found: FoundWorkflow, parameters: Mapping[str, Any], options: RunOptio
     else:
         out = console()
         out.print(plan_table(planned))
-        out.print(plan_summary(planned), highlight=False)
-    return OK
+        out.print(plan_summary(planned))
 
 
 def plan_table(plan: Plan) -> Table:
@@ -47,12 +45,7 @@ def plan_table(plan: Plan) -> Table:
     for step in plan.steps.values():
         last = duration(step.seconds_estimate) if step.seconds_estimate is not None else "–"
         status = Text(step.status, style=STATUS_STYLE[step.status])
-        table.add_row(step.step.name, type(step.step.stage).__name__, status, step.reason, _needs(step), last)
+        table.add_row(
+            step.step.name, type(step.step.stage).__name__, status, step.reason, step.step.resources.demand, last
+        )
     return table
-
-
-def _needs(step: StepPlan) -> str:
-    """Return what a step takes of the cluster."""
-    resources = step.step.resources
-    text = f"{resources.workers} × {resources.cpus_per_worker:g} CPU"
-    return text + (f" + {resources.gpus_per_worker:g} GPU" if resources.gpus_per_worker else "")

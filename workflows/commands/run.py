@@ -8,26 +8,24 @@ from functools import partial
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from stages.formats.metrics import droppable_labels
 from stages.formats.report import Report
 from stages.promote.leaderboard import CHAMPION_MARK, leaderboard
 from workflows.commands.find import FoundWorkflow, find_workflow
-from workflows.commands.formatting import duration, fitting_table
-from workflows.commands.options import FAILED, INTERRUPTED, OK, RunOptions, Tokens, Workflow
-from workflows.commands.output import console, print_json
+from workflows.commands.options import DEFAULT_STORE, FAILED, INTERRUPTED, OK, RunOptions, Tokens, Workflow
+from workflows.commands.output import console, duration, print_json, print_table
 from workflows.commands.parameters import changed_parameters, with_parameters
 from workflows.commands.terminal import progress_line, watching
 from workflows.engine.interrupts import interruptible
 from workflows.engine.plan import Plan
 from workflows.engine.redaction import redacted
-from workflows.engine.results import StepResult, Watcher
+from workflows.engine.results import Watcher
 from workflows.engine.run import Execution, execute
 
 
-def run(workflow: Workflow, *tokens: Tokens) -> int:
+def run(workflow: Workflow, *tokens: Tokens) -> int | None:
     """Run a workflow; `stillhouse run WORKFLOW --help` lists its parameters.
 
     Args:
@@ -41,9 +39,7 @@ def _run(command: str, found: FoundWorkflow, parameters: Mapping[str, Any], opti
     graph = found.graph(parameters)
     out = console(stderr=options.json, quiet=options.json)
 
-    def notify() -> None:
-        out.print("\nstopping; press Ctrl-C again to leave at once", style="yellow")
-
+    notify = partial(out.print, "\nstopping; press Ctrl-C again to leave at once", style="yellow")
     with interruptible(notify) as interrupt, ExitStack() as stack:
         progress = stack.enter_context(progress_line(out, "planning"))
 
@@ -84,13 +80,7 @@ def execution_json(execution: Execution) -> dict[str, Any]:
     ]
     reports = list(execution.reports.values())
     candidates = [
-        {
-            "name": candidate.name,
-            "artifact": candidate.uri,
-            "metrics": candidate.metrics,
-            "params": candidate.params,
-            "notes": candidate.notes,
-        }
+        {"artifact": candidate.uri, **candidate.model_dump(mode="json", include={"name", "metrics", "params", "notes"})}
         for report in reports
         for candidate in report.candidates
     ]
@@ -110,56 +100,40 @@ def print_execution(out: Console, execution: Execution, options: RunOptions) -> 
     """Print how a run ended, what came out, and where to look."""
     result = execution.result
     for step in result.steps.values():
-        if step.outcome in ("failed", "skipped"):
-            _print_failure(out, step, brief=not out.is_terminal)
+        if step.outcome in ("failed", "skipped") and (step.log or out.is_terminal):
+            reason = f": {step.reason}" if out.is_terminal else ""  # elsewhere the line that said it is still there
+            style = "bold red" if step.outcome == "failed" else "dim"
+            out.print(Text(f"{step.name} {step.outcome}{reason}", style=style), soft_wrap=True)
+            if step.log:
+                out.print(f"  the whole log: {step.log}", soft_wrap=True)
     for report in execution.reports.values():
         _print_report(out, report)
     outcomes = Counter(step.outcome for step in result.steps.values())
     counts = [f"{result.executed} steps run", f"{outcomes['hit']} found"]
     counts += [f"{outcomes[name]} {name}" for name in ("failed", "skipped", "cancelled") if outcomes[name]]
     state = "finished" if result.succeeded else "interrupted" if result.interrupted else "failed"
-    out.print(f"\nrun {result.run} {state} in {duration(execution.seconds)}: {', '.join(counts)}", highlight=False)
+    out.print(f"\nrun {result.run} {state} in {duration(execution.seconds)}: {', '.join(counts)}")
     if execution.tracking.waiting:
         text = (
             f"{execution.tracking.waiting} events wait for MLflow at {redacted(execution.tracking_uri)}: "
             f"{execution.tracking.error}; a later run publishes those that the store has"
         )
         out.print(Text(text, style="yellow"))
-    where = "" if options.store == RunOptions.store else f" --store {shlex.quote(options.store)}"
+    where = "" if options.store == DEFAULT_STORE else f" --store {shlex.quote(options.store)}"
     uri = options.tracking_uri
     tracking = where + (f" --tracking-uri {shlex.quote(redacted(uri))}" if uri else "")
     look = f"look: stillhouse ui{tracking} · stillhouse compare{tracking} · stillhouse artifacts list{where}"
-    out.print(look, highlight=False, soft_wrap=True)
+    out.print(look, soft_wrap=True)
     if not result.succeeded:
         fix = "fix what failed, then " if outcomes["failed"] else ""
-        out.print(f"go on: {fix}run the same command again; what is committed is not run again", highlight=False)
-
-
-def _print_failure(out: Console, step: StepResult, *, brief: bool) -> None:
-    """Print why a step failed or was skipped; briefly where the line printed when it happened is still there."""
-    if step.log or not brief:
-        reason = "" if brief else f": {step.reason}"
-        style = "bold red" if step.outcome == "failed" else "dim"
-        out.print(Text(f"{step.name} {step.outcome}{reason}", style=style), soft_wrap=True)
-    if step.log:
-        out.print(f"  the whole log: {step.log}", highlight=False, soft_wrap=True)
+        out.print(f"go on: {fix}run the same command again; what is committed is not run again")
 
 
 def _print_report(out: Console, report: Report) -> None:
     """Print a report's leaderboard and its verdict."""
-    verdict = report.verdict
-    for part in ("", leaderboard_table(report, out.width), ""):
-        out.print(part)
-    out.print(Text(verdict.outcome, style="bold green" if verdict.champion else "bold yellow"))
+    verdict, (headings, rows) = report.verdict, leaderboard(report)
+    out.print()
+    print_table(out, headings, rows, droppable=droppable_labels(), title="candidates", marked=CHAMPION_MARK)
+    out.print(Text(f"\n{verdict.outcome}", style="bold green" if verdict.champion else "bold yellow"))
     for line in [*verdict.reasons, *(claim.text for claim in verdict.claims)]:
-        out.print(f"  {line}", highlight=False, soft_wrap=True)
-
-
-def leaderboard_table(report: Report, width: int) -> Table:
-    """Return a report's candidates as a table, the champion's row in green."""
-    headings, rows = leaderboard(report)
-    table = fitting_table(headings, rows, width=width, droppable=droppable_labels(), title="candidates")
-    for row, cells in zip(table.rows, rows, strict=True):
-        if CHAMPION_MARK in cells[0]:
-            row.style = "bold green"
-    return table
+        out.print(f"  {line}", soft_wrap=True)

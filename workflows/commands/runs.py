@@ -7,10 +7,10 @@ from functools import partial
 from cyclopts import App
 
 from workflows.commands.find import find_store
-from workflows.commands.formatting import fitting_table
-from workflows.commands.options import FAILED, OK, OutputOptions, StoreOptions, TrackingOptions
-from workflows.commands.output import console, print_json, say
+from workflows.commands.options import DEFAULT_STORE, FAILED, OK, Json, Store, TrackingUri
+from workflows.commands.output import console, print_json, print_table, say
 from workflows.engine.events import READS_AT_ONCE, EventLog
+from workflows.engine.run import Settings
 from workflows.engine.store import ArtifactStore
 from workflows.engine.tracking.publisher import publish_history
 from workflows.engine.tracking.view import fold
@@ -19,20 +19,18 @@ runs = App(name="runs", help="List earlier runs, and publish them to MLflow anew
 
 
 @runs.command(name="list")
-def list_runs(*, at: StoreOptions = StoreOptions(), output: OutputOptions = OutputOptions()) -> int:
+def list_runs(*, store: Store = DEFAULT_STORE, json: Json = False) -> None:
     """List the runs that the store keeps, the newest last."""
-    store = find_store(at.store)
+    opened = find_store(store)
     with ThreadPoolExecutor(READS_AT_ONCE) as pool:
-        found = pool.map(partial(_describe, store), (store.root / "runs").children())
+        found = pool.map(partial(_describe, opened), (opened.root / "runs").children())
         rows = [row for row in found if row is not None]
-    if output.json:
+    if json:
         print_json({"runs": rows})
     elif not rows:
         say("no runs yet: start one, e.g. `stillhouse run quickstart`")
     else:
-        out = console()
-        out.print(fitting_table(list(rows[0]), [list(row.values()) for row in rows], width=out.width))
-    return OK
+        print_table(console(), list(rows[0]), [list(row.values()) for row in rows])
 
 
 def _describe(store: ArtifactStore, run: str) -> dict[str, str] | None:
@@ -49,19 +47,19 @@ def _describe(store: ArtifactStore, run: str) -> dict[str, str] | None:
 
 
 @runs.command
-def publish(*names: str, at: TrackingOptions = TrackingOptions(), output: OutputOptions = OutputOptions()) -> int:
+def publish(*names: str, store: Store = DEFAULT_STORE, tracking_uri: TrackingUri = None, json: Json = False) -> int:
     """Publish runs to MLflow as the store remembers them, also to an empty one; again changes nothing.
 
     Args:
         names: run ids; all of the store's runs where none is given.
     """
-    store = find_store(at.store)
-    root, uri = store.root.uri_of("mlflow/artifacts"), at.settings.tracking(store)
-    found = publish_history(store.root / "runs", names, tracking_uri=uri, artifact_root=root)
+    opened = find_store(store)
+    root, uri = opened.root.uri_of("mlflow/artifacts"), Settings(store, tracking_uri).tracking(opened)
+    found = publish_history(opened.root / "runs", names, tracking_uri=uri, artifact_root=root)
     published = [run.run for run in found if run.published]
     left_out = [run.run for run in found if run.state == "held"]
     failed = {run.run: run.error for run in found if run.state == "failed"}
-    if output.json:
+    if json:
         print_json({"published": published, "left_out": left_out, "failed": failed})
     else:
         say(f"published {len(published)} run{'s' if len(published) != 1 else ''}: {', '.join(published) or 'none'}")

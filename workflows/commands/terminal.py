@@ -2,14 +2,14 @@
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
 from rich.text import Text
 
-from workflows.commands.formatting import GAP, duration, plain_table
+from workflows.commands.output import GAP, duration, plain_table
 from workflows.engine.plan import Plan
 from workflows.engine.results import Watcher
 from workflows.engine.schedule import Phase
@@ -44,7 +44,7 @@ class _Row:
     phase: Phase = Phase.WAITING
     text: str = ""
     began: float | None = None
-    took: float | None = None
+    ended: float | None = None
     progress: tuple[float, float, str] | None = None
     first_progress: tuple[float, float] | None = None
     """(when, how much was done): rate and time left count from the first report, not from start-up."""
@@ -58,10 +58,8 @@ class LiveWatcher(Watcher):
     console: Console
     plan: Plan
     rows: dict[str, _Row] = field(default_factory=dict)
-    live: Live | None = None
 
     def __post_init__(self) -> None:
-        """Take the plan's hits as committed, and what it has blocked as skipped."""
         first = {"HIT": (Phase.COMMITTED, "found"), "BLOCKED": (Phase.SKIPPED, ""), "MISS": (Phase.WAITING, "")}
         self.rows = {name: _Row(*first[step.status]) for name, step in self.plan.steps.items()}
         for step in self.plan.having("BLOCKED"):
@@ -70,18 +68,15 @@ class LiveWatcher(Watcher):
     def step(self, name: str, phase: Phase, text: str) -> None:
         """Show a step's new phase."""
         row, now = self.rows[name], time.monotonic()
-        if (phase, text) == (row.phase, row.text) and self.live is None and phase is not Phase.SKIPPED:
+        if (phase, text) == (row.phase, row.text) and not self.console.is_terminal and phase is not Phase.SKIPPED:
             return  # it is asked again every second what another run makes of it
         if phase is Phase.RUNNING:
             row.began, row.progress, row.first_progress = now, None, None
-        if phase.over and row.began is not None:
-            row.took = now - row.began
+        if phase.over:
+            row.ended = now
         row.phase, row.text = phase, text
-        if self.live is None:
-            mark, style = PHASE_MARK[phase]
-            self.console.print(
-                Text(f"{mark} {name} {phase.value}{': ' + text if text else ''}", style=style), soft_wrap=True
-            )
+        mark, style = PHASE_MARK[phase]
+        self._print(f"{mark} {name} {phase.value}{': ' + text if text else ''}", style)
 
     def progress(self, name: str, done: float, total: float, unit: str) -> None:
         """Show how far a step is."""
@@ -92,8 +87,11 @@ class LiveWatcher(Watcher):
     def note(self, name: str, text: str) -> None:
         """Show a step's line."""
         self.rows[name].note = text
-        if self.live is None:
-            self.console.print(Text(f"  {name}: {text}", style="dim"), soft_wrap=True)
+        self._print(f"  {name}: {text}", "dim")
+
+    def _print(self, line: str, style: str) -> None:
+        if not self.console.is_terminal:
+            self.console.print(Text(line, style=style), soft_wrap=True)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Yield the steps as they stand."""
@@ -107,29 +105,28 @@ class LiveWatcher(Watcher):
         now = time.monotonic()
         for name, row in self.rows.items():
             mark, style = PHASE_MARK[row.phase]
-            took = row.took if row.took is not None else now - row.began if row.began is not None else None
-            detail = self._detail(row, now) if row.phase is Phase.RUNNING else row.text
-            if row.phase is Phase.COMMITTED and row.took is not None:  # its text is how long it took: that has a column
+            spent = duration((row.ended or now) - row.began) if row.began is not None else ""
+            detail = _detail(row, now) if row.phase is Phase.RUNNING else row.text
+            if row.phase is Phase.COMMITTED and spent:  # its text is how long it took: that has a column
                 detail = row.note
             line = Text(detail.split("\n")[0])
             line.truncate(left, overflow="ellipsis")
-            spent = Text(duration(took) if took is not None else "", justify="right")
-            table.add_row(Text(mark, style=style), Text(name, style=style), spent, line)
+            table.add_row(Text(mark, style=style), Text(name, style=style), Text(spent, justify="right"), line)
         yield table
 
-    def _detail(self, row: _Row, now: float) -> str:
-        if row.progress is None:
-            return " ".join(part for part in (row.text, row.note or "starting") if part)
-        done, total, unit = row.progress
-        assert row.first_progress is not None
-        since, start = row.first_progress
-        parts = [f"{done / total:.0%} of {total:,.0f} {unit}" if total else unit]
-        if now > since and done > start:
-            rate = (done - start) / (now - since)
-            parts.append(f"{rate:,.0f} {unit}/s" if rate >= 10 else f"{rate:.1f} {unit}/s")
-            if done < total:
-                parts.append(f"{duration((total - done) / rate)} left")
-        return ", ".join(parts) + (f" · {row.note}" if row.note else "")
+
+def _detail(row: _Row, now: float) -> str:
+    """Return how far a running step is, how fast, and how long it will take."""
+    if row.progress is None or row.first_progress is None:
+        return " ".join(part for part in (row.text, row.note or "starting") if part)
+    (done, total, unit), (since, start) = row.progress, row.first_progress
+    parts = [f"{done / total:.0%} of {total:,.0f} {unit}" if total else unit]
+    if now > since and done > start:
+        rate = (done - start) / (now - since)
+        parts.append(f"{rate:,.0f} {unit}/s" if rate >= 10 else f"{rate:.1f} {unit}/s")
+        if done < total:
+            parts.append(f"{duration((total - done) / rate)} left")
+    return ", ".join(parts) + (f" · {row.note}" if row.note else "")
 
 
 @contextmanager
@@ -144,7 +141,7 @@ def progress_line(console: Console, text: str) -> Iterator[Callable[[str], None]
     def show(line: str) -> None:
         nonlocal last
         if time.monotonic() - last > LINE_SECONDS:
-            console.print(line, highlight=False, soft_wrap=True)
+            console.print(line, soft_wrap=True)
             last = time.monotonic()
 
     yield show
@@ -155,9 +152,6 @@ def watching(console: Console, plan: Plan) -> Iterator[Watcher]:
     """Show a run as it goes."""
     console.print(Text(plan_summary(plan), style="bold"))
     watcher = LiveWatcher(console, plan)
-    if not console.is_terminal:
-        yield watcher
-        return
-    with Live(watcher, console=console, refresh_per_second=REFRESH_PER_SECOND, transient=False) as live:
-        watcher.live = live
+    live = Live(watcher, console=console, refresh_per_second=REFRESH_PER_SECOND, transient=False)
+    with live if console.is_terminal else nullcontext():
         yield watcher

@@ -5,9 +5,10 @@ import socket
 import sys
 
 from stages.errors import ConfigError
-from workflows.commands.options import OK, Port, TrackingOptions
+from workflows.commands.options import DEFAULT_STORE, Port, Store, TrackingUri
 from workflows.commands.output import say
 from workflows.engine.redaction import redacted
+from workflows.engine.run import Settings
 from workflows.engine.store import ArtifactStore
 from workflows.engine.tracking.queries import query_candidates
 from workflows.engine.tracking.tracking_uri import is_server, sqlite_path
@@ -17,16 +18,16 @@ QUIET = {"MLFLOW_LOGGING_LEVEL": "WARNING", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION"
 """The server's runner of jobs, of which stillhouse has none, would be eight more processes of 240 MB each."""
 
 
-def ui(*, at: TrackingOptions = TrackingOptions(), port: Port = 5000) -> int:
+def ui(*, store: Store = DEFAULT_STORE, tracking_uri: TrackingUri = None, port: Port = 5000) -> None:
     """Serve the MLflow UI on the store's tracking database, on this machine only.
 
     Args:
         port: on 127.0.0.1.
     """
-    tracking = at.settings.tracking(ArtifactStore(at.store))
+    tracking = Settings(store, tracking_uri).tracking(ArtifactStore(store))
     if is_server(tracking):
         say(f"the tracking server has its own UI: {redacted(tracking)}")
-        return OK
+        return
     path = sqlite_path(tracking)
     if path is not None and not path.exists():
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""The loop of a run: poll → events → decisions → act → record. Holds no resources and does no work itself.
+"""The loop of a run: poll → events → states → act → record. Holds no resources and does no work itself.
 
 Crash-only: there is no state but the store. Kill it anywhere and call `run` again with the same workflow: committed
 steps are HITs, and long steps go on from what they left in `resume`.
@@ -22,27 +22,24 @@ from stages.storage import STORE_ERRORS, Folder
 from workflows.engine import schedule
 from workflows.engine.events import RunEvent, RunStatus
 from workflows.engine.executor import Attempt, AttemptResult, Executor, ProgressUpdates
-from workflows.engine.external import ResolvedStep, ResolvedSteps
+from workflows.engine.external import ResolvedSteps
 from workflows.engine.failures import Failure, FailureKind
-from workflows.engine.graph import Handle, Source, Wiring
+from workflows.engine.graph import Handle, Source
 from workflows.engine.heartbeat import Holder
-from workflows.engine.identity import Identity
 from workflows.engine.manifest import InputCommit, Manifest, Provenance
 from workflows.engine.plan import Plan, StepPlan, input_commits
 from workflows.engine.provenance import code_evidence
 from workflows.engine.recorder import Recorder
-from workflows.engine.results import STATUS_OF, RunResult, StepResult, StepStatus, Watcher
+from workflows.engine.results import RunResult, StepResult, Watcher
 from workflows.engine.retrying import PAUSES_SECONDS, attempt_once, brief, persist
-from workflows.engine.schedule import Decision, Event, Launch, Phase, Schedule, Stop, Transition
-from workflows.engine.store import ArtifactStore, Claim, Commit, Fenced
+from workflows.engine.schedule import Event, Phase, Schedule, StepState
+from workflows.engine.store import ArtifactStore, Claim, Commit
 from workflows.engine.worker import classify
 
 logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.5
-"""How long one turn of the loop waits for a task to end."""
-REPORT_SECONDS = 0.5
-"""How often stages' reports are fetched."""
+"""How long one turn of the loop waits for a task to end; stages' reports are fetched at its end."""
 IDLE_SECONDS = 0.05
 """How long a turn waits while steps wait for another run or a backoff, and nothing runs."""
 HELD_POLL_SECONDS = 1.0
@@ -53,7 +50,7 @@ LEASE_SECONDS = 5.0
 
 @dataclass(slots=True)
 class Driver:
-    """One run of a plan, in a process whose heartbeat beats (`heartbeat.Heartbeat`)."""
+    """One run of a plan, in a process whose heartbeat beats (`heartbeat.beating`)."""
 
     plan: Plan
     store: ArtifactStore
@@ -72,23 +69,20 @@ class Driver:
     _shared: set[str] = field(init=False, default_factory=set)
     _outages: Counter[str] = field(init=False, default_factory=Counter)  # launches in a row that the store failed
     _code: dict[str, dict[str, str]] = field(init=False)  # as the run begins: files may be edited meanwhile
-    _next_reports: float = field(init=False, default=0.0)
     _next_lease_check: float = field(init=False, default=0.0)
 
     def __post_init__(self) -> None:
-        """Take the plan's hits as committed."""
+        plan, cluster = self.plan, self.executor.cluster_resources()
         self._folder = self.store.root / "runs" / self.run
-        self._recorder = Recorder(self.plan, self.record)
-        self._commits = {step.step.name: step.commit for step in self.plan.having("HIT") if step.commit}
-        self._code = {
-            planned.step.name: code_evidence(type(planned.step.stage)) for planned in self.plan.having("MISS")
-        }
-        cluster = self.executor.cluster_resources()
+        self._recorder = Recorder(plan, self.record)
+        self._commits = {step.step.name: step.commit for step in plan.having("HIT") if step.commit}
+        self._code = {planned.step.name: code_evidence(type(planned.step.stage)) for planned in plan.having("MISS")}
         self._schedule = schedule.new_schedule(
-            {name: planned.step for name, planned in self.plan.steps.items()},
+            {name: planned.step for name, planned in plan.steps.items()},
             committed=frozenset(self._commits),
-            capacity=schedule.Capacity(cluster.cpus, cluster.gpus),
-            blocked={planned.step.name: planned.reason for planned in self.plan.having("BLOCKED")},
+            cpus=cluster.cpus,
+            gpus=cluster.gpus,
+            blocked={planned.step.name: planned.reason for planned in plan.having("BLOCKED")},
         )
 
     def go(self) -> RunResult:
@@ -100,139 +94,105 @@ class Driver:
         for planned in self.plan.having("MISS"):
             with suppress(Exception):  # reported when the step is launched, if it is still so then
                 self._resolved.of(planned)
-        self._take(schedule.Tick(self.clock()))
         while not self._schedule.over:
+            self._take(schedule.Tick(self.clock()))
             if self.interrupt.is_set() and not self._schedule.interrupted:
                 self._take(schedule.Interrupted(self.clock()))
-            self._turn()
+            running = any(self._schedule.in_phase(Phase.RUNNING, Phase.STOPPING))
+            ended = self.executor.poll(POLL_SECONDS if running else IDLE_SECONDS)
+            if running:
+                self._take(*self._pass_on(self.executor.reports()))  # the last curves, before their record is closed
+            for name, result in ended:
+                self._take(*self._ended(name, result))
+            if running and self.clock() >= self._next_lease_check:
+                self._next_lease_check = self.clock() + LEASE_SECONDS
+                self._take(*self._overtaken())
         return self._result()
 
-    def _turn(self) -> None:
-        running = any(s.phase in (Phase.RUNNING, Phase.STOPPING) for s in self._schedule.steps.values())
-        for name, result in self.executor.poll(POLL_SECONDS if running else IDLE_SECONDS):
-            self._take(*self._pass_on(self.executor.reports()))  # the last of its curves, before its record is closed
-            self._take(*self._ended(name, result))
-        if running and self.clock() >= self._next_reports:
-            self._next_reports = self.clock() + REPORT_SECONDS
-            self._take(*self._pass_on(self.executor.reports()))
-        if running and self.clock() >= self._next_lease_check:
-            self._next_lease_check = self.clock() + LEASE_SECONDS
-            self._take(*self._overtaken())
-        self._take(schedule.Tick(self.clock()))
-
     def _take(self, *events: Event) -> None:
-        """Advance the schedule by events and act on what it decides, then by the events that this brings."""
+        """Advance the schedule by events and act on what steps enter, then by the events that this brings."""
         queue = deque(events)
         while queue:
-            self._schedule, decisions = schedule.advance(self._schedule, queue.popleft())
-            for decision in decisions:
-                queue.extend(self._act(decision))
+            self._schedule = schedule.advance(self._schedule, queue.popleft())
+            for state in self._schedule.entered:
+                queue.extend(self._act(state))
 
-    def _act(self, decision: Decision) -> list[Event]:
-        match decision:
-            case Launch():
-                return self._launch(decision)
-            case Stop(step, reason):
-                logger.info("deciding to stop %s, since %s", step, reason)
-                self._show(self.watcher.step, step, Phase.STOPPING, reason)
-                self.executor.cancel(step)
-            case Transition(step, phase, reason):
-                logger.info("%s: %s", step, reason)
-                self._show(self.watcher.step, step, phase, reason)
-                if phase.over:
-                    self._release(step)
+    def _act(self, state: StepState) -> list[Event]:
+        if state.phase is Phase.RUNNING:
+            return self._launch(state)
+        logger.info("%s is %s: %s", state.name, state.phase.value, state.reason)
+        self._show(self.watcher.step, state.name, state.phase, state.reason)
+        if state.phase is Phase.STOPPING:
+            self.executor.cancel(state.name)
+        elif state.phase.over and (claim := self._claims.get(state.name)):  # others need not wait for this run's end
+            attempt_once(f"release the claim on {state.name}", lambda: self.store.release(claim))
         return []
 
-    def _launch(self, launch: Launch) -> list[Event]:
-        name = launch.step
+    def _launch(self, state: StepState) -> list[Event]:
+        """Take the right to run a step, and run it, unless a live run has that right or has used it meanwhile."""
+        name, planned = state.name, self.plan.steps[state.name]
         try:
-            claim = self._claim(launch)
+            claim = self.store.claim(planned.known.fingerprint, self.run)
+            if isinstance(claim, Claim):
+                self._claims[name] = claim
+            newest = self.store.newest(planned.known.fingerprint)
         except (StillhouseError, *STORE_ERRORS) as error:
-            return self._not_launched(launch, _of_store(error))
-        if not isinstance(claim, Claim):
-            return claim
+            return self._not_launched(state, _of_store(error))
         self._outages[name] = 0
-        self._recorder.opened(name, launch.attempt, "miss")
-        try:
-            attempt = self._attempt(launch, claim)
-        except ExternalDataError as error:  # what is out of reach may come back
-            return self._failed(name, launch.attempt, Failure(FailureKind.TRANSIENT, str(error)))
-        except Exception as error:  # noqa: BLE001  data from outside, its own code included: one step's trouble
-            return self._failed(name, launch.attempt, classify(error))
-        self._show(self.watcher.step, name, Phase.RUNNING, f"attempt {launch.attempt}" if launch.attempt > 1 else "")
-        self.executor.submit(attempt)
-        return []
-
-    def _claim(self, launch: Launch) -> Claim | list[Event]:
-        """Return the right to run a step, or what stands in the way of it: another run's claim or commit."""
-        name, fingerprint = launch.step, self._identity(launch.step).fingerprint
-        if shared := self._share(launch):
-            return shared
-        claim = self.store.claim(fingerprint, self.run)
+        inputs = self._reads(planned)
+        if newest and newest.generation > planned.seen_generation and not newest.manifest.outdated_input(inputs):
+            self._commits[name] = newest
+            self._shared.add(name)
+            self._recorder.hit(name, newest, state.attempt)
+            return [schedule.Committed(name, self.clock(), f"shared with run {newest.manifest.run}")]
         if isinstance(claim, Holder):
             reason = f"run {claim.run} on {claim.host} is running this step; waiting for its result"
             return [schedule.Postponed(name, self.clock(), Phase.HELD, reason, HELD_POLL_SECONDS)]
-        self._claims[name] = claim
-        if shared := self._share(launch):  # committed between our look and our claim
-            self._release(name)
-        return shared or claim
+        self._recorder.opened(name, state.attempt, "miss")
+        try:
+            attempt = self._attempt(state, claim, inputs)
+        except ExternalDataError as error:  # what is out of reach may come back
+            return self._failed(name, state.attempt, Failure(FailureKind.TRANSIENT, str(error)))
+        except Exception as error:  # noqa: BLE001  data from outside, its own code included: one step's trouble
+            return self._failed(name, state.attempt, classify(error))
+        self._show(self.watcher.step, name, Phase.RUNNING, f"attempt {state.attempt}" if state.attempt > 1 else "")
+        self.executor.submit(attempt)
+        return []
 
-    def _not_launched(self, launch: Launch, failure: Failure) -> list[Event]:
+    def _not_launched(self, state: StepState, failure: Failure) -> list[Event]:
         """Wait for a store that fails, as long as a commit waits for it; only then an attempt is lost."""
-        name, pauses = launch.step, PAUSES_SECONDS[self._outages[launch.step] :]
+        name, pauses = state.name, PAUSES_SECONDS[self._outages[state.name] :]
         if failure.kind is FailureKind.TRANSIENT and pauses:
             self._outages[name] += 1
             reason = f"{failure.message}; trying again in {pauses[0]:g} s"
             return [schedule.Postponed(name, self.clock(), Phase.BACKING_OFF, reason, pauses[0])]
         self._outages[name] = 0
-        self._recorder.opened(name, launch.attempt, "miss")
-        return self._failed(name, launch.attempt, failure)
+        self._recorder.opened(name, state.attempt, "miss")
+        return self._failed(name, state.attempt, failure)
 
-    def _attempt(self, launch: Launch, claim: Claim) -> Attempt:
-        planned = self.plan.steps[launch.step]
+    def _reads(self, planned: StepPlan) -> dict[str, InputCommit]:
+        return input_commits(planned.step, planned.known, self._commits)
+
+    def _attempt(self, state: StepState, claim: Claim, inputs: Mapping[str, InputCommit]) -> Attempt:
+        planned = self.plan.steps[state.name]
         resolved = self._resolved.of(planned)
-        inputs = {name: self._resolve(wiring, resolved) for name, wiring in planned.step.inputs.items()}
-        if changed := resolved.changed():
-            raise StageFailed(changed)
-        return Attempt(
-            step=launch.step,
-            attempt=launch.attempt,
-            stage=resolved.stage,
-            fingerprint=claim.fingerprint,
-            inputs=inputs,
-            root=self.store.folder(claim.fingerprint),
-            out=self.store.out(claim),
-            resume=self.store.resume(claim, self._inputs(planned)),
-            logs=self._folder / "logs",
-            resources=launch.resources,
-        )
 
-    def _share(self, launch: Launch) -> list[Event]:
-        """Take the commit that another run has made since this run was planned, if there is one."""
-        name, planned = launch.step, self.plan.steps[launch.step]
-        newest = self.store.newest(self._identity(name).fingerprint)
-        seen = planned.seen_generation
-        if newest is None or newest.generation <= seen or newest.manifest.outdated_input(self._inputs(planned)):
-            return []
-        self._commits[name] = newest
-        self._shared.add(name)
-        self._recorder.hit(name, newest, launch.attempt)
-        self._show(self.watcher.step, name, Phase.COMMITTED, f"shared with run {newest.manifest.run}")
-        return [schedule.Committed(name, self.clock())]
-
-    def _identity(self, name: str) -> Identity:
-        identity = self.plan.steps[name].identity
-        assert identity is not None
-        return identity
-
-    def _inputs(self, planned: StepPlan) -> dict[str, InputCommit]:
-        return input_commits(planned.step, planned.inputs, self._commits)
-
-    def _resolve(self, wiring: Wiring, resolved: ResolvedStep) -> Artifact | Mapping[str, Artifact]:
         def artifact(source: Source) -> Artifact:
             return self._commits[source.step].artifact if isinstance(source, Handle) else resolved.artifact(source)
 
-        return {key: artifact(s) for key, s in wiring.items()} if isinstance(wiring, Mapping) else artifact(wiring)
+        if changed := resolved.changed():
+            raise StageFailed(changed)
+        return Attempt(
+            step=state.name,
+            attempt=state.attempt,
+            stage=resolved.stage,
+            fingerprint=claim.fingerprint,
+            inputs=planned.step.wired(artifact),
+            out=self.store.out(claim),
+            resume=self.store.resume(claim, inputs),
+            logs=self._folder / "logs",
+            resources=state.resources,
+        )
 
     def _ended(self, name: str, result: AttemptResult | Failure) -> list[Event]:
         state = self._schedule.steps[name]
@@ -242,22 +202,15 @@ class Driver:
         claim, manifest = self._claims[name], ended.manifest
         self._commits[name] = ended
         attempt_once(f"forget what {name} kept in order to go on", lambda: self.store.forget_resume(claim))
-        self._release(name)
         attempt_once(f"name {name}'s commit", lambda: self.store.point(self.plan.workflow.name, name, ended))
         took = {"seconds": manifest.seconds, "peak_memory_bytes": float(manifest.peak_memory_bytes)}
         metrics, tags = {**ended.artifact.metrics, **took}, {"artifact": self.store.out(claim).uri}
         self._recorder.closed(name, state.attempt, "FINISHED", metrics, tags)
-        self._show(self.watcher.step, name, Phase.COMMITTED, f"{manifest.seconds:.1f} s")
-        return [schedule.Committed(name, self.clock())]
+        return [schedule.Committed(name, self.clock(), f"{manifest.seconds:.1f} s")]
 
     def _failed(self, name: str, attempt: int, failure: Failure, status: RunStatus = "FAILED") -> list[Event]:
         self._recorder.closed(name, attempt, status, {}, {"error": failure.message[:500]})
         return [schedule.Failed(name, self.clock(), failure)]
-
-    def _release(self, name: str) -> None:
-        """Let other runs have a step's claim without waiting for this run's end."""
-        if claim := self._claims.get(name):
-            attempt_once(f"release the claim on {name}", lambda: self.store.release(claim))
 
     def _commit(self, name: str, result: AttemptResult) -> Commit | Failure:
         planned, claim = self.plan.steps[name], self._claims[name]
@@ -273,8 +226,8 @@ class Driver:
             run=self.run,
             files=result.files,
             metrics=dict(result.metrics),
-            identity=dict(self._identity(name).record),
-            inputs=self._inputs(planned),
+            identity=dict(planned.known.record),
+            inputs=self._reads(planned),
             resources=self._schedule.steps[name].resources,
             provenance=Provenance(**result.environment, **self._code[name]),
             seconds=result.seconds,
@@ -283,14 +236,12 @@ class Driver:
         )
         try:
             return persist(f"commit {name}", lambda: self.store.commit(claim, manifest), self.interrupt)
-        except Fenced as error:
-            return Failure(FailureKind.FENCED, str(error))
-        except STORE_ERRORS as error:
+        except (StillhouseError, *STORE_ERRORS) as error:
             return _of_store(error)
 
     def _overtaken(self) -> list[Event]:
         """Find the running steps that another run took over, as it may while this process is paused."""
-        running = [name for name, state in self._schedule.steps.items() if state.phase is Phase.RUNNING]
+        running = [state.name for state in self._schedule.in_phase(Phase.RUNNING)]
         with suppress(*STORE_ERRORS):  # looked at again soon; the commit looks in any case
             taken = [name for name in running if self.store.overtaken(self._claims[name])]
             return [schedule.Overtaken(name, self.clock()) for name in taken]
@@ -318,7 +269,7 @@ class Driver:
         results = {}
         for name, state in self._schedule.steps.items():
             hit, shared = self.plan.steps[name].status == "HIT", name in self._shared
-            outcome: StepStatus = "hit" if hit else "shared" if shared else STATUS_OF[state.phase]
+            outcome = "hit" if hit else "shared" if shared else state.phase.value
             log = self._folder.uri_of(f"logs/{name}.{state.attempt}.log") if state.attempt and not shared else None
             results[name] = StepResult(name, outcome, state.reason, self._commits.get(name), log, state.attempt)
         return RunResult(self.run, results, self._schedule.succeeded, self._schedule.interrupted)

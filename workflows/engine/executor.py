@@ -23,7 +23,6 @@ class Attempt:
     stage: Stage
     fingerprint: str
     inputs: Mapping[str, Artifact | Mapping[str, Artifact]]
-    root: Folder
     out: Folder
     resume: Folder
     logs: Folder

@@ -36,7 +36,7 @@ class ResolvedStep:
             ExternalDataError: it is out of reach.
         """
         name = next(name for name, source in self.planned.step.sources() if source == external)
-        return self.externals[external].checkpoint.artifact(self.planned.inputs[name])
+        return self.externals[external].checkpoint.artifact(self.planned.known.inputs[name])
 
     def changed(self) -> str | None:
         """Say what is no longer as planned, or None; of what is out of reach nothing is known, so nothing is said."""
@@ -56,10 +56,10 @@ class ResolvedStep:
             external = self.externals[source] if isinstance(source, ExternalHandle) else None
             if external is None or (external.checkpoint.revision is not None and not hub):
                 continue
-            if external_identity(external).fingerprint != self.planned.inputs[name]:
+            if external_identity(external).fingerprint != self.planned.known.inputs[name]:
                 return _changed(f"the checkpoint {external.checkpoint.source!r}")
         step = replace(self.planned.step, stage=self.stage)
-        if step_identity(step, self.planned.inputs).fingerprint != self.planned.fingerprint:
+        if step_identity(step, self.planned.known.inputs).fingerprint != self.planned.fingerprint:
             return _changed("its data from outside")
         return None
 

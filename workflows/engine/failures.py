@@ -66,19 +66,12 @@ def decide(failure: Failure, *, attempt: int, retry: Retry, resources: Resources
     wait = min(retry.backoff_seconds * 2 ** (attempt - 1), LONGEST_BACKOFF_SECONDS)
     reason = f"it {failure.kind.value} at attempt {attempt}"
     if failure.kind is FailureKind.OUT_OF_MEMORY:
-        return _shrink(failure, resources, wait, reason)
+        tried = min((rows for rows in (failure.micro_batch, resources.micro_batch) if rows), default=None)
+        if tried == 1:
+            return GiveUp(f"given up: {reason} with a micro-batch of 1 row, which cannot be made smaller")
+        rows = tried // 2 if tried else 1  # a worker that the system killed could not say how many rows it had
+        text = f"{reason}; micro-batch {tried or 'of the stage'} → {rows} rows"
+        return TryAgain(wait, resources.model_copy(update={"micro_batch": rows}), text)
     if attempt >= retry.attempts:
         return GiveUp(f"given up: {reason} of {retry.attempts}")
     return TryAgain(0.0 if failure.kind is FailureKind.PREEMPTED else wait, resources, f"{reason} of {retry.attempts}")
-
-
-def _shrink(failure: Failure, resources: Resources, wait_seconds: float, reason: str) -> TryAgain | GiveUp:
-    tried = min((rows for rows in (failure.micro_batch, resources.micro_batch) if rows), default=None)
-    if tried == 1:
-        return GiveUp(f"given up: {reason} with a micro-batch of 1 row, which cannot be made smaller")
-    smaller = tried // 2 if tried else 1  # a worker that the system killed could not say how many rows it had
-    return TryAgain(
-        wait_seconds,
-        resources.model_copy(update={"micro_batch": smaller}),
-        f"{reason}; micro-batch {tried or 'of the stage'} → {smaller} rows",
-    )

@@ -12,7 +12,7 @@ Does not: ask whether a file is whole (`artifacts verify`).
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby, islice
@@ -30,8 +30,6 @@ from workflows.engine.tracking.tracking_uri import (
     known_tracking_uris,
     without_userinfo,
 )
-
-__all__ = ["Garbage", "GarbageItem", "StoreBusy", "delete", "find_garbage"]
 
 
 class StoreBusy(StillhouseError):
@@ -55,17 +53,21 @@ class GarbageItem:
         """Bytes of its objects."""
         return sum(entry.size_bytes for entry in self.entries)
 
+    @property
+    def modified(self) -> float:
+        """When the newest of them was written."""
+        return max((entry.modified for entry in self.entries), default=0.0)
+
 
 @dataclass(frozen=True, slots=True)
 class Garbage:
-    """What may be deleted, and what was there when that was found out."""
+    """What may be deleted, what not, and every run that the store knew when that was found out."""
 
     items: tuple[GarbageItem, ...]
     kept: frozenset[str]
     """Fingerprints."""
     kept_runs: tuple[str, ...]
     runs: frozenset[str]
-    """Every run that the store knew."""
 
 
 def find_garbage(store: ArtifactStore, *, tracking_uri: str | None, keep_runs: int, min_age_seconds: float) -> Garbage:
@@ -96,15 +98,19 @@ def find_garbage(store: ArtifactStore, *, tracking_uri: str | None, keep_runs: i
     for run in kept_runs:
         roots.update(_reads(runs / run).values())
     reached = reachable(store, roots & set(known))
-    unreached = [_artifact(store, name) for name in known if name not in reached]
-    young = [item.name for item in unreached if not _is_old(item, before) or store.lease(item.name).holder()]
+    unreached = [
+        GarbageItem("artifact", name, _label(store, name), store.folder(name), tuple(store.folder(name).entries()))
+        for name in known
+        if name not in reached
+    ]
+    young = [item.name for item in unreached if item.modified > before or store.lease(item.name).holder()]
     reached |= reachable(store, young)
     items = [item for item in unreached if item.name not in reached]
     kept = frozenset(known) - {item.name for item in items}
-    items += [item for name in sorted(kept) for item in _leftovers(store, name) if _is_old(item, before)]
+    items += [item for name in sorted(kept) for item in _leftovers(store, name) if item.modified <= before]
     makers = {commit.manifest.run for name in kept for commit in store.commits(name)}
     over = [run for run in names if run not in {*kept_runs, *makers}]
-    items += [item for run in over for item in _record(store, runs / run, run) if _is_old(item, before)]
+    items += [item for run in over for item in _record(store, runs / run, run) if item.modified <= before]
     return Garbage(tuple(items), kept, kept_runs, frozenset(names))
 
 
@@ -116,10 +122,9 @@ def delete(store: ArtifactStore, garbage: Garbage) -> None:
     """
     commits: list[tuple[Folder, str, bytes]] = []
     for item in garbage.items:
-        for name in (entry.name for entry in item.entries if item.kind == "artifact"):
-            if name.startswith("commits/"):
-                with suppress(FileNotFoundError):
-                    commits.append((item.folder, name, item.folder.get(name)))
+        for name in (entry.name for entry in item.entries if entry.name.startswith("commits/")):
+            with suppress(FileNotFoundError):
+                commits.append((item.folder, name, item.folder.get(name)))
     for folder, name, _ in commits:
         folder.delete([name])
     if began := sorted(set((store.root / "runs").children()) - garbage.runs):
@@ -127,9 +132,8 @@ def delete(store: ArtifactStore, garbage: Garbage) -> None:
             with suppress(AlreadyExists):
                 folder.put(name, data, create=True)
         raise StoreBusy(f"run {began[0]} began while gc was looking, so nothing is deleted; run gc again")
-    gone = {folder.uri_of(name) for folder, name, _ in commits}
     for item in garbage.items:
-        item.folder.delete([entry.name for entry in item.entries if item.folder.uri_of(entry.name) not in gone])
+        item.folder.delete([entry.name for entry in item.entries if not entry.name.startswith("commits/")])
         item.folder.prune()
 
 
@@ -161,18 +165,9 @@ def _registered(store: ArtifactStore, tracking_uri: str | None) -> set[str]:
     return found
 
 
-def _is_old(item: GarbageItem, before: float) -> bool:
-    return all(entry.modified <= before for entry in item.entries)
-
-
 def _label(store: ArtifactStore, fingerprint: str) -> str:
     commit = store.newest(fingerprint)
     return f"{commit.manifest.workflow}/{commit.manifest.step}" if commit else "(unfinished)"
-
-
-def _artifact(store: ArtifactStore, fingerprint: str) -> GarbageItem:
-    folder = store.folder(fingerprint)
-    return GarbageItem("artifact", fingerprint, _label(store, fingerprint), folder, tuple(folder.entries()))
 
 
 def _leftovers(store: ArtifactStore, fingerprint: str) -> Iterator[GarbageItem]:
@@ -180,23 +175,25 @@ def _leftovers(store: ArtifactStore, fingerprint: str) -> Iterator[GarbageItem]:
     if store.lease(fingerprint).holder():
         return
     folder, label = store.folder(fingerprint), _label(store, fingerprint)
-    named = {file.path.split("/")[1] for commit in store.commits(fingerprint) for file in commit.manifest.files}
+    named = {int(file.path.split("/")[1]) for commit in store.commits(fingerprint) for file in commit.manifest.files}
     committed = max(map(number_of, (folder / "commits").entries()), default=0)
-    snapshots = _parts(folder, "resume", lambda generation: int(generation) <= committed)
+    snapshots = _parts(folder, "resume")
     for generation, entries in snapshots.items():
-        text = f"{label}, snapshots of generation {int(generation)}, which is committed"
-        yield GarbageItem("snapshot", fingerprint, text, folder, entries)
-    if _parts(folder, "resume", lambda generation: generation not in snapshots):
+        if generation <= committed:
+            text = f"{label}, snapshots of generation {generation}, which is committed"
+            yield GarbageItem("snapshot", fingerprint, text, folder, entries)
+    if any(generation > committed for generation in snapshots):
         return  # an attempt to come goes on from what earlier ones wrote
-    for epoch, entries in _parts(folder, "out", lambda epoch: epoch not in named).items():
-        text = f"{label}, output of attempt {int(epoch)}, which no commit names"
-        yield GarbageItem("attempt", fingerprint, text, folder, entries)
+    for epoch, entries in _parts(folder, "out").items():
+        if epoch not in named:
+            text = f"{label}, output of attempt {epoch}, which no commit names"
+            yield GarbageItem("attempt", fingerprint, text, folder, entries)
 
 
-def _parts(folder: Folder, prefix: str, wanted: Callable[[str], bool]) -> dict[str, tuple[Entry, ...]]:
-    """Return the objects `<prefix>/<part>/…` of a folder by their part, of the parts that are wanted."""
-    parts = groupby(folder.entries(prefix), lambda entry: entry.name.split("/")[1])
-    return {part: tuple(entries) for part, entries in parts if wanted(part)}
+def _parts(folder: Folder, prefix: str) -> dict[int, tuple[Entry, ...]]:
+    """Return the objects `<prefix>/<number>/…` of a folder by number."""
+    parts = groupby(folder.entries(prefix), lambda entry: int(entry.name.split("/")[1]))
+    return {number: tuple(entries) for number, entries in parts}
 
 
 def _record(store: ArtifactStore, folder: Folder, run: str) -> Iterator[GarbageItem]:

@@ -4,14 +4,17 @@ A workflow function builds a `Workflow`, adds steps and returns it. Nothing runs
 static: its shape never depends on a result.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from pydantic import Field
 
 from stages.contract import Config, Kind, Resources, Stage
 from stages.errors import ConfigError
 from stages.external.checkpoints import Checkpoint
+
+T = TypeVar("T")
 
 
 class Retry(Config):
@@ -68,6 +71,13 @@ class Step:
                 yield from ((f"{name}[{key}]", source) for key, source in wiring.items())
             else:
                 yield name, wiring
+
+    def wired(self, value_of: Callable[[Source], T]) -> dict[str, T | Mapping[str, T]]:
+        """Return the inputs with a value in place of each source."""
+        return {
+            name: {key: value_of(s) for key, s in wiring.items()} if isinstance(wiring, Mapping) else value_of(wiring)
+            for name, wiring in self.inputs.items()
+        }
 
     def needs(self) -> frozenset[str]:
         """Return the names of the steps that must be committed first."""

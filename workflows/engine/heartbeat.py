@@ -4,10 +4,12 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import psutil
 
@@ -86,7 +88,6 @@ class Liveness:
     """Watches other runs' heartbeats."""
 
     def __init__(self, runs: Folder) -> None:
-        """Watch the runs below a folder."""
         self._runs = runs
         self._seen: dict[tuple[str, float], tuple[float, float]] = {}
         """(run, since) → (its last sign of life by the store's clock, when this process first saw that)."""
@@ -99,12 +100,9 @@ class Liveness:
     def alive(self, holder: Holder, *, since: float = 0.0) -> bool:
         """Return whether a holder may still write.
 
-        Args:
-            holder: who.
-            since: when it took its lease, by the store's clock: a sign of life as good as a heartbeat.
+        When it took its lease, `since` by the store's clock, is a sign of life as good as a heartbeat.
         """
-        lives = holder.process_lives()
-        if lives is not None:
+        if (lives := holder.process_lives()) is not None:
             return lives
         beats = [entry.modified for entry in (self._runs / holder.run).entries() if entry.name == "heartbeat.json"]
         last = max([since, *beats])
@@ -117,34 +115,27 @@ class Liveness:
         return time.monotonic() - first_seen < STALE_SECONDS
 
 
-class Heartbeat:
-    """A run's sign of life, written from a thread.
+@contextmanager
+def beating(runs: Folder, run: str) -> Iterator[None]:
+    """Write a run's sign of life from a thread; the last one stays.
 
-    A context manager around all that a run does, its planning included: `gc` must see a run before that reads.
+    To be held around all that a run does, its planning included: `gc` must see a run before that reads.
     """
+    stop = threading.Event()
 
-    def __init__(self, runs: Folder, run: str) -> None:
-        """Begin to beat."""
-        self._folder, self._run = runs / run, run
-        self._stop = threading.Event()
-        self._beat()
-        self._thread = threading.Thread(target=self._loop, name="heartbeat", daemon=True)
-        self._thread.start()
+    def beat() -> None:
+        (runs / run).put_json("heartbeat.json", Holder.of_this_process(run).to_json())
 
-    def __enter__(self) -> Self:
-        return self
+    def go_on() -> None:
+        while not stop.wait(BEAT_SECONDS):
+            with suppress(Exception):  # a missed beat is what the others' patience (STALE_SECONDS) is for
+                beat()
 
-    def __exit__(self, *_: object) -> None:
-        """Stop beating; the last beat stays."""
-        self._stop.set()
-        self._thread.join(timeout=BEAT_SECONDS)
-
-    def _beat(self) -> None:
-        self._folder.put_json("heartbeat.json", Holder.of_this_process(self._run).to_json())
-
-    def _loop(self) -> None:
-        while not self._stop.wait(BEAT_SECONDS):
-            try:
-                self._beat()
-            except Exception:  # noqa: BLE001  a missed beat is what the others' patience (STALE_SECONDS) is for
-                continue
+    beat()
+    thread = threading.Thread(target=go_on, name="heartbeat", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join(timeout=BEAT_SECONDS)

@@ -94,11 +94,7 @@ def _hash(record: Mapping[str, Any]) -> Identity:
 
 
 def external_identity(external: ExternalHandle) -> Identity:
-    """Return the identity of a checkpoint from outside.
-
-    Raises:
-        ExternalDataError: it is missing or out of reach.
-    """
+    """Return the identity of a checkpoint from outside."""
     return _hash({"schema": SCHEMA, "kind": external.kind, "checkpoint": canonical(external.checkpoint, external.name)})
 
 

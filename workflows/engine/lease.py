@@ -26,15 +26,12 @@ class Lease:
     """The terms of one right."""
 
     def __init__(self, folder: Folder, liveness: Liveness) -> None:
-        """Look at the lease whose objects lie in a folder; nothing is written yet."""
         self._folder, self._liveness = folder, liveness
 
     def acquire(self, holder: Holder, *, renew: bool = False) -> int | Holder:
         """Begin a term and return its number, or return who holds the lease.
 
-        Args:
-            holder: who shall hold it: a process, and the run that it acts for.
-            renew: a term that the same run holds is no hindrance: the new one overtakes it.
+        With `renew`, a term that the same run holds is no hindrance: the new one overtakes it.
         """
         while True:
             term, held_by = self._look()

@@ -1,25 +1,19 @@
 """What a commit's manifest says: its files, what they were made from and by, and what that took."""
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from stages.contract import Kind, Resources
 from stages.errors import ConfigError
-
-__all__ = ["SCHEMA", "InputCommit", "Manifest", "ManifestFile", "Provenance"]
+from stages.formats.json_format import FormatModel
 
 SCHEMA = 2
 """Raised with each change of the fields below that another version could not read."""
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-
-class ManifestFile(_Part):
+class ManifestFile(FormatModel):
     """One file of an artifact."""
 
     name: str
@@ -30,7 +24,7 @@ class ManifestFile(_Part):
     sha256: str
 
 
-class InputCommit(_Part):
+class InputCommit(FormatModel):
     """The commit that an input was read from."""
 
     fingerprint: str
@@ -38,7 +32,7 @@ class InputCommit(_Part):
     """0 for data from outside."""
 
 
-class Provenance(_Part):
+class Provenance(FormatModel):
     """Evidence about where a result came from: recorded, never identity."""
 
     commit: str
@@ -50,7 +44,7 @@ class Provenance(_Part):
     platform: str
 
 
-class Manifest(_Part):
+class Manifest(FormatModel):
     """One commit of an artifact."""
 
     fingerprint: str
@@ -84,22 +78,20 @@ class Manifest(_Part):
         return {"schema": SCHEMA, **self.model_dump(mode="json")}
 
     @classmethod
-    def parse(cls, data: bytes, *, where: str) -> "Manifest":
-        """Read a manifest's bytes; `where` names it in errors.
+    def from_json(cls, value: Mapping[str, Any], *, where: str) -> "Manifest":
+        """Return the manifest that `to_json` wrote; `where` names it in errors.
 
         Raises:
             ConfigError: another version of stillhouse wrote it.
-            ValueError: it is torn: not JSON at all.
         """
-        value: Mapping[str, Any] = json.loads(data)
         found = value.get("schema")
-        try:
-            if found == SCHEMA:
+        problem = f"it has schema {found}, expected {SCHEMA}"
+        if found == SCHEMA:
+            try:
                 return cls.model_validate({key: item for key, item in value.items() if key != "schema"})
-            problem = f"it has schema {found}, expected {SCHEMA}"
-        except ValidationError as error:
-            first = error.errors()[0]
-            problem = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+            except ValidationError as error:
+                first = error.errors()[0]
+                problem = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
         raise ConfigError(
             f"the manifest {where} was written by another version of stillhouse ({problem}); use another store "
             "(--store), or the version that wrote this one"

@@ -22,6 +22,8 @@ from workflows.engine.provenance import code_digest
 from workflows.engine.store import ArtifactStore, Commit
 
 PlanStatus = Literal["HIT", "MISS", "BLOCKED"]
+WatchFile = Callable[[str, str, int], None]
+"""Is called with a step, a path and the bytes of it that were just read, while files are hashed."""
 
 STORE_READERS = 8
 """Steps looked up at once: a look-up is two to four requests, which on S3 take some 20 ms each."""
@@ -58,10 +60,10 @@ class StepPlan:
         return self.identity.fingerprint if self.identity else None
 
     @property
-    def inputs(self) -> Mapping[str, str]:
-        """Input → fingerprint, of a step whose own fingerprint is known."""
+    def known(self) -> Identity:
+        """The identity of a step that has one."""
         assert self.identity is not None
-        return self.identity.inputs
+        return self.identity
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON."""
@@ -112,9 +114,7 @@ def make_plan(
     only: str | None = None,
     strict_code: bool = False,
     cluster: ClusterResources | None = None,
-    deep: bool = False,
-    progress: Callable[[str], None] | None = None,
-    interrupt: Flag | None = None,
+    watch: WatchFile | None = None,
 ) -> Plan:
     """Plan a workflow, or what one step of it needs.
 
@@ -124,13 +124,11 @@ def make_plan(
         only: plan this step and what it needs.
         strict_code: a HIT whose stage's code has changed since is a MISS.
         cluster: what there is to run on; None skips that check.
-        deep: hash the files that steps to be run will read, rather than only compare sizes; once, while they stay.
-        progress: is called with a line for people, again and again, while files are hashed.
-        interrupt: once set, no more files are hashed.
+        watch: hash the files that steps to be run will read, rather than only compare sizes; once, while they stay.
 
     Raises:
         ConfigError: the graph cannot run, or there is no step `only`.
-        PlanInterrupted: `interrupt` was set while files were hashed.
+        PlanInterrupted: by `watch`, while files were hashed.
     """
     check(workflow)
     wanted = workflow.upstream(find_step(workflow, only).name) if only else set(workflow.steps)
@@ -143,14 +141,14 @@ def make_plan(
         for step in workflow.in_order():
             if (name := step.name) in wanted:
                 plan[name] = _plan_step(step, known[name], looked_up[name], plan, cluster, strict_code)
-        if not (deep and _withdraw_corrupt_inputs(store, plan, watch_hashing(progress, interrupt))):
+        if watch is None or not _withdraw_corrupt_inputs(store, plan, watch):
             return Plan(workflow, plan)
 
 
 def _look_up(workflow: Workflow, store: ArtifactStore, name: str, identity: Identity | Unknown) -> _Found:
     fingerprint = identity.fingerprint if isinstance(identity, Identity) else None
     if fingerprint and (commit := store.newest(fingerprint)):
-        problems = store.problems(commit, deep=False)
+        problems = store.problems(commit)
         return _Found(commit, f"its commit does not verify: {problems[0]}" if problems else None, commit)
     withdrawal = store.withdrawal(fingerprint) if fingerprint else None
     pointer = store.pointed(workflow.name, name)
@@ -193,7 +191,7 @@ def _why_miss(
         if before[need].commit is None:
             return f"{need} is run again"
     commits = {name: plan.commit for name, plan in before.items() if plan.commit}
-    if outdated := commit.manifest.outdated_input(input_commits(step, identity.inputs, commits)):
+    if outdated := commit.manifest.outdated_input(input_commits(step, identity, commits)):
         return f"{_source_name(dict(step.sources())[outdated])} has a newer commit than the one this was made from"
     if strict_code and commit.manifest.provenance.code_digest != code_digest(type(step.stage)):
         return f"the code of {type(step.stage).__name__} changed (--strict-code)"
@@ -202,8 +200,7 @@ def _why_miss(
 
 def _changed(step: Step, old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     """Say what differs from the step's last result: its own fields first, else the inputs by their step's name."""
-    own = differences({k: v for k, v in old.items() if k != "inputs"}, {k: v for k, v in new.items() if k != "inputs"})
-    if own:
+    if own := [text for text in differences(old, new) if not text.startswith("inputs.")]:
         shown = "; ".join(text.removeprefix("config.") for text in own[:3])
         return f"changed: {shown}" + (f" and {len(own) - 3} more" if len(own) > 3 else "")
     before, after = old["inputs"], new["inputs"]
@@ -218,18 +215,12 @@ def _source_name(source: Source) -> str:
     return source.step if isinstance(source, Handle) else f"external {source.name}"
 
 
-def input_commits(step: Step, inputs: Mapping[str, str], commits: Mapping[str, Commit]) -> dict[str, InputCommit]:
-    """Return the commits that a step would read.
-
-    Args:
-        step: the step.
-        inputs: input → fingerprint.
-        commits: the commit of each step that it needs.
-    """
+def input_commits(step: Step, identity: Identity, commits: Mapping[str, Commit]) -> dict[str, InputCommit]:
+    """Return the commits that a step would read, given the commit of each step that it needs."""
     generations = {
         name: commits[source.step].generation if isinstance(source, Handle) else 0 for name, source in step.sources()
     }
-    return {name: InputCommit(fingerprint=inputs[name], generation=number) for name, number in generations.items()}
+    return {name: InputCommit(fingerprint=identity.inputs[name], generation=g) for name, g in generations.items()}
 
 
 def _lacking(need: Resources, cluster: ClusterResources) -> str | None:
@@ -245,15 +236,8 @@ def _lacking(need: Resources, cluster: ClusterResources) -> str | None:
     return None
 
 
-def watch_hashing(
-    progress: Callable[[str], None] | None, interrupt: Flag | None = None
-) -> Callable[[str, str, int], None]:
-    """Return what to call with a step, a path and the bytes of it that were just read, to show how far hashing is.
-
-    Args:
-        progress: is called with a line for people.
-        interrupt: once set, `PlanInterrupted` is raised.
-    """
+def watch_hashing(progress: Callable[[str], None] | None, interrupt: Flag | None = None) -> WatchFile:
+    """Return what shows how far hashing is, as a line for people; it raises once `interrupt` is set."""
     total = 0
 
     def watch(step: str, path: str, num_bytes: int) -> None:
@@ -267,14 +251,12 @@ def watch_hashing(
     return watch
 
 
-def _withdraw_corrupt_inputs(
-    store: ArtifactStore, plan: Mapping[str, StepPlan], watch: Callable[[str, str, int], None]
-) -> bool:
+def _withdraw_corrupt_inputs(store: ArtifactStore, plan: Mapping[str, StepPlan], watch: WatchFile) -> bool:
     """Withdraw commits that steps to be run would read and whose files do not verify; return whether there were any."""
     corrupt = False
     for name in sorted({need for step in plan.values() if step.status == "MISS" for need in step.step.needs()}):
         commit = plan[name].commit
-        if commit is not None and (problems := store.problems(commit, deep=True, watch=partial(watch, name))):
+        if commit is not None and (problems := store.problems(commit, partial(watch, name))):
             store.withdraw(commit, problems[0])
             corrupt = True
     return corrupt

@@ -4,30 +4,26 @@ A step's task holds no CPU and no GPU: the library inside it (Ray Data, Train, T
 the engine's, so Ray's are off. What a stage reports goes to one actor without CPUs that the driver drains.
 """
 
-import importlib
 import logging
 import math
 import os
 import re
 import secrets
 import socket
-import sys
 import time
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
 from stages.errors import ConfigError
+from stages.runtime import workarounds
 from stages.runtime.processes import preserve_signal_handlers
-from stages.runtime.workarounds import (
-    killing_workers_left_behind,
-    remove_orphaned_groups,
-    short_temp_dir,
-    silence_ray_stdout,
-)
 from stages.storage import Folder, is_remote
+from workflows.engine import worker
 from workflows.engine.executor import Attempt, AttemptResult, ProgressUpdates
 from workflows.engine.failures import Failure, FailureKind
 from workflows.engine.plan import ClusterResources
+from workflows.engine.provenance import ROOT
 from workflows.engine.retrying import brief
 
 logger = logging.getLogger(__name__)
@@ -65,6 +61,14 @@ def probe(address: str) -> None:
         ) from error
 
 
+@dataclass(slots=True)
+class _Running:
+    step: str
+    actor: Any | None
+    """The process that the attempt has to itself."""
+    kill_at: float = math.inf
+
+
 class RayExecutor:
     """Runs attempts on a Ray cluster."""
 
@@ -77,9 +81,6 @@ class RayExecutor:
             address: `HOST:PORT` of a running cluster's head; None starts Ray here.
             verbose: let Ray's and the workers' own output through to the terminal.
             by_value: the user's own workflow module, which workers cannot import and are sent.
-
-        Raises:
-            ConfigError: nothing answers at the address.
         """
         if address:
             probe(address)
@@ -87,38 +88,28 @@ class RayExecutor:
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        self._ray = ray
-        where: dict[str, Any] = {
-            "address": address,
-            "runtime_env": {"py_modules": [_package("stages"), _package("workflows")]},
-        }
+        self._ray, self._address = ray, address
+        where: dict[str, Any]
         if address is None:
-            cluster = local_resources()
-            where = {
-                "address": "local",
-                "num_cpus": int(cluster.cpus),
-                "include_dashboard": False,
-                "_node_ip_address": "127.0.0.1",
-            }
-            if short := short_temp_dir(os.environ):
-                where["_temp_dir"] = short
+            cpus, folder = int(local_resources().cpus), workarounds.short_temp_dir(os.environ)
+            where = {"address": "local", "num_cpus": cpus, "_temp_dir": folder, "_node_ip_address": "127.0.0.1"}
+            where["include_dashboard"] = False
+        else:
+            packages = [str(ROOT / name) for name in ("stages", "workflows")]
+            where = {"address": address, "runtime_env": {"py_modules": packages}}
         where |= {"namespace": f"stillhouse-{secrets.token_hex(4)}", "configure_logging": verbose}
         with preserve_signal_handlers():
             ray.init(log_to_driver=verbose, logging_level=logging.INFO if verbose else logging.ERROR, **where)
         if not verbose:
-            silence_ray_stdout()
+            workarounds.silence_ray_stdout()
         if by_value is not None:
             ray.cloudpickle.register_pickle_by_value(by_value)
-        remote = importlib.import_module("workflows.engine.worker")
-        self._address = address
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
         once = ray.remote(num_cpus=0, max_concurrency=1, max_restarts=-1, scheduling_strategy=here)
-        self._collector = once(remote.ProgressCollector).remote()
-        self._run = ray.remote(num_cpus=0, num_gpus=0, max_retries=0)(remote.run_attempt)
-        self._fresh = ray.remote(num_cpus=0, num_gpus=0, max_restarts=0)(remote.FreshWorker)
-        self._actors: dict[Any, Any] = {}
-        self._running: dict[Any, str] = {}
-        self._cancelled: dict[Any, float] = {}
+        self._collector = once(worker.ProgressCollector).remote()
+        self._run = ray.remote(num_cpus=0, num_gpus=0, max_retries=0)(worker.run_attempt)
+        self._fresh = ray.remote(num_cpus=0, num_gpus=0, max_restarts=0)(worker.FreshWorker)
+        self._running: dict[Any, _Running] = {}
         self._orphans_until = 0.0
 
     def cluster_resources(self) -> ClusterResources:
@@ -140,54 +131,48 @@ class RayExecutor:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         mark = f"probe-{secrets.token_hex(8)}"
+        look = self._ray.remote(num_cpus=0)(lambda: store.has(mark))
         store.put(mark, b"stillhouse")
         try:
-            look = self._ray.remote(num_cpus=0)(_sees)
             places = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
-            sees = self._ray.get([look.options(scheduling_strategy=at).remote(store, mark) for at in places])
-            blind = [node["NodeManagerHostname"] for node, seen in zip(nodes, sees, strict=True) if not seen]
+            sees = self._ray.get([look.options(scheduling_strategy=at).remote() for at in places])
         finally:
             store.delete([mark])
-        if blind:
+        if blind := [node["NodeManagerHostname"] for node, seen in zip(nodes, sees, strict=True) if not seen]:
             problem = f"the store {store.uri} is not the same folder on node {', '.join(blind)}"
             raise ConfigError(f"{problem}; use a shared file system or s3:// or gs://")
 
     def submit(self, attempt: Attempt) -> None:
         """Start an attempt."""
-        if attempt.stage.FRESH_PROCESS:
-            actor = self._fresh.remote()
-            ref = actor.run.remote(attempt, self._collector)
-            self._actors[ref] = actor
-        else:
-            ref = self._run.remote(attempt, self._collector)
-        self._running[ref] = attempt.step
+        actor = self._fresh.remote() if attempt.stage.FRESH_PROCESS else None
+        ref = (actor.run if actor else self._run).remote(attempt, self._collector)
+        self._running[ref] = _Running(attempt.step, actor)
 
     def poll(self, timeout_seconds: float) -> list[tuple[str, AttemptResult | Failure]]:
         """Wait for attempts to end, at most so long, and return those that did, by step."""
         if time.monotonic() < self._orphans_until:
             try:
-                remove_orphaned_groups()
+                workarounds.remove_orphaned_groups()
             except self._ray.exceptions.RayError as error:
                 logger.warning("cannot look for placement groups that a lost step left: %s", error)
         if not self._running:
             time.sleep(timeout_seconds)
             return []
-        for ref, since in list(self._cancelled.items()):
-            if time.monotonic() - since > CANCEL_GRACE_SECONDS:
+        for ref, running in self._running.items():
+            if time.monotonic() > running.kill_at:
                 self._ray.cancel(ref, force=True)
-                self._cancelled[ref] = math.inf
+                running.kill_at = math.inf
         refs = list(self._running)
         ready, _ = self._ray.wait(refs, num_returns=1, timeout=timeout_seconds)
         if ready:  # take all that are ready, not only the first
             ready, _ = self._ray.wait(refs, num_returns=len(refs), timeout=0)
-        ended = [(self._running.pop(ref), self._result(ref)) for ref in ready]
+        ended = [(self._running[ref].step, self._result(ref)) for ref in ready]
         if any(isinstance(result, Failure) for _, result in ended):
             self._orphans_until = time.monotonic() + ORPHAN_SECONDS
         return ended
 
     def _result(self, ref: Any) -> AttemptResult | Failure:
-        self._cancelled.pop(ref, None)
-        if actor := self._actors.pop(ref, None):
+        if actor := self._running.pop(ref).actor:
             self._ray.kill(actor)
         try:
             result: AttemptResult | Failure = self._ray.get(ref)
@@ -218,18 +203,18 @@ class RayExecutor:
 
     def cancel(self, step: str) -> None:
         """End a running attempt: its library first, its worker if that does not end in time."""
-        for ref, name in self._running.items():
-            if name != step or ref in self._cancelled:
+        for ref, running in self._running.items():
+            if running.step != step:
                 continue
-            if actor := self._actors.get(ref):  # what it owns (Train's controller, Tune's trials) ends with it
-                self._ray.kill(actor)
+            if running.actor:  # what it owns (Train's controller, Tune's trials) ends with it
+                self._ray.kill(running.actor)
             else:
                 self._ray.cancel(ref, force=False)
-            self._cancelled[ref] = math.inf if actor else time.monotonic()
+                running.kill_at = time.monotonic() + CANCEL_GRACE_SECONDS
 
     def close(self) -> None:
         """Leave the cluster; what still runs there for us ends."""
-        with killing_workers_left_behind(local=self._address is None):
+        with workarounds.killing_workers_left_behind(local=self._address is None):
             self._ray.shutdown()
 
 
@@ -250,14 +235,3 @@ def _set_environment(*, local: bool) -> None:
     if local and "RAY_AUTH_MODE" not in os.environ:
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-
-
-def _package(name: str) -> str:
-    file = sys.modules[name].__file__ if name in sys.modules else importlib.import_module(name).__file__
-    assert file is not None
-    return os.path.dirname(file)
-
-
-def _sees(store: Folder, name: str) -> bool:
-    """Run on a node: return whether it finds a file."""
-    return store.has(name)

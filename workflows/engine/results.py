@@ -2,20 +2,9 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 from workflows.engine.schedule import Phase
 from workflows.engine.store import Commit
-
-StepStatus = Literal["hit", "committed", "shared", "failed", "skipped", "cancelled"]
-
-
-STATUS_OF: Mapping[Phase, StepStatus] = {
-    Phase.COMMITTED: "committed",
-    Phase.FAILED: "failed",
-    Phase.SKIPPED: "skipped",
-    Phase.CANCELLED: "cancelled",
-}
 
 
 class Watcher:
@@ -36,7 +25,8 @@ class StepResult:
     """How a step of a run ended."""
 
     name: str
-    outcome: StepStatus
+    outcome: str
+    """`hit`, `shared`, or the phase that it ended in: `committed`, `failed`, `skipped`, `cancelled`."""
     reason: str
     commit: Commit | None
     log: str | None

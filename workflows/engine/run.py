@@ -20,9 +20,9 @@ from workflows.engine.events import CandidateFound, RunEnded, RunEvent, RunStart
 from workflows.engine.executor import Attempt, AttemptResult, Executor, ProgressUpdates
 from workflows.engine.failures import Failure
 from workflows.engine.graph import Workflow
-from workflows.engine.heartbeat import Heartbeat
+from workflows.engine.heartbeat import beating
 from workflows.engine.identity import Fingerprint
-from workflows.engine.plan import ClusterResources, Plan, PlanInterrupted, make_plan
+from workflows.engine.plan import ClusterResources, Plan, PlanInterrupted, make_plan, watch_hashing
 from workflows.engine.provenance import git_commit
 from workflows.engine.ray_executor import RayExecutor, local_resources
 from workflows.engine.recorder import now_ms
@@ -153,8 +153,8 @@ def execute(
     with _announced(runs, run), ExitStack() as stack:
 
         def plan_for(cluster: ClusterResources | None) -> Plan:
-            options = {**settings.of_plan, "deep": True, "progress": progress, "interrupt": interrupt}
-            plan = make_plan(workflow, store, **options, cluster=cluster)
+            watch = watch_hashing(progress, interrupt)
+            plan = make_plan(workflow, store, **settings.of_plan, cluster=cluster, watch=watch)
             refuse_blocked(plan)
             return plan
 
@@ -201,7 +201,7 @@ def new_run_id() -> str:
 def _announced(runs: Folder, run: str) -> Iterator[None]:
     """Show from before its plan on that a run lives, so that `gc` keeps what it reads; a refused one leaves nothing."""
     try:
-        with Heartbeat(runs, run):
+        with beating(runs, run):
             yield
     except (ConfigError, PlanInterrupted):
         (runs / run).delete(["heartbeat.json"])

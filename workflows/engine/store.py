@@ -43,10 +43,6 @@ class Fenced(StillhouseError):
     """Another run took this step over; what this attempt wrote is not committed."""
 
 
-class TornCommit(StillhouseError):
-    """A power cut left half a manifest: it counts as absent."""
-
-
 @dataclass(frozen=True, slots=True)
 class Claim:
     """The right to write one fingerprint's next commit, as long as no higher epoch exists."""
@@ -70,7 +66,6 @@ class ArtifactStore:
     """A store: artifacts by fingerprint."""
 
     def __init__(self, uri: str) -> None:
-        """Open a store at a path or URI; nothing is written."""
         self.root = Folder.at(uri)
         self.liveness = Liveness(self.root / "runs")
 
@@ -106,34 +101,22 @@ class ArtifactStore:
     def commits(self, fingerprint: str) -> Iterator[Commit]:
         """Yield the commits that are whole and not withdrawn, newest first."""
         for generation in reversed(self.generations(fingerprint)):
-            try:
-                yield self.read(Fingerprint(fingerprint), generation)
-            except TornCommit as error:
-                logger.warning("%s", error)
+            if commit := self.read(fingerprint, generation):
+                yield commit
 
     def newest(self, fingerprint: str) -> Commit | None:
         """Return the newest commit that is whole and not withdrawn."""
         return next(self.commits(fingerprint), None)
 
-    def read(self, fingerprint: Fingerprint, generation: int) -> Commit:
-        """Read one commit.
-
-        Raises:
-            TornCommit: a power cut left half of it.
-            ConfigError: another version of stillhouse wrote it.
-        """
+    def read(self, fingerprint: str, generation: int) -> Commit | None:
+        """Read one commit; None where there is none, or where a power cut left half of it."""
         folder, name = self.folder(fingerprint), f"commits/{generation:06d}.json"
-        data = folder.get(name)
-        try:
-            manifest = Manifest.parse(data, where=folder.uri_of(name))
-        except ConfigError:
-            raise
-        except ValueError as error:
-            size = f"{len(data)} bytes, not JSON"
-            raise TornCommit(f"the manifest {folder.uri_of(name)} is torn ({size}): it counts as absent") from error
+        if (value := folder.find_json(name)) is None:
+            return None
+        manifest = Manifest.from_json(value, where=folder.uri_of(name))
         files = tuple(File(f.name, folder.uri_of(f.path), f.size_bytes, f.sha256) for f in manifest.files)
         artifact = Artifact(manifest.kind, fingerprint, files, manifest.metrics)
-        return Commit(fingerprint, generation, manifest, artifact)
+        return Commit(Fingerprint(fingerprint), generation, manifest, artifact)
 
     def fingerprints(self) -> list[str]:
         """Return every fingerprint that the store knows."""
@@ -184,10 +167,8 @@ class ArtifactStore:
     def resume(self, claim: Claim, inputs: Mapping[str, InputCommit] | None = None) -> Folder:
         """Return the folder that attempts at this generation share, if they read the same commits of their inputs."""
         text = json.dumps({name: part.model_dump() for name, part in (inputs or {}).items()}, sort_keys=True)
-        return self._resume(claim) / hashlib.sha256(text.encode()).hexdigest()[:12]
-
-    def _resume(self, claim: Claim) -> Folder:
-        return self.folder(claim.fingerprint) / "resume" / f"{claim.generation:06d}"
+        digest = hashlib.sha256(text.encode()).hexdigest()[:12]
+        return self.folder(claim.fingerprint) / "resume" / f"{claim.generation:06d}" / digest
 
     def commit(self, claim: Claim, manifest: Manifest) -> Commit:
         """Publish an attempt's files; a commit of this claim that stands already, its answer lost, is returned.
@@ -199,22 +180,18 @@ class ArtifactStore:
         if (highest := self.lease(claim.fingerprint).latest()) > claim.epoch:
             problem = f"epoch {claim.epoch} of {short} was overtaken by epoch {highest}; its output is not committed"
         else:
-            try:
+            problem = f"generation {claim.generation} of {short} is committed already"
+            with suppress(AlreadyExists):
                 folder.put_json(f"commits/{claim.generation:06d}.json", manifest.to_json(), durable=True)
-            except AlreadyExists:
-                problem = f"generation {claim.generation} of {short} is committed already"
-            else:
-                return self.read(claim.fingerprint, claim.generation)
-        with suppress(FileNotFoundError, TornCommit):
-            standing = self.read(claim.fingerprint, claim.generation)
-            if (standing.manifest.run, standing.manifest.epoch) == (manifest.run, claim.epoch):
-                return standing
-        raise Fenced(problem)
+        standing = self.read(claim.fingerprint, claim.generation)
+        if standing is None or (standing.manifest.run, standing.manifest.epoch) != (manifest.run, claim.epoch):
+            raise Fenced(problem)
+        return standing
 
     def forget_resume(self, claim: Claim) -> None:
         """Delete what attempts kept in order to go on: the commit names every file that counts."""
-        folder = self._resume(claim)
-        folder.delete([entry.name for entry in folder.entries()])
+        folder = self.folder(claim.fingerprint)
+        folder.delete([entry.name for entry in folder.entries(f"resume/{claim.generation:06d}")])
 
     def withdraw(self, commit: Commit, reason: str) -> None:
         """Make a commit count no longer; nothing is deleted."""
@@ -229,13 +206,11 @@ class ArtifactStore:
         found = folder.find_json(entries[-1].name) if entries else {}
         return found.get("reason") if found is not None else "for a reason that a power cut took"
 
-    def problems(
-        self, commit: Commit, *, deep: bool, watch: WatchDigest | None = None, anew: bool = False
-    ) -> list[str]:
-        """Return what is wrong with a commit's files: missing, or of another size; with `deep`, of another digest.
+    def problems(self, commit: Commit, watch: WatchDigest | None = None, *, anew: bool = False) -> list[str]:
+        """Return what is wrong with a commit's files: missing, or of another size; with `watch`, of another digest.
 
-        A digest is taken anew each time, but with `watch`, which is handed each file's name and the bytes that are
-        read: then what was hashed before, and has not changed since, is remembered, and hashed again only if `anew`.
+        `watch` is handed each file's name and the bytes that are read. What was hashed before, and has not changed
+        since, is remembered, and hashed again only if `anew`.
         """
         folder = self.folder(commit.fingerprint)
         there = {f"out/{entry.name}": entry.size_bytes for entry in (folder / "out").entries()}
@@ -247,8 +222,8 @@ class ArtifactStore:
                 found.append(f"{file.name} has {there[file.path]} bytes, expected {file.size_bytes}")
             else:
                 whole[file.path] = file
-        if deep and whole:
-            known = digests_below(folder, whole, watch, anew=anew or watch is None)
+        if watch and whole:
+            known = digests_below(folder, whole, watch, anew=anew)
             found += [
                 f"{file.name} has another sha256 than its manifest names"
                 for path, file in whole.items()
@@ -285,12 +260,13 @@ class ArtifactStore:
         return [entry.name.removesuffix(".json") for entry in (self.root / "pins").entries()]
 
 
-def seal(out: Folder, resume: Folder, root: Folder) -> tuple[ManifestFile, ...]:
+def seal(out: Folder, resume: Folder) -> tuple[ManifestFile, ...]:
     """Return a manifest's file list: shards by their receipts, all else in `out` by its digest as written or hashed.
 
     Raises:
         StillhouseError: a shard that a receipt names is not there or not whole.
     """
+    root = Folder(out.uri.rpartition("/out/")[0])
     sizes = {root.uri_of(f"out/{entry.name}"): entry.size_bytes for entry in (root / "out").entries()}
     files = {file.uri: file for file in read_receipts(resume)}
     for uri, file in files.items():

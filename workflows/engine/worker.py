@@ -9,7 +9,6 @@ import logging
 import math
 import os
 import resource
-import shutil
 import socket
 import tempfile
 import time
@@ -25,13 +24,16 @@ from workflows.engine.executor import Attempt, AttemptResult, ProgressUpdates
 from workflows.engine.failures import Failure, FailureKind
 from workflows.engine.provenance import environment
 from workflows.engine.redaction import redacted, secrets_of
-from workflows.engine.store import seal
+from workflows.engine.store import Fenced, seal
+
+logger = logging.getLogger(__name__)
 
 PROGRESS_SECONDS = 0.2
 """At most one progress report so often from each process, but for the first and the last."""
 
 KINDS = (
     (OutOfMemory, FailureKind.OUT_OF_MEMORY),
+    (Fenced, FailureKind.FENCED),
     (WorkerLost, FailureKind.WORKER_LOST),
     (Transient, FailureKind.TRANSIENT),
     (StillhouseError, FailureKind.PERMANENT),
@@ -42,7 +44,6 @@ class ProgressCollector:
     """The actor that keeps what stages report until the driver fetches it."""
 
     def __init__(self) -> None:
-        """Start empty."""
         self._kept = ProgressUpdates()
 
     def add(self, updates: ProgressUpdates) -> None:
@@ -63,7 +64,6 @@ class ActorReporter:
     """A `stages.contract.Reporter` that sends to the actor without waiting for it."""
 
     def __init__(self, collector: Any, step: str, attempt: int) -> None:
-        """Report for one attempt."""
         self._collector, self._key = collector, (step, attempt)
         self._last = 0.0
 
@@ -98,7 +98,6 @@ def run_attempt(attempt: Attempt, collector: Any) -> AttemptResult | Failure:
     reporter = ActorReporter(collector, attempt.step, attempt.attempt)
     with _log(attempt) as log:
         started = time.monotonic()
-        logger = logging.getLogger(__name__)
         logger.info("%s attempt %d on %s: %r", attempt.step, attempt.attempt, socket.gethostname(), attempt.stage)
         context = Context(attempt.fingerprint, attempt.inputs, attempt.out, attempt.resume, attempt.resources, reporter)
         if not attempt.stage.PLACES_WORKERS:
@@ -106,35 +105,26 @@ def run_attempt(attempt: Attempt, collector: Any) -> AttemptResult | Failure:
         try:
             outcome = attempt.stage.run(context)
             metrics = _checked(outcome.metrics)
-            files = seal(attempt.out, attempt.resume, attempt.root)
+            files = seal(attempt.out, attempt.resume)
         except Exception as error:  # noqa: BLE001  the border of the step's process: every error becomes a decision of the engine
             log.write(traceback.format_exc())
             return classify(error)
-        seconds = time.monotonic() - started
-        size = sum(file.size_bytes for file in files)
+        seconds, size = time.monotonic() - started, sum(file.size_bytes for file in files)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        logger.info(
-            "%s done in %.1f s: %d files, %d bytes, peak memory %d bytes", attempt.step, seconds, len(files), size, peak
-        )
+        text = "%s done in %.1f s: %d files, %d bytes, peak memory %d bytes"
+        logger.info(text, attempt.step, seconds, len(files), size, peak)
     return AttemptResult(files, metrics, seconds, peak, environment())
 
 
 def _checked(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """Return final metrics as plain numbers, NumPy's too.
-
-    Raises:
-        StageFailed: one is no finite number, which neither a manifest nor a comparison can hold.
-    """
+    """Return final metrics as plain numbers, NumPy's too; neither a manifest nor a comparison can hold NaN."""
     found = {}
     for name, value in metrics.items():
-        try:
+        with contextlib.suppress(TypeError, ValueError):
             found[name] = float(value)
-        except (TypeError, ValueError):
-            found[name] = math.nan
-        if not math.isfinite(found[name]):
-            raise StageFailed(
-                f"its metric {name!r} is {value!r}, expected a finite number; leave it out if there is none"
-            )
+        if not math.isfinite(found.get(name, math.nan)):
+            text = f"its metric {name!r} is {value!r}, expected a finite number; leave it out if there is none"
+            raise StageFailed(text)
     return found
 
 
@@ -146,7 +136,7 @@ class FreshWorker:
     """
 
     def run(self, attempt: Attempt, collector: Any) -> AttemptResult | Failure:
-        """Run one attempt."""
+        """Run it."""
         return run_attempt(attempt, collector)
 
 
@@ -171,25 +161,21 @@ class _RedactedLog(io.TextIOWrapper):
 @contextlib.contextmanager
 def _log(attempt: Attempt) -> Iterator[TextIO]:
     """Send the process's Python output and log records to the attempt's log file in the store, secrets redacted."""
-    name = f"{attempt.step}.{attempt.attempt}.log"
-    local = attempt.logs.local_path()
-    path = (local or Path(tempfile.mkdtemp(prefix="stillhouse-log-"))) / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    root = logging.getLogger()
-    with _RedactedLog(path) as log:
-        handler = logging.StreamHandler(log)
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-        level = root.level
-        root.addHandler(handler)
-        root.setLevel(logging.INFO)
-        try:
-            with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+    name, local, root = f"{attempt.step}.{attempt.attempt}.log", attempt.logs.local_path(), logging.getLogger()
+    with tempfile.TemporaryDirectory(prefix="stillhouse-log-") as scratch:
+        path = (local or Path(scratch)) / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _RedactedLog(path) as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+            handler, level = logging.StreamHandler(log), root.level
+            handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+            root.addHandler(handler)
+            root.setLevel(logging.INFO)
+            try:
                 yield log
-        finally:
-            root.removeHandler(handler)
-            root.setLevel(level)
-            if local is None:
-                log.flush()
-                with contextlib.suppress(Exception):  # a log that cannot be stored must not hide how the attempt ended
-                    attempt.logs.upload(path, name)
-                shutil.rmtree(path.parent)
+            finally:
+                root.removeHandler(handler)
+                root.setLevel(level)
+                if local is None:
+                    log.flush()
+                    with contextlib.suppress(Exception):  # must not hide how the attempt ended
+                        attempt.logs.upload(path, name)

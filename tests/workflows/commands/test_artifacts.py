@@ -53,7 +53,7 @@ def test_verify_shows_each_file_and_runs_need_not_hash_it_again(
     shown = capsys.readouterr().out
     assert "verifying data: text.txt (0 MB read)" in shown
     assert "1 artifacts verify, 0 do not" in shown
-    assert store.problems(newest(store), deep=True, watch=fail_if_hashed) == []
+    assert store.problems(newest(store), watch=fail_if_hashed) == []
 
 
 def test_verify_hashes_files_that_look_unchanged_and_withdraws_what_is_rotten(

@@ -13,7 +13,7 @@ import pytest
 
 from stages.storage import Folder
 from workflows.engine import heartbeat, lease
-from workflows.engine.heartbeat import Heartbeat, Holder, Liveness
+from workflows.engine.heartbeat import Holder, Liveness, beating
 from workflows.engine.lease import Lease
 
 
@@ -107,7 +107,7 @@ def test_holder_on_another_host_lives_for_its_claim_then_for_its_heartbeat(
     assert one.holder() == far, "its run has no heartbeat, but it took the lease just now"
     now[0] += 61
     assert one.holder() is None
-    with Heartbeat(root / "runs", "far"):
+    with beating(root / "runs", "far"):
         os.utime(tmp_path / "runs" / "far" / "heartbeat.json", (time.time() + 1, time.time() + 1))
         assert one.holder() == far
     now[0] += 61

@@ -14,7 +14,7 @@ from tests.fakes import InlineTasks, drive
 from tests.stages_for_tests import Join, Write
 from workflows.engine import provenance
 from workflows.engine.graph import Workflow
-from workflows.engine.plan import ClusterResources, Plan, PlanInterrupted, make_plan
+from workflows.engine.plan import ClusterResources, Plan, PlanInterrupted, make_plan, watch_hashing
 from workflows.engine.store import ArtifactStore, Commit
 
 
@@ -102,7 +102,7 @@ def test_plan_deep_finds_same_size_rot_in_what_would_be_read(store: ArtifactStor
     drive(graph(), store, InlineTasks(), only="data")
     Path(newest(store, graph(), "data").artifact.files[0].uri).write_text("y")
     assert look(store, graph())["data"][0] == "HIT", "sizes agree: a plan does not hash"
-    found = look(store, graph(), deep=True)
+    found = look(store, graph(), watch=watch_hashing(None))
     assert found["data"] == ("MISS", "its commit was withdrawn: text.txt has another sha256 than its manifest names")
 
 
@@ -182,11 +182,11 @@ def test_plan_deep_reports_what_it_hashes_does_it_once_and_can_be_stopped(
     flag = Flag()
     flag.set()
     with pytest.raises(PlanInterrupted, match="nothing was started"):
-        make_plan(graph(), store, deep=True, progress=lines.append, interrupt=flag)
+        make_plan(graph(), store, watch=watch_hashing(lines.append, flag))
     assert lines == []
     flag.clear()
     for _ in range(2):
-        plan = make_plan(graph(), store, deep=True, progress=lines.append, interrupt=flag)
+        plan = make_plan(graph(), store, watch=watch_hashing(lines.append, flag))
     assert plan.steps["data"].status == "HIT"
     assert lines == ["verifying data: text.txt (0 MB read)"]
 

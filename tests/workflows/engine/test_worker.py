@@ -39,7 +39,6 @@ def attempt(store: Folder, stage: Stage) -> Attempt:
         stage=stage,
         fingerprint="f",
         inputs={},
-        root=root,
         out=root / "out" / "000001",
         resume=root / "resume" / "000001" / "i",
         logs=store / "runs" / "r" / "logs",
