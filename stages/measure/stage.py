@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["NO_KERNEL", "VLLM", "Measure", "Transformers"]
+__all__ = ["NO_KERNEL", "VLLM", "Measure", "Transformers", "measure"]
 
 NO_KERNEL = "no kernel here: transformers unpacks compressed-tensors weights; Measure(runtime=VLLM(…)) measures them"
 """Why quantized candidates have no latency in transformers."""
@@ -84,7 +84,7 @@ class Measure(Stage):
             )
         candidates = read_candidates(context.many("models"))
         setup = replace(WorkerSetup.of(context), num_threads=self.threads)
-        task = remote_task(_measure, context, setup=setup)
+        task = remote_task(measure, context, setup=setup)
         found: dict[str, CandidateSpeed]
         found, logs = fetch_result(task.remote(self, candidates, setup))
         for name, lines in logs.items():
@@ -117,7 +117,7 @@ def _is_quantized(candidate: "Candidate") -> bool:
     return "quantization_config" in candidate.config
 
 
-def _measure(
+def measure(
     config: Measure, candidates: "list[Candidate]", setup: WorkerSetup
 ) -> tuple[dict[str, CandidateSpeed], dict[str, list[str]]]:
     """Measure the models in a worker; return what each has, or why not, and what its runtime said where it failed."""
