@@ -17,7 +17,7 @@ from stages.formats.speed import SameText
 from stages.models.checkpoints import load_model
 from stages.models.tokenization import has_tokenizer, load_tokenizer
 
-__all__ = ["compare_text", "text_prompts"]
+__all__ = ["NUM_PROMPTS", "compare_text", "text_prompts"]
 
 SENTENCES = (
     "The following is a list of the most important",
@@ -27,6 +27,7 @@ SENTENCES = (
 )
 WIDER = {"bfloat16": torch.float32, "float16": torch.float32, "float32": torch.float64}
 ERRORS_OF_A_GAP = 4
+NUM_PROMPTS = len(SENTENCES)
 
 
 def text_prompts(folder: Path, *, max_tokens: int, vocab_size: int, seed: int) -> list[list[int]]:

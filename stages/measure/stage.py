@@ -104,6 +104,11 @@ class Measure(Stage):
 
         return Load(batch_size, self.prompt_tokens, self.new_tokens)
 
+    @property
+    def largest_batch(self) -> str:
+        """The largest number of sequences at once, as `by_batch` names it."""
+        return str(max((self.batch_size, *self.throughput_batch_sizes)))
+
     def _runtime_name(self) -> str:
         if isinstance(self.runtime, VLLM):
             return f"vllm {self.runtime.resolved().version} on {self.runtime.device}"
@@ -164,6 +169,7 @@ def _load(config: Measure, candidate: "Candidate", device: str) -> tuple[Any, in
 
 def _time(config: Measure, loaded: Mapping[str, Any], setup: WorkerSetup) -> dict[str, CandidateSpeed]:
     """Time the models that are loaded, interleaved."""
+    from stages.errors import OutOfMemory
     from stages.measure.generation import summarize, throughput, time_interleaved
 
     models = {name: model for name, (model, _, _) in loaded.items()}
@@ -179,21 +185,18 @@ def _time(config: Measure, loaded: Mapping[str, Any], setup: WorkerSetup) -> dic
     figures = {name: summarize(runs[name], load) for name in models}
     by_batch = {name: {str(config.batch_size): figures[name]["tokens_per_second"]} for name in models}
     for batch_size in config.throughput_batch_sizes:
-        load = config.load(batch_size)
-        runs = time_interleaved(
-            models,
-            load,
-            warmup=1,
-            repeats=config.throughput_repeats,
-            seed=config.seed,
-            progress=lambda done, total: None,
-        )
+        load, repeats, seed = config.load(batch_size), config.throughput_repeats, config.seed
+        try:
+            runs = time_interleaved(models, load, warmup=1, repeats=repeats, seed=seed, progress=lambda *_: None)
+        except OutOfMemory as error:
+            setup.reporter.note(f"{batch_size} sequences at once are not measured: {error}")
+            continue
         for name in models:
             by_batch[name][str(batch_size)] = throughput(runs[name], load)
     return {
         name: CandidateSpeed(
             **figures[name],
-            throughput_tokens_per_second=by_batch[name][max(by_batch[name], key=int)],
+            throughput_tokens_per_second=by_batch[name].get(config.largest_batch),
             by_batch=by_batch[name],
             peak_memory_bytes=memory,
             dtype=dtype,

@@ -13,10 +13,10 @@ from safetensors import safe_open
 
 import stages.runtime
 from stages.candidates import Candidate
-from stages.errors import OutOfMemory, StageFailed, StillhouseError
+from stages.errors import OutOfMemory, StageFailed, StillhouseError, Transient
 from stages.formats.speed import CandidateSpeed, SameText
 from stages.measure.generation import Load, Timings, summarize, throughput
-from stages.measure.same_text import compare_text, text_prompts
+from stages.measure.same_text import NUM_PROMPTS, compare_text, text_prompts
 from stages.runtime.serving_process import ServingProcess
 from stages.runtime.vllm_environment import InstalledVLLM, locate, vllm_variables
 from stages.runtime.workers import WorkerSetup
@@ -85,15 +85,17 @@ def _measure(
                 run = _Run(config, process, vocab_size)
                 facts = run.load(folder, dtype, candidate, eager=installed.device == "cpu")
                 written = run.generate(prompts)["tokens"]
+                dtype = facts["dtype"]
+                figures = run.figures(max(facts["weights_bytes"], _stored_bytes(folder, dtype)))
             except OutOfMemory as error:
                 return CandidateSpeed(runtime=runtime, reason=f"{name} has no memory for it: {error}")
             except StageFailed as error:
                 logs[candidate.name] = process.log
                 return CandidateSpeed(runtime=runtime, served=False, reason=f"{name} does not serve it: {error}")
-            dtype = facts["dtype"]
-            figures = run.figures(max(facts["weights_bytes"], _stored_bytes(folder, dtype)))
         same, reason = _compare(folder, prompts, written, dtype, installed.device)
         return CandidateSpeed(runtime=runtime, served=True, dtype=dtype, same_text=same, reason=reason, **figures)
+    except Transient:
+        raise
     except StillhouseError as error:
         return CandidateSpeed(runtime=runtime, reason=str(error))
 
@@ -116,7 +118,7 @@ class _Run:
     def load(self, folder: Path, dtype: str, candidate: Candidate, *, eager: bool) -> dict[str, Any]:
         config = self._config
         context = config.prompt_tokens + config.new_tokens
-        largest = max(config.batch_size, *config.throughput_batch_sizes, 4)
+        largest = max(int(config.largest_batch), NUM_PROMPTS)
         facts: dict[str, Any] = self._process.call(
             "load",
             timeout_seconds=LOAD_SECONDS,
@@ -152,7 +154,7 @@ class _Run:
         )
         return found | {
             "by_batch": by_batch,
-            "throughput_tokens_per_second": by_batch[max(by_batch, key=int)],
+            "throughput_tokens_per_second": by_batch[config.largest_batch],
             "peak_memory_bytes": weights_bytes + memory["cache_bytes"] + memory["peak_bytes"],
         }
 
