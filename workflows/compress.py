@@ -109,7 +109,8 @@ def compress(
         temperature: softens both distributions in the KL term; one of 1, 2, 4.
         k: teacher log-probabilities kept for each position; the rest is one bucket.
         schemes: quantization schemes to try on each student.
-        gate: what a model must hold to be promoted.
+        gate: limits that a model must keep to be promoted; without one nothing is, since what may be lost depends on
+            what the model is for.
         workers: training ranks, teacher-inference actors, concurrent trials.
         cpus_per_worker: CPU cores each of them takes.
         gpus_per_worker: GPUs each of them takes.
@@ -190,7 +191,15 @@ def compress(
         for name, model in trained.items()
     }
     models: dict[str, Source] = {"teacher": big, **trained, **searches}
-    scores = flow.step("scores", Evaluate(seed=seed), data=judged_on, reference=big, models=models, resources=resources)
+    scores = flow.step(
+        "scores",
+        Evaluate(seed=seed),
+        data=judged_on,
+        training=corpus if evaluation else None,
+        reference=big,
+        models=models,
+        resources=resources,
+    )
     measure = Measure(
         device=device or _device(gpus_per_worker),
         threads=int(max(1, cpus_per_worker)),
