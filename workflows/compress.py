@@ -65,6 +65,7 @@ def compress(
     students: tuple[StudentSpec, ...],
     teacher_revision: str | None = None,
     evaluation: tuple[str, ...] = (),
+    champion: str | None = None,
     sequence_length: Annotated[int, Field(ge=16)] = 512,
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05,
     calibration_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05,
@@ -96,6 +97,8 @@ def compress(
         students: e.g. '{"name": "half", "layers": 6}' or '{"name": "small", "checkpoint": "path"}'; may be repeated.
         teacher_revision: the teacher's revision on the hub.
         evaluation: texts to compare models on; a part of the documents if not given.
+        champion: a checkpoint that reigns in the registry (its version's tag `artifact`): scored again beside the
+            students, so that they may take its place on these texts.
         sequence_length: tokens in one packed row.
         validation_fraction: share of the documents that models are compared on, unless evaluation is given.
         calibration_fraction: share of the documents that quantization looks at.
@@ -110,7 +113,8 @@ def compress(
         temperature: softens both distributions in the KL term; one of 1, 2, 4.
         k: teacher log-probabilities kept for each position; the rest is one bucket.
         schemes: quantization schemes to try on each student.
-        gate: what a model must hold to be promoted.
+        gate: limits that a model must keep to be promoted; without one nothing is, since what may be lost depends on
+            what the model is for.
         workers: training ranks, teacher-inference actors, concurrent trials.
         cpus_per_worker: CPU cores each of them takes.
         gpus_per_worker: GPUs each of them takes.
@@ -193,7 +197,17 @@ def compress(
         for name, model in trained.items()
     }
     models: dict[str, Source] = {"teacher": big, **trained, **searches}
-    scores = flow.step("scores", Evaluate(seed=seed), data=judged_on, reference=big, models=models, resources=resources)
+    if champion is not None:
+        models["champion"] = flow.external("champion", Checkpoint(source=champion))
+    scores = flow.step(
+        "scores",
+        Evaluate(seed=seed),
+        data=judged_on,
+        training=corpus if evaluation else None,
+        reference=big,
+        models=models,
+        resources=resources,
+    )
     measure = Measure(
         runtime=measured_runtime(target),
         device=device or _device(gpus_per_worker),
@@ -233,7 +247,7 @@ def _check_request(documents: tuple[str, ...], students: tuple[StudentSpec, ...]
     names = [student.name for student in students]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigError(f"two students are named {twice[0]!r}; each needs a name of its own")
-    if taken := sorted({"teacher", *(f"{name}-quantized" for name in names)} & set(names)):
+    if taken := sorted({"teacher", "champion", *(f"{name}-quantized" for name in names)} & set(names)):
         raise ConfigError(f"a student is named {taken[0]!r}, which is the name of another candidate; choose another")
     for one, other in combinations(students, 2):
         if one == other.model_copy(update={"name": one.name}):
