@@ -28,9 +28,7 @@ class Evaluate(Stage):
     """Scores of each model on a dataset's split."""
 
     KIND: ClassVar[Kind] = "scores"
-    REVISION: ClassVar[str] = (
-        "2026-11-25 n-grams, noise floor, bits per byte, compression against 16 bits, configs"
-    )
+    REVISION: ClassVar[str] = "2026-11-25 n-grams, noise floor, bits per byte, compression against 16 bits, configs"
     PLACES_WORKERS: ClassVar = True
     INPUTS: ClassVar[Mapping[str, Input]] = {
         "data": Input(("dataset",)),
