@@ -33,8 +33,10 @@ def test_champion_of_a_quickstart_for_vllm_was_loaded_by_vllm(tmp_path: Path) ->
     speed = Speed.parse(read(tmp_path / "store", "speed.json"), where="speed.json")
     assert speed.runtime == "vllm 0.32.0 on cpu"
     report = Report.parse(read(tmp_path / "store", "report.json"), where="report.json")
-    # Of 8, 4 and 3 bits by channel or group, 4 alone are served by vLLM on a CPU.
-    assert {name for name in speed.models if "." in name} == {"distilled.int4-g32-sym-rtn"}
+    # Of 8, 4 and 3 bits, 4 alone are served by vLLM on a CPU: the others are no finalists.
+    quantized = {name: found.served for name, found in speed.models.items() if "." in name}
+    assert quantized
+    assert set(quantized.values()) == {True}
     champion = report.verdict.champion
     assert champion is not None
     measured = speed.models[champion]
