@@ -159,12 +159,13 @@ def measure(
 def _load(config: Measure, candidate: "Candidate", device: str) -> tuple[Any, int, str]:
     """Load a model; return it, its peak bytes in one generation, and the number format that it computes in."""
     from stages.measure.generation import measure_memory
-    from stages.models.checkpoints import load_model, stored_dtype
+    from stages.models.checkpoints import load_model
 
+    stored = config.dtype == "stored"
     folder = candidate.artifact.folder(candidate.folder)
-    dtype = str(stored_dtype(folder)).removeprefix("torch.") if config.dtype == "stored" else config.dtype
-    model = load_model(folder, dtype=dtype, device=device)
-    return model, measure_memory(model, config.load(config.batch_size), seed=config.seed), dtype
+    model = load_model(folder, dtype="auto" if stored else config.dtype, device=device)
+    peak = measure_memory(model, config.load(config.batch_size), seed=config.seed)
+    return model, peak, str(model.dtype).removeprefix("torch.")
 
 
 def _time(config: Measure, loaded: Mapping[str, Any], setup: WorkerSetup) -> dict[str, CandidateSpeed]:

@@ -111,7 +111,7 @@ def test_what_one_model_lacks_is_said_in_its_place_and_the_others_are_measured(m
     for name in ("wide", "mamba"):
         assert found[name].reason is None
         assert found[name].latency_p50_ms > 0
-    assert [note.partition(":")[0] for note in context.reporter.notes] == ["broken", "old"]
+    assert [note.partition(":")[0] for note in context.reporter.notes] == ["old", "broken"]
 
 
 def test_prompt_longer_than_the_context_of_rotary_positions_is_measured(models, tmp_path, local_ray):
