@@ -36,8 +36,8 @@ def main(folders: list[Path]) -> None:
     config = Measure(device=describe_cpu(), threads=THREADS, prompt_tokens=64, new_tokens=32, repeats=5)
     print(f"| {' | '.join(HEADINGS)} |\n|{' --- |' * len(HEADINGS)}")
     for runtime in (VLLM(device="cpu"), config.runtime):
-        found, _ = measure(config.model_copy(update={"runtime": runtime}), candidates, setup)
         for candidate in candidates:
+            found, _ = measure(config.model_copy(update={"runtime": runtime}), [candidate], setup)
             print(row(candidate, found[candidate.name]), flush=True)
 
 
