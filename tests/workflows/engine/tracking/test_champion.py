@@ -22,7 +22,7 @@ def keep_scores(folder: Path, fingerprint: str, models: dict[str, Made], seed: i
     claim = store.claim(Fingerprint(fingerprint), "run")
     assert not isinstance(claim, Holder)
     write_scores(Path(store.out(claim).uri), {"teacher": TEACHER, **models}, seed=seed)
-    files = seal(store.out(claim), store.resume(claim), store.folder(fingerprint))
+    files = seal(store.out(claim), store.resume(claim))
     store.commit(claim, fake_manifest(claim, kind="scores", files=files))
 
 
