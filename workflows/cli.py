@@ -27,6 +27,7 @@ from workflows.commands.parameters import format_validation_error
 from workflows.commands.plan import plan
 from workflows.commands.run import run
 from workflows.commands.runs import runs
+from workflows.commands.runtimes import runtimes
 from workflows.commands.ui import ui
 from workflows.engine.plan import PlanInterrupted
 
@@ -37,7 +38,7 @@ app = App(
     result_action="return_value",
     suppress_keyboard_interrupt=False,
 )
-for simple in (artifacts, compare, doctor, init, runs, ui, workflows):
+for simple in (artifacts, compare, doctor, init, runs, runtimes, ui, workflows):
     app.command(simple)
 for dynamic in (run, plan, explain):
     app.command(dynamic, help_flags=())  # `run WORKFLOW --help` is the workflow's

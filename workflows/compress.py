@@ -16,6 +16,7 @@ from stages.evaluate.stage import Evaluate
 from stages.external.checkpoints import Checkpoint, PretrainedTokenizer
 from stages.external.documents import Files
 from stages.measure.device import describe_cpu, describe_gpu
+from stages.measure.runtimes import measured_runtime, on_device
 from stages.measure.stage import Measure
 from stages.models.context_length import choose_row_length
 from stages.prepare.stage import Overlong, Prepare
@@ -197,6 +198,7 @@ def compress(
     students: tuple[StudentSpec, ...] = (),
     teacher_revision: str | None = None,
     evaluation: tuple[str, ...] = (),
+    champion: str | None = None,
     preset: Literal["quick", "standard", "thorough"] = "standard",
     quantize_teacher: bool = True,
     schemes: tuple[Scheme, ...] = (),
@@ -216,10 +218,13 @@ def compress(
             With none the teacher is quantized, and nothing is trained.
         teacher_revision: the teacher's revision on the hub.
         evaluation: texts to compare models on; a part of the documents if not given.
+        champion: a checkpoint that reigns in the registry (its version's tag `artifact`): scored again as one more
+            candidate, so that others may take its place on these texts.
         preset: how much is spent: optimizer steps, k and schemes where they are not given.
         quantize_teacher: whether the teacher is quantized beside its students.
         schemes: quantization schemes to try on each model; the preset's if not given.
-        gate: what a model must hold to be promoted.
+        gate: limits that a model must keep to be promoted; without one nothing is, since what may be lost depends on
+            what the model is for.
         data: how the documents are read.
         training: how students learn.
         hardware: what a step takes of the cluster.
@@ -267,10 +272,13 @@ def compress(
             origin=origin,
             resources=resources,
         )
+    target = on_device(gate.runtime, "cuda" if hardware.gpus_per_worker else "cpu")
+    gate = gate.model_copy(update={"runtime": target})
     # A model that cannot be quantized is still a candidate: `search.json` says why of each scheme.
     quantize = Quantize(
         proposer=Grid(schemes=schemes or spent.schemes),
         max_kl=gate.max_kl_to_base or Quantize.model_fields["max_kl"].default,
+        runtime=target,
         min_done=0,
         seed=seed,
     )
@@ -280,8 +288,19 @@ def compress(
         if quantize_teacher or name != "teacher"
     }
     models |= searches
-    scores = flow.step("scores", Evaluate(seed=seed), data=judged_on, reference=big, models=models, resources=resources)
+    if champion is not None:
+        models["champion"] = flow.external("champion", Checkpoint(source=champion))
+    scores = flow.step(
+        "scores",
+        Evaluate(seed=seed),
+        data=judged_on,
+        training=corpus if evaluation else None,
+        reference=big,
+        models=models,
+        resources=resources,
+    )
     measure = Measure(
+        runtime=measured_runtime(target),
         device=hardware.measured_device,
         threads=int(max(1, hardware.cpus_per_worker)),
         prompt_tokens=min(128, row_length // 2),  # no more than every teacher that can read a row can read
@@ -305,7 +324,7 @@ def _check_request(documents: tuple[str, ...], students: tuple[StudentSpec, ...]
     names = [student.name for student in students]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigError(f"two students are named {twice[0]!r}; each needs a name of its own")
-    taken = {"teacher", *(f"{name}-quantized" for name in ("teacher", *names))}
+    taken = {"teacher", "champion", *(f"{name}-quantized" for name in ("teacher", *names))}
     if taken := taken & set(names):
         raise ConfigError(f"a student is named {min(taken)!r}, which is the name of another candidate; choose another")
     for one, other in combinations(students, 2):

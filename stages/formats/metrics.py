@@ -57,14 +57,16 @@ def _percent(value: float) -> str:
 METRICS: tuple[Metric, ...] = (
     Metric("final/size_bytes", "size MB", "bytes", "lower", _megabytes, 0),
     Metric("final/compression_x", "x smaller", "x", "higher", _fixed(2), 2),
-    Metric("final/bits_per_weight", "bits/weight", "bits", "lower", _fixed(2), 8),
+    Metric("final/bits_per_weight", "bits/weight", "bits", "lower", _fixed(2), 0),
     Metric("final/perplexity", "perplexity", "", "lower", _perplexity, 0),
+    Metric("final/bits_per_byte", "bits/byte", "bits", "lower", _fixed(3), 8),
     Metric("final/kl_to_teacher", "KL to teacher", "nats/token", "lower", _fixed(4), 0),
     Metric("final/agreement", "agreement %", "fraction", "higher", _percent, 0),
     Metric("final/kl_to_base", "KL to base", "nats/token", "lower", _fixed(4), 3),
     Metric("final/latency_p50_ms", "ms/token p50", "ms", "lower", _fixed(2), 1),
     Metric("final/latency_p95_ms", "ms/token p95", "ms", "lower", _fixed(2), 6),
     Metric("final/tokens_per_second", "tokens/s", "tokens/s", "higher", _fixed(0), 5),
+    Metric("final/throughput_tokens_per_second", "tokens/s batch", "tokens/s", "higher", _fixed(0)),
     Metric("final/peak_memory_bytes", "memory MB", "bytes", "lower", lambda value: f"{value / 1e6:,.1f}", 7),
     Metric("final/cost_seconds", "cost s", "seconds", "lower", _fixed(0), 4),
     Metric("final/cross_entropy", "cross-entropy", "nats/token", "lower", _fixed(4)),
@@ -72,7 +74,8 @@ METRICS: tuple[Metric, ...] = (
     Metric("final/agreement_with_base", "agreement with base %", "fraction", "higher", _percent),
     Metric("final/perplexity_delta_to_teacher", "perplexity over teacher's", "", "lower", _perplexity),
     Metric("final/perplexity_delta_to_base", "perplexity over base's", "", "lower", _perplexity),
-    Metric("final/prefill_p50_ms", "prefill ms p50", "ms", "lower", _fixed(2)),
+    Metric("final/prefill_p50_ms", "first token ms p50", "ms", "lower", _fixed(2)),
+    Metric("final/prefill_p95_ms", "first token ms p95", "ms", "lower", _fixed(2)),
 )
 """Every metric that a candidate may have, the columns of tables in their order first. The base of `…_base` is
 the model that a candidate was derived from; `final/cost_seconds` is what all steps before a candidate took."""

@@ -38,6 +38,8 @@ class DoneTrial(FormatModel):
     """Whether no other trial beats it in both size and KL, the plain 16-bit cast included."""
     reload_error: str | None = None
     """Why a finalist did not survive its reload."""
+    refused: str | None = None
+    """Why the runtime that the search is for does not serve it; then it is no finalist."""
 
 
 class FailedTrial(FormatModel):

@@ -1,8 +1,9 @@
 """Time the generation of a fixed number of tokens after a fixed prompt, and count its memory.
 
-Prefill is one forward pass over the prompt, which gives the first token; each decode step reads the key-value cache
-and gives one more. The end-of-text token is ignored, so every run does the same work. Models are interleaved (A B C
-A B C), so that a machine that slows down meanwhile slows all of them.
+Prefill is one forward pass over the prompt, which gives the first token; each decode step reads the cache (of keys and
+values, or the state of a recurrent model) and gives one more; a family without one reads the whole text anew. The
+end-of-text token is ignored, so every run does the same work. Models are interleaved (A B C A B C), so that a machine
+that slows down meanwhile slows all of them.
 
 Memory is the bytes of weights and buffers plus the most that one whole generation has allocated at once beyond them:
 on CUDA by its allocator's counter, on a CPU by the record of torch's allocator that its profiler keeps. It is exact and
@@ -12,6 +13,7 @@ Shapes: B batch, P prompt tokens.
 """
 
 import gc
+import inspect
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -24,7 +26,10 @@ import torch
 from stages.runtime.translation import within_memory
 from stages.runtime.workarounds import allocations
 
-__all__ = ["Load", "Timings", "measure_memory", "summarize", "time_interleaved"]
+CACHES = ("past_key_values", "cache_params")
+"""What families call the cache that they take and return: attention, and state space models."""
+
+__all__ = ["Load", "Timings", "measure_memory", "summarize", "throughput", "time_interleaved"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +65,7 @@ def generate(model: Any, prompt_BP: torch.Tensor, new_tokens: int) -> Timings:
     sync: Callable[[], None] = torch.cuda.synchronize if prompt_BP.is_cuda else lambda: None
     seconds = []
     inputs, cache = prompt_BP, None
+    name, options = _call_options(model)
     batch_size, prompt_tokens = prompt_BP.shape
     what = f"generating {new_tokens} tokens after {prompt_tokens} in {batch_size} rows"
     advice = "all models are resident, since their runs are interleaved: measure fewer at once, or lower `batch_size`"
@@ -67,11 +73,22 @@ def generate(model: Any, prompt_BP: torch.Tensor, new_tokens: int) -> Timings:
         for _ in range(new_tokens):
             sync()
             start = time.perf_counter()
-            output = model(input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            inputs, cache = output.logits[:, -1:].argmax(-1), output.past_key_values
+            output = model(input_ids=inputs, **options, **({name: cache} if name else {}))
+            token_B1 = output.logits[:, -1:].argmax(-1)
+            cache = getattr(output, name, None) if name else None
+            inputs = torch.cat([inputs, token_B1], dim=1) if cache is None else token_B1
             sync()
             seconds.append(time.perf_counter() - start)
     return Timings(seconds[0], tuple(seconds[1:]))
+
+
+def _call_options(model: Any) -> tuple[str | None, dict[str, Any]]:
+    """Return the name of a model's cache, if it takes one, and what it is called with besides."""
+    taken = inspect.signature(getattr(model, "forward", model)).parameters
+    name = next((name for name in CACHES if name in taken), None)
+    options = {"use_cache": name is not None, "logits_to_keep": 1}
+    anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values())
+    return name, {key: value for key, value in options.items() if key in taken or anything}
 
 
 def time_interleaved(
@@ -102,20 +119,22 @@ def time_interleaved(
 
 
 def summarize(runs: list[Timings], load: Load) -> dict[str, float]:
-    """Return percentiles over the runs' prefills and over all their decode steps, and generated tokens per second.
-
-    Tokens per second counts the generated tokens of the whole batch over prefill and decoding, in the median run.
-    """
+    """Return percentiles over the runs' prefills and over all their decode steps, and generated tokens per second."""
     prefill_ms = np.array([run.prefill_seconds for run in runs]) * 1000
     steps_ms = np.array([seconds for run in runs for seconds in run.step_seconds]) * 1000
-    whole_seconds = np.median([run.prefill_seconds + sum(run.step_seconds) for run in runs])
     return {
         "prefill_p50_ms": float(np.percentile(prefill_ms, 50)),
         "prefill_p95_ms": float(np.percentile(prefill_ms, 95)),
         "latency_p50_ms": float(np.percentile(steps_ms, 50)),
         "latency_p95_ms": float(np.percentile(steps_ms, 95)),
-        "tokens_per_second": float(load.batch_size * load.new_tokens / whole_seconds),
+        "tokens_per_second": throughput(runs, load),
     }
+
+
+def throughput(runs: list[Timings], load: Load) -> float:
+    """Return the generated tokens per second of the whole batch over prefill and decoding, in the median run."""
+    whole_seconds = np.median([run.prefill_seconds + sum(run.step_seconds) for run in runs])
+    return float(load.batch_size * load.new_tokens / whole_seconds)
 
 
 def measure_memory(model: Any, load: Load, *, seed: int) -> int:

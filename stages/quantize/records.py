@@ -239,7 +239,8 @@ def assemble_search(
         if isinstance(trial, FailedTrial):
             return trial
         reload_error = verdict.rejected.get(trial.scheme)
-        return trial.model_copy(update={"pareto": trial.scheme in on_front, "reload_error": reload_error})
+        facts = {"pareto": trial.scheme in on_front, "reload_error": reload_error}
+        return trial.model_copy(update={**facts, "refused": verdict.refused.get(trial.scheme)})
 
     return Search(
         base=base,

@@ -59,6 +59,8 @@ class Verification:
     """KL after the reload, by name, in order of preference."""
     rejected: dict[str, str] = field(default_factory=dict)
     """Why it does not count, by name."""
+    refused: Mapping[str, str] = field(default_factory=dict)
+    """Why the runtime that the search is for does not serve it, by name: such points are not measured again."""
 
 
 def rounding(kl: float, noise: float) -> float:

@@ -17,6 +17,7 @@ import io
 import logging
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, SerializeAsAny
@@ -24,6 +25,7 @@ from pydantic import Field, SerializeAsAny
 from stages.contract import Artifact, Context, Input, Kind, Outcome, Stage
 from stages.errors import OutOfMemory, StageFailed
 from stages.formats.search import FailedTrial, Trial
+from stages.models.serving import RuntimeChoice
 from stages.quantize.finalists import publish
 from stages.quantize.imports import import_for_measuring, import_for_quantizing
 from stages.quantize.proposers import Grid, Proposer
@@ -41,6 +43,7 @@ from stages.quantize.records import (
 )
 from stages.quantize.schemes import CAST, Scheme
 from stages.quantize.selection import TrialPoint, Verification, pareto_front, preference, verify
+from stages.quantize.served import find_refused
 from stages.runtime.processes import environment
 from stages.runtime.workers import WorkerSetup, device_of, fetch_result, remote_task, tune_resources
 from stages.storage import File
@@ -62,7 +65,7 @@ class Quantize(Stage):
     """Try quantization schemes on a model and keep the best of size against KL."""
 
     KIND: ClassVar[Kind] = "search"
-    REVISION: ClassVar[str] = "2026-11-25 segments alone, other documents measured; 16 bits for the rest, a cast"
+    REVISION: ClassVar[str] = "2026-11-25 segments alone, other documents; 16 bits, a cast; a runtime's finalists"
     PLACES_WORKERS: ClassVar = True
     INPUTS: ClassVar[Mapping[str, Input]] = {"model": Input(("model",)), "data": Input(("dataset",))}
     FRESH_PROCESS: ClassVar[bool] = True
@@ -83,6 +86,8 @@ class Quantize(Stage):
     reload_tolerance: float = Field(default=1e-3, gt=0)
     """Nats per token by which a finalist's KL may differ after its reload, beyond what rounding in the model's type
     makes, which is measured: the unquantized model in batches of two sizes."""
+    runtime: RuntimeChoice | None = None
+    """What finalists are for: a scheme whose checkpoint it refuses by rule is none; `vllm` is vLLM on every device."""
     min_done: int = Field(default=1, ge=0)
     """Trials that must succeed besides the plain cast, or the step fails, as it does where none survives its reload;
     with 0 a search that finds nothing is a result too."""
@@ -137,7 +142,8 @@ class Quantize(Stage):
             context.reporter.note(SEGMENTS_ALONE.format("the model"))
         receipts = self._search(context, job, survey, base)
         trials = [receipt.trial for receipt in receipts.values()]
-        front = pareto_front(points_of(trials))
+        refused = find_refused(receipts, context, self.runtime)
+        front = pareto_front(points_of(trial for trial in trials if trial.scheme not in refused))
         # The cast of a model in 16 bits is that model: it beats what is larger, and has no checkpoint here.
         order = [point for point in preference(front, self.max_kl) if receipts[point.name].folder]
         published: dict[str, tuple[File, ...]] = {}
@@ -154,7 +160,7 @@ class Quantize(Stage):
         if verdict.rejected and not verdict.accepted and self.min_done:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in verdict.rejected.items())
             raise StageFailed(f"none of {len(verdict.rejected)} finalists survived its reload: {reasons}")
-        return self._finish(context, trials, front, verdict, survey.bytes_16)
+        return self._finish(context, trials, front, replace(verdict, refused=refused), survey.bytes_16)
 
     def _job(self, context: Context, calibration: "TokenRows") -> "SearchJob":
         from stages.formats.dataset import DatasetInfo
@@ -211,7 +217,10 @@ class Quantize(Stage):
             trials, front, verdict, base=model.fingerprint, base_bytes=base_bytes, max_kl=self.max_kl
         )
         search.write(context.out)
-        context.reporter.note(describe_choice(search))
+        if verdict.refused and not verdict.accepted:
+            context.reporter.note(f"chose none: {self.runtime} serves no scheme that succeeded")
+        else:
+            context.reporter.note(describe_choice(search))
         return Outcome(final_metrics(search))
 
 

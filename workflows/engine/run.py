@@ -214,7 +214,9 @@ def _outcomes(result: RunResult, reports: Mapping[str, Report], command: str) ->
     lines = [f"**{status.lower()}**: {result.executed} of {len(result.steps)} steps run, the others found.", ""]
     for name, report in reports.items():
         lines += [f"Verdict of `{name}`: {report.verdict.outcome}"]
-        lines += [*(f"- {reason}" for reason in report.verdict.reasons), ""]
+        lines += [f"- {reason}" for reason in report.verdict.reasons]
+        lines += [f"- {claim.text}" for claim in report.verdict.claims]
+        lines += [*(f"- **Warning**: {warning}" for warning in report.verdict.warnings), ""]
     unfinished = [step for step in result.steps.values() if step.outcome in ("failed", "skipped", "cancelled")]
     lines += [f"- `{step.name}` {step.outcome}: {step.reason}" for step in unfinished]
     note = "\n".join([*lines, "", "Reproduce with", "", f"    {command}"])

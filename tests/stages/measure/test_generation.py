@@ -44,6 +44,27 @@ def test_generation_prefills_once_then_decodes_one_token_at_a_time_with_the_cach
     assert min(timings.prefill_seconds, *timings.step_seconds) > 0
 
 
+@pytest.mark.parametrize("cache", ["cache_params", None])
+def test_generation_uses_the_cache_that_a_family_has_or_reads_all_anew(cache):
+    """State space models call theirs otherwise; without one each step reads the whole text."""
+    lengths = []
+
+    def read(input_ids, given):
+        lengths.append((input_ids.shape[1], given))
+        logits = torch.zeros(*input_ids.shape, 4)
+        return SimpleNamespace(logits=logits, **({cache: "state"} if cache else {}))
+
+    def with_state(input_ids, cache_params=None, use_cache=None):
+        assert use_cache is True
+        return read(input_ids, cache_params)
+
+    def without(input_ids, logits_to_keep=0):
+        return read(input_ids, None)
+
+    generate(with_state if cache else without, torch.zeros(1, 5, dtype=torch.long), 3)
+    assert lengths == ([(5, None), (1, "state"), (1, "state")] if cache else [(5, None), (6, None), (7, None)])
+
+
 def test_models_are_interleaved_and_warmups_are_not_recorded(model):
     calls: list = []
     rounds: list = []

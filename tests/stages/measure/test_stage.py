@@ -1,9 +1,11 @@
 """Measure on real tiny models through Ray."""
 
 import json
+import shutil
+from importlib.metadata import version
 
 import pytest
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausalLM
 
 from stages.contract import Artifact
 from stages.errors import StageFailed
@@ -15,7 +17,10 @@ from tests.stages.evaluate.tiny import make_model, make_search, save_model
 
 pytestmark = pytest.mark.ray
 
-SMALL = {"device": describe_cpu(), "threads": 1, "prompt_tokens": 8, "new_tokens": 4, "warmup": 1, "repeats": 3}
+SMALL = {
+    **{"device": describe_cpu(), "threads": 1, "prompt_tokens": 8, "new_tokens": 4, "warmup": 1, "repeats": 3},
+    **{"throughput_batch_sizes": (2,), "throughput_repeats": 1},
+}
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +47,9 @@ def test_speed_of_models_is_measured_and_that_of_quantized_ones_is_not(models, t
     speed = read_speed(context)
 
     assert speed.model_dump(exclude={"models"}) == {
-        "dtype": "float32",
+        "runtime": f"transformers {version('transformers')}",
+        "dtype": "stored",
+        "throughput_batch_sizes": (2,),
         "device": describe_cpu(),
         "threads": 1,
         "batch_size": 1,
@@ -58,6 +65,9 @@ def test_speed_of_models_is_measured_and_that_of_quantized_ones_is_not(models, t
         whole_ms = entry.prefill_p95_ms + 3 * entry.latency_p95_ms
         assert entry.tokens_per_second >= 4 / whole_ms * 1000 * 0.5
         assert entry.reason is None
+        assert (entry.dtype, entry.runtime, entry.served) == ("float32", "transformers", True)
+        assert list(entry.by_batch) == ["1", "2"]
+        assert entry.throughput_tokens_per_second == entry.by_batch["2"]
         assert outcome.metrics[f"latency_p50_ms/{name}"] == entry.latency_p50_ms
     quantized = speed.models["narrow.w8"]
     assert quantized.reason == NO_KERNEL
@@ -84,13 +94,24 @@ def test_worker_on_another_device_is_refused(models, tmp_path, local_ray):
     assert describe_cpu() in str(caught.value)
 
 
-def test_prompt_longer_than_a_table_of_positions_is_refused(tmp_path, local_ray):
-    GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=10, n_embd=16, n_layer=1, n_head=2)).save_pretrained(
-        tmp_path / "model"
-    )
-    inputs = {"models": {"old": artifact_of("model", tmp_path)}}
-    with pytest.raises(StageFailed, match="'old' reads 10 tokens at most, prompt_tokens \\+ new_tokens = 12"):
-        Measure(**SMALL).run(fake_context(tmp_path / "run", inputs))
+def test_what_one_model_lacks_is_said_in_its_place_and_the_others_are_measured(models, tmp_path, local_ray):
+    for name, model in (
+        ("old", GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=10, n_embd=16, n_layer=1, n_head=2))),
+        ("mamba", MambaForCausalLM(MambaConfig(vocab_size=64, hidden_size=16, state_size=4, num_hidden_layers=1))),
+    ):
+        model.save_pretrained(tmp_path / name / "model")
+    shutil.copytree(tmp_path / "mamba", tmp_path / "broken")
+    (tmp_path / "broken" / "model" / "model.safetensors").write_bytes(b"not a tensor")
+    others = {name: artifact_of("model", tmp_path / name) for name in ("old", "mamba", "broken")}
+    context = fake_context(tmp_path / "run", {"models": {"wide": models["wide"], **others}})
+    Measure(**SMALL).run(context)
+    found = read_speed(context).models
+    assert "'old' reads 10 tokens at most, prompt_tokens + new_tokens = 12" in found["old"].reason
+    assert "cannot load the model" in found["broken"].reason
+    for name in ("wide", "mamba"):
+        assert found[name].reason is None
+        assert found[name].latency_p50_ms > 0
+    assert [note.partition(":")[0] for note in context.reporter.notes] == ["old", "broken"]
 
 
 def test_prompt_longer_than_the_context_of_rotary_positions_is_measured(models, tmp_path, local_ray):

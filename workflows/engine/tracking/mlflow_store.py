@@ -54,6 +54,8 @@ class MlflowStore:
     connect: Callable[[str], Any] = connect
     shared: Callable[[], AbstractContextManager[object]] = nullcontext
     """Is held over what several runs share."""
+    champion_stays: Callable[[Any, str, str, str], bool] = lambda *_: False
+    """Defends a champion: (client, registered model, its champion's version, a newcomer's) → whether it stays."""
     _run: str = field(init=False, default="")
     """The run that was published last; what follows is known of it only."""
     _experiment: str = field(init=False, default="")
@@ -256,7 +258,7 @@ class MlflowStore:
         if int(registered.tags.get("stillhouse.decided_ms", 0)) >= row.started_ms:
             return
         before = str(registered.aliases.get(CHAMPION, ""))
-        if before != version:
+        if before != version and not (before and self.champion_stays(self._client, name, before, version)):
             if before:
                 self._client.set_model_version_tag(name, version, "replaced_version", before)
             self._client.set_registered_model_alias(name, CHAMPION, version)

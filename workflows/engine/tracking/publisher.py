@@ -27,6 +27,7 @@ from workflows.engine.heartbeat import Holder, Liveness
 from workflows.engine.lease import Lease
 from workflows.engine.redaction import redacted
 from workflows.engine.retrying import attempt_once, brief
+from workflows.engine.tracking.champion import champion_stays
 from workflows.engine.tracking.connection import connect
 from workflows.engine.tracking.mlflow_store import MlflowStore
 from workflows.engine.tracking.tracking_uri import TrackingUnavailable, check_tracking_uri
@@ -54,10 +55,11 @@ def publisher_lease(runs: Folder, run: str, liveness: Liveness) -> Lease:
 
 def mlflow_store(runs: Folder, run: str, tracking_uri: str, connect: Callable[[str], Any] = connect) -> MlflowStore:
     """Return MLflow as a process that acts for a run publishes to it; nothing is connected yet."""
-    beside = Folder(runs.uri.rpartition("/")[0]) / "mlflow"
-    shared = Lease(beside / "shared", Liveness(runs))
+    store = Folder(runs.uri.rpartition("/")[0])
+    shared = Lease(store / "mlflow" / "shared", Liveness(runs))
     holding = partial(shared.held, Holder.of_this_process(run))
-    return MlflowStore(tracking_uri, beside.uri_of("artifacts"), connect, holding)
+    defended = partial(champion_stays, store.uri)
+    return MlflowStore(tracking_uri, store.uri_of("mlflow/artifacts"), connect, holding, defended)
 
 
 @dataclass(frozen=True, slots=True)

@@ -113,8 +113,11 @@ def fold(events: Sequence[RunEvent], *, over: bool = False) -> RunView:
             case CurvePoints() | AttemptEnded():
                 _extend(rows.get(_step_key(first, event)), event)
             case ReportMade(report=report):
-                outcome = "rejected" if report.verdict.champion is None else f"champion: {report.verdict.champion}"
-                top.tags |= {"verdict": outcome, "verdict.reasons": "\n".join(report.verdict.reasons)}
+                verdict = report.verdict
+                outcome = verdict.outcome if verdict.champion is None else f"champion: {verdict.champion}"
+                top.tags |= {"verdict": outcome, "verdict.reasons": "\n".join(verdict.reasons)}
+                if verdict.warnings:
+                    top.tags["verdict.warnings"] = "\n".join(verdict.warnings)
                 candidates |= {row.key: row for row in _candidates(first, event)}
             case RunEnded():
                 top.tags["mlflow.note.content"] = event.note
