@@ -23,7 +23,7 @@ from stages.quantize.schemes import DEFAULT_SCHEMES, Scheme
 from stages.quantize.stage import Quantize
 from stages.teach.stage import Teach, TopK
 from stages.train.objectives import CrossEntropy, Objective, SoftTarget
-from stages.train.stage import Continue, Smaller, Train
+from stages.train.stage import AdamW, Continue, Smaller, Train
 from workflows.engine.graph import Handle, Source, Workflow
 
 
@@ -169,7 +169,7 @@ def compress(
                 objectives=_objectives(w_ce, w_kd, temperature),
                 optimizer_steps=optimizer_steps,
                 batch_rows=batch_rows,
-                learning_rate=learning_rate,
+                optimizer=AdamW(learning_rate=learning_rate),
                 seed=seed,
             ),
             data=corpus,

@@ -21,7 +21,7 @@ from stages.quantize.schemes import DEFAULT_SCHEMES, Scheme
 from stages.quantize.stage import Quantize
 from stages.teach.stage import Teach, TopK
 from stages.train.objectives import CrossEntropy, Objective, SoftTarget
-from stages.train.stage import Llama, Train
+from stages.train.stage import AdamW, Llama, Train
 from workflows.engine.graph import Workflow
 
 
@@ -109,7 +109,7 @@ def quickstart(
             objectives=(CrossEntropy(),),
             optimizer_steps=teacher_steps,
             batch_rows=batch_rows,
-            learning_rate=2e-3,
+            optimizer=AdamW(learning_rate=2e-3),
             seed=seed,
         ),
         data=corpus,
@@ -124,7 +124,7 @@ def quickstart(
                 objectives=setting.objectives(temperature),
                 optimizer_steps=student_steps,
                 batch_rows=batch_rows,
-                learning_rate=6e-3,
+                optimizer=AdamW(learning_rate=6e-3),
                 seed=seed,
             ),
             data=corpus,

@@ -43,7 +43,7 @@ class Teach(Stage):
     """Teacher and dataset → signals."""
 
     KIND: ClassVar = "signals"
-    REVISION: ClassVar = "2026-11-21 first"
+    REVISION: ClassVar = "2026-11-25 heads of half types computed in float32"
     PLACES_WORKERS: ClassVar = True
     INPUTS: ClassVar = {"teacher": Input(("model",)), "data": Input(("dataset",))}
 

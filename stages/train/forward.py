@@ -52,9 +52,16 @@ class LiveTeacher:
         return TeacherOutputs(self._head, states_MX, tuple(hidden_MD))
 
 
+def student_outputs(network: Any, batch: MicroBatch, dtype: str, **options: bool) -> Any:
+    """Run a student over a micro-batch, in the type that the forward pass computes in."""
+    device = batch.input_ids_BT.device.type
+    with torch.autocast(device, dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
+        return network(input_ids=batch.input_ids_BT, use_cache=False, **options)
+
+
 @dataclass(frozen=True, slots=True)
 class LossSum:
-    """The weighted sum of objectives, over the targets of a micro-batch."""
+    """The weighted sum of objectives, over the targets of a micro-batch, and what a model's own build adds to it."""
 
     objectives: Sequence[Loss]
     vocabulary: int
@@ -63,11 +70,20 @@ class LossSum:
     """What the student's forward pass computes in; losses are float32."""
     teacher: LiveTeacher | None = None
     """None where no objective asks one."""
+    is_padded: bool = False
+    """Whether the student's head has entries beyond the vocabulary. No objective sees them, and untrained they would
+    take part of what is sampled (10 % was seen); −log of the mass that they leave to the vocabulary is added, as
+    cross-entropy over all entries has it. So they are trained down, which holds for tied embeddings and in every
+    runtime, and leaves the checkpoint's shape as it was."""
+    router_weight: float = 0.0
+    """Weight of a mixture's own load-balancing loss (arXiv:2101.03961), 0 where it has none. It is a mean over the
+    tokens of a micro-batch, so that it alone depends on the micro-batch's size."""
 
     @property
     def names(self) -> list[str]:
         """Names of the sums."""
-        return ["loss", *(objective.CURVE for objective in self.objectives)]
+        own = (("padding", self.is_padded), ("router_balance", self.router_weight))
+        return ["loss", *(objective.CURVE for objective in self.objectives), *(name for name, has in own if has)]
 
     def of(self, network: Any, batch: MicroBatch) -> tuple[Tensor, Tensor]:
         """Return the weighted sum of losses, and all sums (weighted first, then each objective's own).
@@ -78,18 +94,25 @@ class LossSum:
         """
         hidden = any(objective.NEEDS.hidden_states for objective in self.objectives)
         asked = self.teacher.outputs(batch, hidden_states=hidden) if self.teacher else None
-        device = batch.input_ids_BT.device.type
-        with torch.autocast(device, dtype=torch.bfloat16, enabled=self.dtype == "bfloat16"):
-            student = network(input_ids=batch.input_ids_BT, use_cache=False, output_hidden_states=hidden)
+        options = {"output_router_logits": True} if self.router_weight else {}
+        student = student_outputs(network, batch, self.dtype, output_hidden_states=hidden, **options)
 
         def term(values: tuple[Tensor, ...], rows: slice) -> tuple[Tensor, ...]:
             seen = self._seen(values, asked, batch, rows)
             parts = [objective.losses(seen).sum() for objective in self.objectives]
             weighted = sum(o.scale * part for o, part in zip(self.objectives, parts, strict=True))
+            if self.is_padded:
+                parts.append((values[0].logsumexp(1) - seen.logits_NV.logsumexp(1)).sum())
+                weighted = weighted + parts[-1]
             return (weighted, *parts)  # type: ignore[arg-type]
 
         values = (student.logits, *(student.hidden_states if hidden else ()))
-        return chunked_sum([value.flatten(0, 1) for value in values], batch.positions_M, term)
+        loss, sums = chunked_sum([value.flatten(0, 1) for value in values], batch.positions_M, term)
+        if not self.router_weight:
+            return loss, sums
+        balance = student.aux_loss.float() * len(batch.targets_M)
+        added = self.router_weight * balance.detach()
+        return loss + self.router_weight * balance, torch.cat([sums[:1] + added, sums[1:], balance.detach()[None]])
 
     def _seen(
         self, values: tuple[Tensor, ...], asked: TeacherOutputs | None, batch: MicroBatch, rows: slice
@@ -100,7 +123,7 @@ class LossSum:
             logits_NV=values[0][:, : self.vocabulary],
             tokens_N=batch.targets_M[rows],
             signals=batch.signals.at(rows) if batch.signals else None,
-            teacher_logits_NV=asked.head.logits(asked.states_MX[rows]).float() if asked else None,
+            teacher_logits_NV=asked.head.logits(asked.states_MX[rows]) if asked else None,
             hidden_states_ND=values[1:] or None,
             teacher_hidden_states_ND=tuple(state_MD[rows].float() for state_MD in hidden_MD) or None,
         )

@@ -13,15 +13,17 @@ from stages.contract import Artifact
 from stages.errors import ConfigError, StageFailed, WorkerLost
 from stages.external.documents import PythonDocs
 from stages.formats.training import TrainingInfo
-from stages.models.checkpoints import load_model
+from stages.models.checkpoints import load_model, stored_dtype
 from stages.models.tokenization import load_tokenizer
 from stages.prepare.stage import ByteLevelBPE, Prepare
 from stages.teach.stage import Teach, TopK
 from stages.train import snapshots
 from stages.train import stage as train_stage
+from stages.train.loop import Ranks
 from stages.train.objectives import CrossEntropy, ReverseKL, SoftTarget
 from stages.train.objectives.loss import Loss
-from stages.train.stage import Continue, Llama, Smaller, Train
+from stages.train.stage import AdamW, Continue, Llama, Smaller, Train, Validation
+from stages.train.work import TrainJob, train_rank
 from tests.fakes import RecordingReporter, artifact_of, fake_context
 from tests.stages.tiny import tiny_llama, write_dataset, write_model
 from tests.stages.train.signals import write_signals
@@ -47,6 +49,16 @@ def _train(**changes: Any) -> Train:
         "optimizer_steps": 6, "batch_rows": 5, "seed": 1,
     }  # fmt: skip
     return Train(**{**settings, **changes})
+
+
+def _job(stage: Train, context: Any) -> TrainJob:
+    """Return what a worker of Ray Train would be given."""
+    jobs: list[TrainJob] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_stage, "_fit", jobs.append)
+        with pytest.raises(Exception, match=r"training\.json"):  # nothing was trained
+            stage.run(context)
+    return jobs[0]
 
 
 @pytest.mark.ray
@@ -88,7 +100,7 @@ def test_train_of_a_broken_checkpoint_fails_with_an_error_of_ours(
         model.model.norm.weight[0] = float("nan")
     broken = {"data": inputs["data"], "origin": write_model(tmp_path / "broken", model)}
     stage = _train(model=Continue(), objectives=(CrossEntropy(),))
-    with pytest.raises(StageFailed, match="the loss is nan at optimizer step 0") as caught:
+    with pytest.raises(StageFailed, match="the loss is nan and the gradient's norm nan at optimizer step 0") as caught:
         stage.run(fake_context(tmp_path / "step", broken))
     assert type(caught.value) is StageFailed
 
@@ -159,7 +171,9 @@ def test_planning_reverse_kl_without_a_teacher_is_refused() -> None:
 @pytest.mark.ray
 def test_train_by_a_live_teacher_leaves_a_model(local_ray: None, tmp_path: Path, inputs: dict[str, Artifact]) -> None:
     given = {"data": inputs["data"], "teacher": inputs["origin"]}
-    stage = _train(model=Llama(layers=1, width=16, heads=2), objectives=(ReverseKL(),), learning_rate=1e-2)
+    stage = _train(
+        model=Llama(layers=1, width=16, heads=2), objectives=(ReverseKL(),), optimizer=AdamW(learning_rate=1e-2)
+    )
     context = fake_context(tmp_path, given)
     stage.run(context)
     assert TrainingInfo.read(artifact_of("model", Path(context.out.uri))).final["train/reverse_kl"] > 0
@@ -170,6 +184,44 @@ def test_no_objective_is_named_where_training_is_done() -> None:
     assert names >= {"CrossEntropy", "SoftTarget", "ReverseKL"}
     for path in Path(train_stage.__file__).parent.glob("*.py"):
         assert not [name for name in names if name in path.read_text()], path.name
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"keep": "best", "validation": None}, "keep is 'best' and validation is None"),
+        ({"split": "calibration"}, "split is 'calibration', which is the text that validation measures"),
+        ({"keep": "best"}, "need held-out text, and the dataset's calibration_fraction is 0"),
+        ({"validation": Validation(patience=2)}, "need held-out text, and the dataset's calibration_fraction is 0"),
+    ],
+)
+def test_check_of_a_validation_without_text_for_it_is_refused(changes: dict[str, Any], message: str) -> None:
+    prepare = Prepare(
+        source=PythonDocs(), tokenizer=ByteLevelBPE(vocabulary_size=300), sequence_length=32, calibration_fraction=0.0
+    )
+    with pytest.raises(ConfigError, match=message):
+        _train(**changes).check({**SOURCES, "data": prepare})  # type: ignore[dict-item]
+
+
+def test_train_that_keeps_the_best_of_a_dataset_without_held_out_text_is_refused(
+    tmp_path: Path, inputs: dict[str, Artifact]
+) -> None:
+    context = fake_context(tmp_path, inputs)
+    job = _job(_train(keep="best"), context)
+    with pytest.raises(StageFailed, match=r"no text of split 'calibration', .* raise Prepare\.calibration_fraction"):
+        train_rank(job, Ranks())
+
+
+def test_train_of_a_dataset_without_held_out_text_says_so_and_counts_its_epochs(
+    tmp_path: Path, inputs: dict[str, Artifact]
+) -> None:
+    context = fake_context(tmp_path, inputs)
+    train_rank(_job(_train(model=FRESH, objectives=(CrossEntropy(),)), context), Ranks())
+    assert context.reporter.notes == ["no validation loss: the dataset has no text of split 'calibration'"]  # type: ignore[attr-defined]
+    made = artifact_of("model", Path(context.out.uri))
+    done = TrainingInfo.read(made)
+    assert (done.epochs, done.kept_step, done.held_out_cross_entropy) == (pytest.approx(6 * 5 / 18), 6, None)
+    assert stored_dtype(made.folder("model")) == torch.bfloat16  # fresh weights
 
 
 def test_train_without_the_input_of_an_objective_is_refused(tmp_path: Path, inputs: dict[str, Artifact]) -> None:
