@@ -21,6 +21,7 @@ from stages.promote.stage import Gate, Promote
 from stages.quantize.proposers import Grid
 from stages.quantize.schemes import DEFAULT_SCHEMES, Scheme
 from stages.quantize.stage import Quantize
+from stages.runtime.workers import ComputeDtype, compute_dtype
 from stages.teach.stage import Teach, TopK
 from stages.train.objectives import CrossEntropy, Objective, SoftTarget
 from stages.train.stage import AdamW, Continue, Smaller, Train
@@ -83,6 +84,7 @@ def compress(
     cpus_per_worker: Annotated[float, Field(gt=0)] = 2.0,
     gpus_per_worker: Annotated[float, Field(ge=0)] = 0.0,
     micro_batch: Annotated[int, Field(ge=1)] | None = None,
+    dtype: ComputeDtype | None = None,
     device: str | None = None,
     registered_name: str = "compress",
     seed: int = 0,
@@ -114,6 +116,7 @@ def compress(
         cpus_per_worker: CPU cores each of them takes.
         gpus_per_worker: GPUs each of them takes.
         micro_batch: rows in one forward pass; the stages choose if not given.
+        dtype: what models compute in; bfloat16 on GPUs and float32 on CPUs if not given. Trained weights are float32.
         device: name of the GPU or CPU whose speed is measured, e.g. 'NVIDIA H200'; this host's if not given.
         registered_name: the model's name in MLflow's registry.
         seed: seed of everything random.
@@ -123,6 +126,7 @@ def compress(
     resources = Resources(
         workers=workers, cpus_per_worker=cpus_per_worker, gpus_per_worker=gpus_per_worker, micro_batch=micro_batch
     )
+    computed = compute_dtype(resources, dtype)
     big = flow.external("teacher", Checkpoint(source=teacher, revision=teacher_revision))
     words = PretrainedTokenizer(source=teacher, revision=teacher_revision)
     corpus = flow.step(
@@ -155,7 +159,7 @@ def compress(
         judged_on = flow.step("evaluation", prepare)
     signals = None
     if w_kd:
-        teach = Teach(method=TopK(k=k, temperatures=(1.0, 2.0, 4.0)))
+        teach = Teach(method=TopK(k=k, temperatures=(1.0, 2.0, 4.0)), dtype=computed)
         signals = flow.step("signals", teach, teacher=big, data=corpus, resources=resources)
     trained: dict[str, Handle] = {}
     for student in students:
@@ -170,6 +174,7 @@ def compress(
                 optimizer_steps=optimizer_steps,
                 batch_rows=batch_rows,
                 optimizer=AdamW(learning_rate=learning_rate),
+                dtype=computed,
                 seed=seed,
             ),
             data=corpus,
@@ -190,10 +195,12 @@ def compress(
         for name, model in trained.items()
     }
     models: dict[str, Source] = {"teacher": big, **trained, **searches}
-    scores = flow.step("scores", Evaluate(seed=seed), data=judged_on, reference=big, models=models, resources=resources)
+    evaluate = Evaluate(dtype=computed, seed=seed)
+    scores = flow.step("scores", evaluate, data=judged_on, reference=big, models=models, resources=resources)
     measure = Measure(
         device=device or _device(gpus_per_worker),
         threads=int(max(1, cpus_per_worker)),
+        dtype=computed,
         prompt_tokens=min(128, sequence_length // 2),  # no more than every teacher that can read a row can read
         new_tokens=min(32, sequence_length // 4),
         seed=seed,

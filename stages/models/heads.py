@@ -9,8 +9,8 @@ Where these are the model's own logits bit for bit, the head is replayed; where 
 a factor that is not known here, a step, a projection or a cast between backbone and head, a backbone that cannot be run
 by itself), the states are the logits themselves. There is no tolerance:
 the observed replay does what the model does in the same shape and order, so that equal is equal (0 differing bits in
-float32, bfloat16 and float16 on CPU, for Llama, GPT-2, Gemma 2, Cohere, Granite and OPT), while a bound that leaves room for
-bfloat16's rounding (3 % of the largest logit) overlooks a soft cap that is four times as large as the logits.
+float32, bfloat16 and float16 on CPU, for Llama, GPT-2, Gemma 2, Cohere, Granite and OPT), while a bound that leaves
+room for bfloat16's rounding (3 % of the largest logit) overlooks a soft cap that is four times as large as the logits.
 
 A head that is replayed then computes in float32, from states of whatever type: rounded to bfloat16, logits of 16 to 32
 err by 0.06 to 0.125, which is noise of a number format and no knowledge of a teacher, nor a loss of a candidate.
