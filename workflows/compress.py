@@ -99,7 +99,7 @@ def compress(
         evaluation: texts to compare models on; a part of the documents if not given.
         sequence_length: tokens in one packed row.
         validation_fraction: share of the documents that models are compared on, unless evaluation is given.
-        calibration_fraction: share of the documents that quantization looks at.
+        calibration_fraction: share of the documents that quantization looks at, and the best weights are told on.
         max_documents: read at most so many documents.
         text_field: the field that holds the text, of rows that are texts.
         max_rejected_fraction: share of rows that may be other than the first is; more fail the step.
@@ -174,6 +174,7 @@ def compress(
                 optimizer_steps=optimizer_steps,
                 batch_rows=batch_rows,
                 optimizer=AdamW(learning_rate=learning_rate),
+                keep="best",
                 dtype=computed,
                 seed=seed,
             ),

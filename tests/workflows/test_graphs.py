@@ -1,4 +1,4 @@
-"""What models compute in: by the resources, in every stage's config, unless it is asked otherwise."""
+"""Workflows as graphs: what models compute in, and how often the quickstart's students are trained."""
 
 from typing import Any
 
@@ -33,3 +33,25 @@ def test_every_stage_of_compress_computes_in_what_suits_the_device(options: dict
 
 def test_every_stage_of_the_quickstart_computes_in_float32_on_the_cpu() -> None:
     assert set(dtypes_of(quickstart()).values()) == {"float32"}
+
+
+def trainings(flow: Any) -> dict[str, Any]:
+    return {name: step.stage for name, step in flow.steps.items() if name.startswith("train.")}
+
+
+def test_quickstart_of_three_seeds_trains_each_student_three_times_and_keeps_what_one_seed_trained() -> None:
+    one, three = trainings(quickstart(seed=5)), trainings(quickstart(seed=5, seeds=3))
+    assert {name: three[name] for name in one} == one
+    for student in ("plain", "distilled"):
+        names = [f"train.{student}", f"train.{student}-seed6", f"train.{student}-seed7"]
+        assert [three[name].seed for name in names] == [5, 6, 7]
+        assert len({three[name].model_copy(update={"seed": 0}).model_dump_json() for name in names}) == 1
+    flow = quickstart(seed=5, seeds=3)
+    assert set(trainings(flow)) <= flow.upstream("scores")
+    assert [name for name in flow.steps if name.startswith("quantize.")] == ["quantize.distilled"]
+
+
+def test_quickstarts_students_are_trained_as_long_as_their_teacher_by_the_same_recipe() -> None:
+    flow = quickstart()
+    teacher, plain = flow.steps["teacher"].stage, flow.steps["train.plain"].stage
+    assert plain.model_copy(update={"model": teacher.model}) == teacher
