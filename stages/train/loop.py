@@ -113,13 +113,22 @@ class Training:
                 speed = (progress.tokens - since_point[1]) / max(now - since_point[0], 1e-9)
                 self._report(progress, speed, norm)
                 progress.pending, since_point = [], (now, progress.tokens)
-            self._validate(progress)
+            paused = self._validate(progress)
+            started, since_point = started + paused, (since_point[0] + paused, since_point[1])
             self._snapshot(optimizers, progress, final=progress.is_stopped or step + 1 == total)
             if progress.is_stopped:
                 break
-        if self.keeps_best:
-            self.model.load_state_dict(self._best, strict=False)  # without the tied and the buffers
+        if self.keeps_best and not self.ranks.rank:
+            self._restore_best(progress)
         return progress
+
+    def _restore_best(self, progress: Progress) -> None:
+        if not self._best:
+            raise StageFailed(
+                f"the loss on held-out text is {progress.held_out}, and was never a finite number; look at the "
+                "calibration split, or set keep='last'"
+            )
+        self.model.load_state_dict(self._best, strict=False)  # names no tied tensors and no buffers
 
     def _replicated(self) -> Any:
         if self.ranks.world_size == 1:
@@ -172,7 +181,8 @@ class Training:
         progress.skipped, progress.skipped_in_a_row = progress.skipped + 1, progress.skipped_in_a_row + 1
         logger.info("deciding to skip optimizer step %d, since the gradient's norm is %s", step, norm)
         allowed = int(self.recipe.max_skipped_fraction * self.recipe.optimizer_steps)
-        if progress.skipped > allowed or progress.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+        in_a_row = min(MAX_SKIPPED_IN_A_ROW, self.recipe.optimizer_steps)
+        if progress.skipped > allowed or progress.skipped_in_a_row >= in_a_row:
             raise StageFailed(
                 f"the loss is {float(sums[0]) / max(1, batch.num_targets):g} and the gradient's norm {norm:g} at "
                 f"optimizer step {step}, expected finite numbers; {progress.skipped} such steps were skipped so far "
@@ -202,24 +212,30 @@ class Training:
         self.reporter.curve(progress.step, {**progress.last, **extra})
         self.reporter.progress(progress.step, self.recipe.optimizer_steps, "steps")
 
-    def _validate(self, progress: Progress) -> None:
-        """Measure the loss on held-out text where it is time for it; keep weights that are the best there."""
+    def _validate(self, progress: Progress) -> float:
+        """Measure the loss on held-out text where it is time for it; keep weights that are the best there.
+
+        Returns:
+            the seconds that it took.
+        """
         total = self.recipe.optimizer_steps
         every = max(1, -(-total // self.validation.times))
         if self.held_out is None or not (progress.step % every == 0 or progress.step == total):
-            return
+            return 0.0
+        started = self.clock()
         found = self.held_out.cross_entropy(self.model, self.ranks.device)
         is_best = progress.count_validation(found, patience=self.validation.patience)
+        if self.ranks.rank:
+            return self.clock() - started
         if is_best and self.keeps_best:
             self._best = {name: p.detach().to("cpu", copy=True) for name, p in self.model.named_parameters()}
-        if self.ranks.rank:
-            return
         self.reporter.curve(progress.step, {"validation/cross_entropy": found})
         if progress.is_stopped:
             self.reporter.note(
                 f"stopped after {progress.step} of {total} steps: no lower loss on held-out text than "
                 f"{progress.best_held_out:.4f} nats, of step {progress.best_step}, {progress.times_without_best} times"
             )
+        return self.clock() - started
 
     def _snapshot(self, optimizers: Sequence[torch.optim.Optimizer], progress: Progress, *, final: bool) -> None:
         if self.snapshot_writer is None or not (final or self.snapshot_writer.due()):

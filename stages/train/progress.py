@@ -1,5 +1,6 @@
 """What a training has done so far: counts, curves, the loss on held-out text. Goes into snapshots as plain JSON."""
 
+import math
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -45,7 +46,7 @@ class Progress:
     def count_validation(self, held_out: float, *, patience: int | None) -> bool:
         """Count a look at held-out text; return whether these weights are the best so far."""
         self.held_out = held_out
-        is_best = self.best_held_out is None or held_out < self.best_held_out
+        is_best = math.isfinite(held_out) and (self.best_held_out is None or held_out < self.best_held_out)
         if is_best:
             self.best_held_out, self.best_step, self.times_without_best = held_out, self.step, 0
         else:

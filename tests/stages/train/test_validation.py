@@ -94,6 +94,19 @@ def test_training_that_keeps_the_best_ends_with_the_weights_of_its_lowest_held_o
     assert all(torch.equal(tensor, weights_of(training)[name]) for name, tensor in weights_of(again).items())
 
 
+def test_training_whose_held_out_loss_is_never_finite_has_no_best(
+    inputs: tuple[Artifact, Artifact], shards: tuple[ShardPair, ...]
+) -> None:
+    class Broken(HeldOutText):
+        def cross_entropy(self, model: Any, device: torch.device) -> float:
+            return float("nan")
+
+    text = Broken(held_out(shards).reader, 3, 96, "float32")
+    training = build_training(inputs, held_out=text, keeps_best=True)
+    with pytest.raises(StageFailed, match=r"the loss on held-out text is nan, .* set keep='last'"):
+        training.run(Progress())
+
+
 def test_training_without_a_new_best_for_long_enough_ends_early_and_stays_ended(
     inputs: tuple[Artifact, Artifact], shards: tuple[ShardPair, ...]
 ) -> None:
