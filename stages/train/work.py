@@ -203,7 +203,7 @@ def write_artifact(job: TrainJob, model: Any, progress: Progress, *, rows_per_ep
     """Write the artifact's files."""
     context, data = job.context, job.context.one("data")
     save_checkpoint(model.eval(), data.folder("tokenizer"), context.out, "model")
-    TrainingInfo(
+    done = TrainingInfo(
         optimizer_steps=progress.step,
         skipped_steps=progress.skipped,
         kept_step=progress.best_step if job.keeps_best else progress.step,
@@ -218,4 +218,12 @@ def write_artifact(job: TrainJob, model: Any, progress: Progress, *, rows_per_ep
         seconds=progress.seconds,
         tokens_per_second=progress.tokens / max(progress.seconds, 1e-9),
         wall_seconds=time.time() - job.started,
-    ).write(context.out)
+    )
+    done.write(context.out)
+    if done.held_out_cross_entropy is not None:
+        context.reporter.note(
+            f"loss on held-out text {done.held_out_cross_entropy:.4f} nats/token after {done.kept_step} steps; "
+            f"trained for {done.epochs:.2f} epochs"
+        )
+    if done.skipped_steps:
+        context.reporter.note(f"{done.skipped_steps} of {done.optimizer_steps} steps skipped: no finite gradient")
