@@ -9,7 +9,7 @@ Files that each kind of artifact holds (logical names, relative to the artifact)
 
 | kind    | files |
 | ---     | --- |
-| dataset | `dataset.json`, `tokenizer/…`, `tokens/<split>-<part>.parquet` (`train`, `validation`, `calibration`) |
+| dataset | `dataset.json`, `tokenizer/…`, `tokens/<split>-<part>-<number>.parquet` (train, validation, calibration) |
 | signals | `signals.json`, `signals/<shard>.parquet` |
 | model   | `model/…` (a checkpoint as the hub lays it out, with its tokenizer), `training.json`, or `derived.json` |
 | search  | `search.json`, `finalists/<scheme>/…` (checkpoints) |

@@ -6,8 +6,7 @@ instead of 256 KB of logits. Where a head cannot be replayed the logits are kept
 numbers for each token, in Ray's object store, which spills to disk; `Evaluate.max_rows` bounds them.
 
 Promises: exact, over the dataset's whole vocabulary, in float32; sums over documents in float64; for each target token
-its document gets the token's figures. Does not: mask attention between documents of a row (they were packed, and the
-models trained, without).
+its document gets the token's figures; each segment of a row is run as if it were alone (`stages.models.segments`).
 
 Shapes: B rows, T tokens of a row, N targets in a batch, X width of a state, V vocabulary of the dataset.
 """
@@ -90,7 +89,8 @@ def score_batches(
         with within_memory(f"scoring {name!r}", micro_batch=len(batch)), torch.inference_mode():
             input_ids_BT = torch.as_tensor(batch.ids_RT, device=model.device).long()
             chosen_BT = torch.as_tensor(predicts_BT, device=model.device)
-            states_NX = head.states(model, input_ids_BT, chosen_BT)
+            positions_BT = torch.as_tensor(batch.positions_RT, device=model.device)
+            states_NX = head.states(model, input_ids_BT, positions_BT, chosen_BT)
             targets_N = input_ids_BT.roll(-1, dims=1)[chosen_BT]
             others = {key: (ref.head, next(ref.states).to(states_NX.device)) for key, ref in references.items()}
             figures = _compare(head, states_NX, targets_N, others)

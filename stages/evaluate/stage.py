@@ -28,7 +28,7 @@ class Evaluate(Stage):
     """Scores of each model on a dataset's split."""
 
     KIND: ClassVar[Kind] = "scores"
-    REVISION: ClassVar[str] = "2026-11-25 one rule for output heads, bases of any kind, typed files"
+    REVISION: ClassVar[str] = "2026-11-25 each segment of a row alone"
     PLACES_WORKERS: ClassVar = True
     INPUTS: ClassVar[Mapping[str, Input]] = {
         "data": Input(("dataset",)),
@@ -146,6 +146,7 @@ def _score(one: "Pass", job: EvaluateJob, kept: Mapping[str, list[Any]]) -> Iter
     from stages.models.checkpoints import load_model
     from stages.models.compatibility import check_compatible
     from stages.models.heads import PackedTensor, observe_head
+    from stages.models.segments import SEGMENTS_ALONE
 
     candidate, config, device = one.candidate, job.config, job.setup.device
     folder = candidate.artifact.folder(candidate.folder)
@@ -154,11 +155,15 @@ def _score(one: "Pass", job: EvaluateJob, kept: Mapping[str, list[Any]]) -> Iter
     model = load_model(folder, dtype=config.dtype, device=device)
     paths, rows = rows_of_split(job.data, config.split, max_rows=config.max_rows, seed=config.seed)
     rows_per_batch = job.micro_batch or max(1, TOKENS_PER_BATCH // dataset.sequence_length)
-    batches = read_batches(paths, rows, rows_per_batch=rows_per_batch, columns=("document_ids", "loss_mask"))
+    batches = read_batches(
+        paths, rows, rows_per_batch=rows_per_batch, columns=("document_ids", "loss_mask", "positions")
+    )
     first = next(batches, None)
     if first is None:
         raise StageFailed(f"the dataset's split {config.split!r} has no rows; expected text to score")
     head = observe_head(model, torch.as_tensor(first.ids_RT, device=device).long(), dataset.vocabulary_size)
+    if not head.whole_rows:
+        job.setup.reporter.note(SEGMENTS_ALONE.format(candidate.name))
     if one.keep:
         if not head.is_replayed:
             job.setup.reporter.note(

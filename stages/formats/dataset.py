@@ -1,13 +1,13 @@
 """`dataset.json`: what a dataset of packed tokens is, beside its tokenizer and its token shards (`tokens.py`)."""
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
 from stages.contract import Split
 from stages.formats.json_format import FormatModel, JsonFormat
 
-__all__ = ["DatasetInfo", "RejectedRows", "SplitCounts"]
+__all__ = ["DatasetInfo", "OverlongDocuments", "RejectedRows", "SplitCounts"]
 
 
 class SplitCounts(FormatModel):
@@ -19,6 +19,8 @@ class SplitCounts(FormatModel):
     tokens: int
     """Targets: tokens whose prediction is learned or scored."""
     documents: int
+    filled: int = 0
+    """Tokens that are not padding, of `rows` × `sequence_length`."""
 
 
 class RejectedRows(FormatModel):
@@ -28,6 +30,16 @@ class RejectedRows(FormatModel):
     rows_read: int
     examples: tuple[str, ...]
     """The first of them: file, row and reason."""
+
+
+class OverlongDocuments(FormatModel):
+    """Chats and labelled rows that are longer than a row of tokens."""
+
+    handling: Literal["reject", "truncate"]
+    """Whether they were left out, or lost their end."""
+    count: int
+    fraction: float
+    """Of all chats or labelled rows."""
 
 
 class DatasetInfo(JsonFormat):
@@ -45,6 +57,7 @@ class DatasetInfo(JsonFormat):
     pad_token_id: int | None
     splits: dict[Split, SplitCounts]
     rejected: RejectedRows
+    overlong: OverlongDocuments = OverlongDocuments(handling="reject", count=0, fraction=0.0)
     unlearned_answers: int
     """Answers in chats that are no targets, since the chat template changes them."""
     sources: tuple[dict[str, Any], ...] = Field(min_length=1)

@@ -1,7 +1,10 @@
 """Token shards: a dataset's packed rows as Parquet files, one row group after another; written and read here only.
 
+A row holds segments: a document, a chat, or a window of a long text. Attention and positions stop at their borders
+(`stages.models.segments`); the padding at a row's end is a segment of its own.
+
 Promises: what is written is read again as the same arrays; deterministic bytes for equal rows; a row's digest depends
-on its token ids alone. Only the columns that are asked for are read.
+on its token ids and their positions alone. Only the columns that are asked for are read.
 Does not: choose rows, or cut them into segments.
 
 Shapes: R rows, B rows of a batch, T tokens of a row.
@@ -34,11 +37,11 @@ __all__ = [
     "to_parquet",
 ]
 
-TokenColumn = Literal["digest", "document_ids", "loss_mask"]
+TokenColumn = Literal["digest", "positions", "document_ids", "loss_mask"]
 """What a reader can ask for besides the token ids, which it always gets."""
 COLUMNS: tuple[TokenColumn, ...] = get_args(TokenColumn)
 ROW_GROUP_TOKENS = 4 * 1024 * 1024
-"""Tokens in one Parquet row group: 52 MB decoded, so that a reader need not hold a whole shard."""
+"""Tokens in one Parquet row group: 70 MB decoded, so that a reader need not hold the whole of a large shard."""
 DIGEST_BYTES = 16
 READ_ROWS = 256
 """Rows that `read_batches` decodes at once."""
@@ -52,9 +55,11 @@ class TokenRows:
     document_ids_RT: NDArray[np.int64]
     """The document of each token; −1 at padding."""
     mask_RT: NDArray[np.bool_]
-    """True where the token is a target: never at a row's first token, which nothing before it predicts."""
+    """True where the token is a target: never at a segment's first token, which nothing before it predicts."""
+    positions_RT: NDArray[np.int32] = field(default_factory=lambda: np.empty((0, 0), np.int32))
+    """The place of each token in its segment, from 0; where rows are written without, each is one segment."""
     digests: list[bytes] = field(default_factory=list)
-    """Of each row's token ids: what rows are joined and compared by."""
+    """Of each row's token ids and positions: what rows are joined and compared by."""
 
     def __len__(self) -> int:
         return len(self.ids_RT)
@@ -66,13 +71,14 @@ class TokenRows:
             self.ids_RT[indices],
             self.document_ids_RT[indices] if self.document_ids_RT.size else self.document_ids_RT,
             self.mask_RT[indices] if self.mask_RT.size else self.mask_RT,
+            self.positions_RT[indices] if self.positions_RT.size else self.positions_RT,
             [self.digests[place] for place in places] if self.digests else [],
         )
 
 
-def shard_name(split: Split, index: int) -> str:
-    """Return the logical name of a split's shard."""
-    return f"tokens/{split}-{index:05d}.parquet"
+def shard_name(split: Split, part: int, number: int = 0) -> str:
+    """Return the logical name of a split's shard: the `number`-th that a part of the source gave."""
+    return f"tokens/{split}-{part:05d}-{number:05d}.parquet"
 
 
 def shard_pattern(split: Split) -> str:
@@ -87,18 +93,23 @@ def predicts(mask_BT: NDArray[np.bool_]) -> NDArray[np.bool_]:
     return predicts_BT
 
 
-def row_digests(ids_RT: NDArray[np.int32]) -> list[bytes]:
-    """Return the digest of each row's token ids."""
-    return [hashlib.sha256(row.astype("<i4").tobytes()).digest()[:DIGEST_BYTES] for row in ids_RT]
+def row_digests(ids_RT: NDArray[np.int32], positions_RT: NDArray[np.int32]) -> list[bytes]:
+    """Return the digest of each row's token ids and their positions: equal rows have equal signals."""
+    rows = zip(ids_RT.astype("<i4"), positions_RT.astype("<i4"), strict=True)
+    return [hashlib.sha256(ids.tobytes() + places.tobytes()).digest()[:DIGEST_BYTES] for ids, places in rows]
 
 
 def to_parquet(rows: TokenRows) -> bytes:
-    """Return a shard's bytes; the digests are made from the token ids."""
+    """Return a shard's bytes; the digests are made from token ids and positions."""
     length = rows.ids_RT.shape[1]
+    positions_RT = rows.positions_RT
+    if not positions_RT.size:
+        positions_RT = np.broadcast_to(np.arange(length, dtype=np.int32), rows.ids_RT.shape)
     table = pa.table(
         {
-            "digest": pa.array(row_digests(rows.ids_RT), pa.binary(DIGEST_BYTES)),
+            "digest": pa.array(row_digests(rows.ids_RT, positions_RT), pa.binary(DIGEST_BYTES)),
             "input_ids": _fixed_lists(rows.ids_RT, pa.int32(), length),
+            "positions": _fixed_lists(positions_RT, pa.int32(), length),
             "document_ids": _fixed_lists(rows.document_ids_RT, pa.int64(), length),
             "loss_mask": _fixed_lists(rows.mask_RT, pa.bool_(), length),
         }
@@ -159,6 +170,7 @@ def _to_rows(table: Any) -> TokenRows:
         ids_RT=_array(table, "input_ids", np.int32),
         document_ids_RT=_array(table, "document_ids", np.int64),
         mask_RT=_array(table, "loss_mask", np.bool_),
+        positions_RT=_array(table, "positions", np.int32),
         digests=table["digest"].to_pylist() if "digest" in table.column_names else [],
     )
 

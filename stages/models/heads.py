@@ -19,14 +19,14 @@ Promises: every causal language model of transformers has a path that works; log
 only, a padded head's other entries are cut off before anything is normalized; logits are float32. Products
 for other numbers of positions than the model's own pass round differently: by a unit or two in the last place.
 Memory: a state is `D` numbers of the model's dtype, or, where whole logits are kept, `V`.
-Does not: mask attention within a row, which is padded on the right only.
+Rows are packed: each segment is run as if it were alone (`stages.models.segments`).
 
 Shapes: B rows, T tokens of a row, N positions, D width of the backbone, V the dataset's vocabulary, X either of both.
 """
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from stages.errors import OutOfMemory, Transient
+from stages.models.segments import keeps_segments_apart, run_rows
 from stages.runtime.translation import one_line, translate, within_memory
 
 __all__ = ["Head", "PackedHead", "PackedTensor", "log_prob_chunks", "observe_head"]
@@ -86,34 +87,38 @@ class Head:
     """Divides the logits (Granite's `logits_scaling`)."""
     softcap: float | None = None
     """Logits are squeezed into ± this by tanh (Gemma's `final_logit_softcapping`)."""
+    whole_rows: bool = False
+    """Whether the model keeps the segments of a row apart by itself; where not, each is run as a row of its own."""
 
     @property
     def is_replayed(self) -> bool:
         """Whether states are the backbone's vectors, not whole logits."""
         return self.weight_VD is not None
 
-    def states(self, model: Any, input_ids_BT: Tensor, chosen_BT: Tensor | None = None) -> Tensor:
+    def states(self, model: Any, input_ids_BT: Tensor, positions_BT: Tensor, chosen_BT: Tensor | None = None) -> Tensor:
         """Run a model over rows and return its states `[N, X]` at the chosen positions, at all where none are given."""
-        states_NX, _ = self.run(model, input_ids_BT)
+        states_NX, _ = self.run(model, input_ids_BT, positions_BT)
         return states_NX if chosen_BT is None else states_NX[chosen_BT.flatten()]
 
     def run(
-        self, model: Any, input_ids_BT: Tensor, *, hidden_states: bool = False
+        self, model: Any, input_ids_BT: Tensor, positions_BT: Tensor, *, hidden_states: bool = False
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Run a model over rows and return its states `[N, X]` at all positions, and its hidden states `[N, D]`.
 
         Hidden states, where they are asked for, are what transformers calls so: the embeddings, then each layer's
         output, in most families the last one's after the final norm.
+
+        Args:
+            model: the model that the head was observed on.
+            input_ids_BT: int64.
+            positions_BT: of each token within its segment.
+            hidden_states: whether they are wanted.
         """
         network = model.base_model if self.is_replayed else model
-        options = {"output_hidden_states": True} if hidden_states else {}
-        found = network(input_ids=input_ids_BT, use_cache=False, **options)
-        # Flattened before it is cut: the other way round a padded head's logits would be copied.
-        states_NX = found.last_hidden_state.flatten(0, 1) if self.is_replayed else self._cut(found.logits)
-        return states_NX, tuple(state.flatten(0, 1) for state in found.hidden_states) if hidden_states else ()
-
-    def _cut(self, logits_BTV: Tensor) -> Tensor:
-        return logits_BTV.flatten(0, 1)[:, : self.vocabulary_size]
+        found = run_rows(network, input_ids_BT, positions_BT, whole=self.whole_rows, hidden_states=hidden_states)
+        # Cut as flat rows: the other way round a padded head's logits would be copied.
+        states_NX = found.values_NX if self.is_replayed else found.values_NX[:, : self.vocabulary_size]
+        return states_NX, found.hidden_states
 
     def logits(self, states_NX: Tensor, out: Tensor | None = None) -> Tensor:
         """Return float32 logits `[N, V]`; into `out`, float32 [N, V], where it is given and the head is replayed."""
@@ -152,7 +157,7 @@ class Head:
         """Return the head in a form that travels between processes."""
         weight = None if self.weight_VD is None else PackedTensor.of(self.weight_VD)
         bias = None if self.bias_V is None else PackedTensor.of(self.bias_V)
-        return PackedHead(self.vocabulary_size, weight, bias, self.scale, self.divisor, self.softcap)
+        return PackedHead(self.vocabulary_size, weight, bias, self.scale, self.divisor, self.softcap, self.whole_rows)
 
 
 def _float32_product(states_NX: Tensor, weight_VD: Tensor, out: Tensor | None) -> Tensor:
@@ -178,47 +183,51 @@ class PackedHead:
     scale: float
     divisor: float
     softcap: float | None
+    whole_rows: bool
 
     def unpack(self, device: Any) -> Head:
         """Return the head on a device."""
         weight_VD = None if self.weight is None else self.weight.tensor(device)
         bias_V = None if self.bias is None else self.bias.tensor(device)
-        return Head(self.vocabulary_size, weight_VD, bias_V, self.scale, self.divisor, self.softcap)
+        return Head(self.vocabulary_size, weight_VD, bias_V, self.scale, self.divisor, self.softcap, self.whole_rows)
 
 
 @torch.inference_mode()
-def observe_head(model: Any, input_ids_BT: Tensor, vocabulary_size: int) -> Head:
+def observe_head(model: Any, input_ids_BT: Tensor, vocabulary_size: int, *, whole_rows: bool | None = None) -> Head:
     """Return a loaded model's head, as it is to be replayed, or one that keeps whole logits.
 
-    Runs two short forward passes, of the model and of its backbone alone, as `Head.run` runs it; the first also makes a
-    compressed checkpoint unpack its weights.
+    Runs a few short forward passes: those of `keeps_segments_apart`, one of the model, and one of its backbone alone as
+    `Head.run` runs it; the first also makes a compressed checkpoint unpack its weights.
 
     Args:
         model: a causal language model in evaluation mode.
         input_ids_BT: rows of real tokens, of which the first one's beginning is used.
         vocabulary_size: entries of the dataset's vocabulary; a head may be padded to more.
+        whole_rows: whether it keeps segments apart, where that is known of the model that it was made from.
 
     Raises:
         OutOfMemory: not even those tokens fit.
     """
     first_BT = input_ids_BT[:1, :OBSERVED_TOKENS]
     with within_memory(f"observing the output head of {type(model).__name__}"):
+        whole_rows = keeps_segments_apart(model) if whole_rows is None else whole_rows
         logits_BTV = model(input_ids=first_BT, use_cache=False).logits
-        whole = _read_head(model, logits_BTV.shape[-1])
+        whole = _read_head(model, logits_BTV.shape[-1], whole_rows)
         if whole is None or not _gives(whole, model, first_BT, logits_BTV.flatten(0, 1)):
             logger.info("deciding to take whole logits, since %s's head cannot be replayed", type(model).__name__)
-            return Head(vocabulary_size)
+            return Head(vocabulary_size, whole_rows=whole_rows)
     logger.info("deciding to replay the output head, since it gives the model's logits bit for bit")
     assert whole.weight_VD is not None, "a head that was read has one"
     bias_V = None if whole.bias_V is None else whole.bias_V[:vocabulary_size]
     weight_VD = whole.weight_VD[:vocabulary_size]
-    return Head(vocabulary_size, weight_VD, bias_V, whole.scale, whole.divisor, whole.softcap)
+    return replace(whole, vocabulary_size=vocabulary_size, weight_VD=weight_VD, bias_V=bias_V)
 
 
 def _gives(head: Head, model: Any, input_ids_BT: Tensor, logits_NV: Tensor) -> bool:
     """Whether a head, replayed on what the backbone alone computes, gives the model's own logits bit for bit."""
     try:
-        states_NX, _ = head.run(model, input_ids_BT)
+        positions_BT = torch.arange(input_ids_BT.shape[1], device=input_ids_BT.device)[None]
+        states_NX = head.states(model, input_ids_BT, positions_BT)
         return torch.equal(head.observed_logits(states_NX).to(logits_NV.dtype), logits_NV)
     except Exception as error:  # any model's code runs here: what it cannot do by itself is not replayed
         if isinstance(translate(error), OutOfMemory | Transient) or isinstance(error, torch.AcceleratorError):
@@ -227,7 +236,7 @@ def _gives(head: Head, model: Any, input_ids_BT: Tensor, logits_NV: Tensor) -> b
         return False
 
 
-def _read_head(model: Any, num_entries: int) -> Head | None:
+def _read_head(model: Any, num_entries: int, whole_rows: bool) -> Head | None:
     """Return the head that a model's modules and config describe, padding included; None where it is no linear map."""
     layer = model.get_output_embeddings()
     if type(layer) is not nn.Linear:
@@ -236,7 +245,8 @@ def _read_head(model: Any, num_entries: int) -> Head | None:
     config = model.config.get_text_config()
     factors = [getattr(config, name, None) for name in ("logit_scale", "logits_scaling", "final_logit_softcapping")]
     scale, divisor, softcap = factors
-    return Head(num_entries, layer.weight.detach(), bias_V, float(scale or 1.0), float(divisor or 1.0), softcap)
+    weight_VD = layer.weight.detach()
+    return Head(num_entries, weight_VD, bias_V, float(scale or 1.0), float(divisor or 1.0), softcap, whole_rows)
 
 
 def log_prob_chunks(*models: tuple[Head, Tensor]) -> Iterator[tuple[slice, Sequence[Tensor]]]:

@@ -1,7 +1,8 @@
 """Documents to token ids and loss masks.
 
-Promise: a document becomes what its tokenizer makes of it (a beginning-of-text token where the tokenizer adds one),
-ended by the end-of-text token; the mask is true on exactly the tokens that the schema's table in `documents.py` names.
+Promise: a document becomes what its tokenizer makes of it (it begins with what the tokenizer puts first, which is no
+target, a chat too whose template leaves that out), ended by the end-of-text token; the mask is true on exactly the
+tokens that the schema's table in `documents.py` names.
 A prompt and its completion are tokenized apart, as they are when the model is used.
 
 Chats are rendered by the tokenizer's chat template, or by `DEFAULT_TEMPLATE` where it has none, and tokenized once;
@@ -46,8 +47,8 @@ class EncoderState:
 
     digest: str
     eos_token_id: int
-    bos_token_id: int | None = None
-    """The beginning-of-text token where the tokenizer begins each text with it, else None."""
+    prefix: tuple[int, ...] = ()
+    """What the tokenizer puts before each text: its beginning-of-text token in most, nothing in many."""
     backend: str = ""
     """`tokenizer.json` of the tokenizer as it is loaded."""
     vocabulary_size: int = 2**31
@@ -94,8 +95,6 @@ class Encoder:
         specials = [t.content for t in self._tokenizer.get_added_tokens_decoder().values() if t.special]
         self._closing = re.compile(rf"\s*(?:{'|'.join(map(re.escape, specials))})") if specials else re.compile("")
         """What may close an answer."""
-        self._begin = str(self._tokenizer.id_to_token(state.bos_token_id) if state.bos_token_id is not None else "")
-        """What the default template, which is for every tokenizer, has to begin with."""
         self._has_generation_blocks = _GENERATION.search(state.chat_template) is not None
 
     def encode(self, documents: Sequence[Document]) -> list[Encoded | str]:
@@ -119,7 +118,7 @@ class Encoder:
         return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
     def _join(self, document: Document, prompt: list[int], text: list[int]) -> Encoded:
-        begin = [] if self._state.bos_token_id is None else [self._state.bos_token_id]
+        begin = self._state.prefix
         ids = np.array([*begin, *prompt, *text, self._state.eos_token_id], np.int32)
         mask = np.ones(len(ids), np.bool_)
         mask[: len(begin) + len(prompt)] = False
@@ -142,17 +141,15 @@ class Encoder:
                 "answers with {% generation %} in it"
             )
         num_answers = sum(message["role"] == "assistant" and bool(message["content"].strip()) for message in messages)
-        if self._state.chat_template == DEFAULT_TEMPLATE:
-            text, spans = (
-                self._begin + text,
-                [(start + len(self._begin), stop + len(self._begin)) for start, stop in spans],
-            )
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
         ids = np.array(encoding.ids, np.int32)
         starts, stops = np.array(encoding.offsets, np.int64).reshape(-1, 2).T
         mask = np.zeros(len(ids), np.bool_)
         for start, stop in spans:
             mask |= (stops > start) & (starts < stop) & (stops > starts)
+        if (begin := self._state.prefix) and tuple(ids[: len(begin)].tolist()) != begin:
+            ids = np.concatenate([np.array(begin, np.int32), ids])
+            mask = np.concatenate([np.zeros(len(begin), np.bool_), mask])
         if len(ids) and ids[-1] != self._state.eos_token_id:
             ids, mask = np.append(ids, np.int32(self._state.eos_token_id)), np.append(mask, False)
         return Encoded(ids, mask, document.id, max(0, num_answers - len(spans)))

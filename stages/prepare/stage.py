@@ -9,16 +9,17 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from stages.contract import Config, Context, ExternalData, Input, Kind, Outcome, Reporter, Shards, Stage
+from stages.contract import Config, Context, ExternalData, Input, Kind, Outcome, Reporter, Shards, Split, Stage
 from stages.errors import ConfigError, StageFailed
 from stages.external.checkpoints import PretrainedTokenizer
 from stages.external.documents import DocumentSource, HubDataset
-from stages.formats.dataset import DatasetInfo
+from stages.formats.dataset import DatasetInfo, OverlongDocuments
 from stages.runtime.processes import quiet_data
 from stages.runtime.workarounds import deprecated_options
 from stages.runtime.workers import WorkerSetup, translated_errors, worker_options
 
 if TYPE_CHECKING:
+    from stages.prepare.packing import Cutting
     from stages.prepare.summary import Summary
 
 
@@ -36,7 +37,7 @@ class Prepare(Stage):
     """Turns documents into a dataset of packed tokens, split before it is packed."""
 
     KIND: ClassVar[Kind] = "dataset"
-    REVISION: ClassVar[str] = "2026-11-21 every answer of a chat"
+    REVISION: ClassVar[str] = "2026-11-25 segments: whole chats, windows of texts, each begun as the tokenizer begins"
     PLACES_WORKERS: ClassVar = True
     INPUTS: ClassVar[Mapping[str, Input]] = {"tokenizer": Input(("model", "dataset"), required=False)}
 
@@ -46,6 +47,15 @@ class Prepare(Stage):
     """Train one, or take one from outside; None where the input `tokenizer` is given."""
     sequence_length: int = Field(ge=8)
     """Tokens in one packed row; longer ones cost memory in all that follows."""
+    overlong: Literal["reject", "truncate"] = "reject"
+    """What becomes of a chat or labelled row that is longer than a row of tokens: left out, or cut at its end, so that
+    the last answer is not learned to its end. Either is counted."""
+    context_fraction: float = Field(0.5, ge=0, le=0.9)
+    """A text longer than a row is cut into windows; of each but the first this share repeats the end of the one before,
+    as context that is no target, so that each token is predicted once and has at least so much of a row before it.
+    0.5 makes rows of long texts cost twice as much for each target as 0 does."""
+    train_context_fraction: float | None = Field(None, ge=0, le=0.9)
+    """The same for the training split, where targets count more than comparable figures; None is `context_fraction`."""
     validation_fraction: float = Field(0.05, ge=0, le=1)
     """Fraction of documents on which models are compared. 5 % suits up to some 10^5 documents; take less of more. With
     1 the whole source is for comparison."""
@@ -60,9 +70,11 @@ class Prepare(Stage):
     max_documents: int | None = Field(None, ge=1)
     """Take only the first documents, in the order of file names; None takes all."""
     part_bytes: int = Field(8 * 1024 * 1024, ge=1024)
-    """Bytes of source that one task prepares into one shard a split. Each part's last row is padded, so it counts in
-    identity. 8 MiB is about 2 million tokens: some 50 MB of memory here, and 4.6 GB a rank where a student learns from
-    signals with k = 64."""
+    """Bytes of source that one task reads: about 2 million tokens, seconds of work. Rows do not span parts, so it
+    counts in identity."""
+    shard_tokens: int = Field(65_536, ge=8)
+    """Tokens of one shard, and so of a shard of signals: what is taught between two receipts, and so what a crash
+    costs. Its signals with k = 64 take 26 MB of memory. More suits corpora of many billion tokens."""
     seed: int = 0
     """Of the split."""
 
@@ -126,13 +138,15 @@ class Prepare(Stage):
         job = work.PrepareJob(
             **rows,
             division=division,
-            sequence_length=self.sequence_length,
+            cuttings={split: self._cutting(split, encoder.prefix) for split in summary.SPLITS},
+            shard_tokens=self.shard_tokens,
             pad_token_id=facts.eos_token_id if facts.pad_token_id is None else facts.pad_token_id,
             encoder=encoder,
             shards=Shards(context.out, context.resume),
         )
         total = summary.Summary.total(_prepare_parts(parts, job, context))
-        _report_left_out(total, context.reporter)
+        overlong = self._overlong(total)
+        _report_left_out(total, overlong, context.reporter)
         summary.check(total, schema=schema, division=division, max_rejected_fraction=self.max_rejected_fraction)
         DatasetInfo(
             tokenizer_digest=facts.digest,
@@ -143,10 +157,40 @@ class Prepare(Stage):
             pad_token_id=facts.pad_token_id,
             splits=total.splits,
             rejected=total.rejected,
+            overlong=overlong,
             unlearned_answers=total.unlearned_answers,
             sources=(self.source.identity(),),
         ).write(context.out)
         return Outcome({**total.metrics, "vocabulary_size": float(facts.vocabulary_size)})
+
+    def _cutting(self, split: Split, prefix: tuple[int, ...]) -> "Cutting":
+        """Return how the documents of a split become segments."""
+        from stages.prepare.packing import Cutting
+
+        context = self.train_context_fraction if split == "train" else None
+        return Cutting(
+            sequence_length=self.sequence_length,
+            prefix=prefix,
+            overlong=self.overlong,
+            context_fraction=self.context_fraction if context is None else context,
+        )
+
+    def _overlong(self, total: "Summary") -> OverlongDocuments:
+        """Return how many chats or labelled rows are longer than a row of tokens.
+
+        Raises:
+            StageFailed: all of them are, and are to be left out.
+        """
+        num_kept = sum(of.documents for of in total.splits.values())
+        num_all = num_kept + (total.overlong if self.overlong == "reject" else 0)
+        if total.overlong and not num_kept:
+            raise StageFailed(
+                f"all {total.overlong} chats or labelled rows are longer than sequence_length={self.sequence_length} "
+                "tokens, and a row is never cut at its beginning; raise sequence_length (or set overlong='truncate')"
+            )
+        return OverlongDocuments(
+            handling=self.overlong, count=total.overlong, fraction=total.overlong / max(1, num_all)
+        )
 
     def _make_tokenizer(self, context: Context, parts: list[Any], rows: dict[str, Any], folder: Path) -> Any:
         """Train or copy the tokenizer into a local folder, and return it loaded."""
@@ -176,10 +220,14 @@ MAX_SAMPLED_PARTS = 256
 """Parts from which a tokenizer's training text is taken, evenly spaced: no need to open ten thousand files for it."""
 
 
-def _report_left_out(total: "Summary", reporter: Reporter) -> None:
+def _report_left_out(total: "Summary", overlong: OverlongDocuments, reporter: Reporter) -> None:
     rejected = total.rejected
     if rejected.count:
         reporter.note(f"{rejected.count} of {rejected.rows_read} rows are left out, such as {rejected.examples[0]}")
+    if overlong.count:
+        done = "are left out" if overlong.handling == "reject" else "lost their end"
+        share = f"{overlong.count} chats or labelled rows, {overlong.fraction:.1%}"
+        reporter.note(f"{share}, are longer than sequence_length and {done}")
     if total.unlearned_answers:
         reporter.note(
             f"{total.unlearned_answers} answers in chats are no targets, since the chat template changes them"
@@ -188,13 +236,12 @@ def _report_left_out(total: "Summary", reporter: Reporter) -> None:
 
 def _prepare_parts(parts: list[Any], job: Any, context: Context) -> "list[Summary]":
     """Return the summaries of all parts in order: those of earlier attempts, and those of this one."""
-    from stages.formats.tokens import shard_name
     from stages.prepare import summary
 
     written = frozenset(job.shards.done())
     found = summary.finished(job.shards, written)
     missing = [part for part in parts if part.index not in found]
-    items = [(part, written & {shard_name(split, part.index) for split in summary.SPLITS}) for part in missing]
+    items = [(part, written) for part in missing]
     for num_done, (index, made) in enumerate(
         _map_parts(_prepare, items, {"job": job}, context), len(parts) - len(missing) + 1
     ):

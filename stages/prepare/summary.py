@@ -29,6 +29,8 @@ class Summary(FormatModel):
 
     splits: dict[Split, SplitCounts]
     rejected: RejectedRows
+    overlong: int = 0
+    """Chats and labelled rows that are longer than a row of tokens."""
     unlearned_answers: int
     """Answers in chats that are no targets."""
 
@@ -43,6 +45,7 @@ class Summary(FormatModel):
                 rows_read=sum(part.rejected.rows_read for part in parts),
                 examples=examples[:NUM_EXAMPLES],
             ),
+            overlong=sum(part.overlong for part in parts),
             unlearned_answers=sum(part.unlearned_answers for part in parts),
         )
 
@@ -56,6 +59,7 @@ class Summary(FormatModel):
         }
         return counts | {
             "rejected_rows": float(self.rejected.count),
+            "overlong_documents": float(self.overlong),
             "unlearned_answers": float(self.unlearned_answers),
         }
 
@@ -84,7 +88,8 @@ def finished(shards: Shards, written: frozenset[str]) -> dict[int, Summary]:
             summary = Summary.model_validate(folder.get_json(entry.name))
         except ValidationError:  # of another version: the part is prepared again
             continue
-        if all(shard_name(split, index) in written for split, of in summary.splits.items() if of.rows):
+        names = (shard_name(split, index, i) for split, of in summary.splits.items() for i in range(of.shards))
+        if all(name in written for name in names):
             found[index] = summary
     return found
 

@@ -6,7 +6,7 @@ Promise: the same texts in the same order give the same tokenizer.
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from stages.errors import StageFailed
 from stages.models.checkpoints import text_config
@@ -76,13 +76,12 @@ def describe_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> tu
     digest, size = tokenizer_digest(tokenizer), vocabulary_size(tokenizer)
     if (folder / "config.json").exists():  # a model may have no embedding for a tokenizer's last tokens (images, audio)
         size = min(size, text_config(folder).vocab_size)
-    first = backend.encode("a", add_special_tokens=True).ids[0]
     special = {name: str(text) for name, text in tokenizer.special_tokens_map.items() if not isinstance(text, list)}
     state = EncoderState(
         digest=digest,
         vocabulary_size=size,
         eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=first if first == tokenizer.bos_token_id else None,
+        prefix=_prefix(backend),
         backend=backend.to_str(),
         chat_template=_chat_template(tokenizer),
         special_tokens=tuple(sorted(special.items())),
@@ -95,6 +94,13 @@ def describe_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> tu
         pad_token_id=tokenizer.pad_token_id,
     )
     return state, facts
+
+
+def _prefix(backend: Any) -> tuple[int, ...]:
+    """Return what a tokenizer puts before a text."""
+    bare, whole = (backend.encode("a", add_special_tokens=added).ids for added in (False, True))
+    starts = (i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
+    return tuple(whole[: next(starts, 0)])
 
 
 def _chat_template(tokenizer: "PreTrainedTokenizerBase") -> str:

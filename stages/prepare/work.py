@@ -1,20 +1,20 @@
-"""What one task does with one part: read, split, encode, pack, write.
+"""What one task does with one part: read, split, encode, cut, pack, write.
 
 Promise: a part gives the same shards whoever prepares it and whenever; of one that was half done only the missing
-shards are written.
+shards are written. A shard is written as soon as it is full, so that no more than two of each split are in memory.
 Does not: import Ray.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from stages.contract import Shards, Split
 from stages.formats.dataset import RejectedRows, SplitCounts
-from stages.formats.tokens import shard_name, to_parquet
+from stages.formats.tokens import TokenRows, shard_name, to_parquet
 from stages.prepare.division import Division
 from stages.prepare.documents import Document, PartReader, Schema
-from stages.prepare.encoding import Encoded, EncoderState, build_encoder
-from stages.prepare.packing import pack
+from stages.prepare.encoding import EncoderState, build_encoder
+from stages.prepare.packing import Cutting, Packer, Segment
 from stages.prepare.parts import Part
 from stages.prepare.summary import SPLITS, Summary, keep
 
@@ -29,7 +29,8 @@ class PrepareJob:
     schema: Schema
     text_field: str
     division: Division
-    sequence_length: int
+    cuttings: Mapping[Split, Cutting]
+    shard_tokens: int
     pad_token_id: int
     encoder: EncoderState
     shards: Shards
@@ -74,30 +75,70 @@ def prepare_part(part: Part, job: PrepareJob, written: frozenset[str]) -> Summar
         StageFailed: a source file is missing, or changed.
     """
     reader = PartReader(part, job.schema, job.text_field)
-    encoded: dict[Split, list[Encoded]] = {split: [] for split in SPLITS}
+    sinks = {split: _SplitSink(split, part.index, job, written) for split in SPLITS}
+    num_unlearned = num_overlong = 0
     for batch in _batches(reader):
         results = build_encoder(job.encoder).encode([document for _, document in batch])
         for (place, document), result in zip(batch, results, strict=True):
             if isinstance(result, str):
                 reader.reject(place, result)
-            else:
-                encoded[job.division.side(document.digest)].append(result)
-    splits: dict[Split, SplitCounts] = {}
-    for split, documents in encoded.items():
-        rows = pack(documents, sequence_length=job.sequence_length, pad_token_id=job.pad_token_id)
-        splits[split] = SplitCounts(
-            shards=min(len(rows), 1), rows=len(rows), tokens=int(rows.mask_RT.sum()), documents=len(documents)
-        )
-        name = shard_name(split, part.index)
-        if len(rows) and name not in written:
-            job.shards.write(name, to_parquet(rows), splits[split].model_dump())
+                continue
+            side = job.division.side(document.digest)
+            cutting, is_text = job.cuttings[side], document.schema == "text"
+            sinks[side].add(cutting.windows(result) if is_text else cutting.whole(result))
+            num_overlong += not is_text and len(result.ids) > cutting.sequence_length
+            num_unlearned += result.num_unlearned
+    for sink in sinks.values():
+        sink.finish()
     summary = Summary(
-        splits=splits,
+        splits={split: sink.counts for split, sink in sinks.items()},
         rejected=RejectedRows(count=reader.num_rejected, rows_read=reader.num_rows, examples=tuple(reader.examples)),
-        unlearned_answers=sum(each.num_unlearned for documents in encoded.values() for each in documents),
+        overlong=num_overlong,
+        unlearned_answers=num_unlearned,
     )
     keep(job.shards, part.index, summary)
     return summary
+
+
+@dataclass(slots=True)
+class _SplitSink:
+    """Where the segments of one split of a part go: into rows, and these into shards."""
+
+    split: Split
+    part: int
+    job: PrepareJob
+    written: frozenset[str]
+    counts: SplitCounts = field(init=False)
+    _packer: Packer = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.counts = SplitCounts(shards=0, rows=0, tokens=0, documents=0, filled=0)
+        length = self.job.cuttings[self.split].sequence_length
+        self._packer = Packer(
+            sequence_length=length, shard_tokens=self.job.shard_tokens, pad_token_id=self.job.pad_token_id
+        )
+
+    def add(self, segments: Sequence[Segment]) -> None:
+        """Take the segments of one document, and write the shards that are full."""
+        self.counts = self.counts.model_copy(update={"documents": self.counts.documents + bool(segments)})
+        self._write(self._packer.add(segments))
+
+    def finish(self) -> None:
+        """Write what is left."""
+        self._write(self._packer.finish())
+
+    def _write(self, shards: Iterator[TokenRows]) -> None:
+        for rows in shards:
+            name, before = shard_name(self.split, self.part, self.counts.shards), self.counts
+            self.counts = SplitCounts(
+                shards=before.shards + 1,
+                rows=before.rows + len(rows),
+                tokens=before.tokens + int(rows.mask_RT.sum()),
+                documents=before.documents,
+                filled=before.filled + int((rows.document_ids_RT >= 0).sum()),
+            )
+            if name not in self.written:
+                self.job.shards.write(name, to_parquet(rows), {"rows": len(rows)})
 
 
 def _batches(reader: PartReader) -> Iterator[list[tuple[tuple[int, int], Document]]]:

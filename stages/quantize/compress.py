@@ -3,8 +3,6 @@
 Promises: calibration data is what the caller gives, in memory (`oneshot` alone would look for a data set by name);
 output head, embeddings and routers keep their dtype; nothing is written to the standard streams.
 Does not: save, measure, or run twice in a process: `oneshot` keeps a global session.
-
-Shape letters: R rows, T tokens of a row.
 """
 
 import contextlib
@@ -12,10 +10,9 @@ import io
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
 from stages.errors import StageFailed
@@ -65,15 +62,16 @@ def quiet() -> Iterator[None]:
         logging.disable(disabled)
 
 
-def quantize_model(model: Any, scheme: Scheme, *, layers: Layers, calibration_RT: np.ndarray, micro_batch: int) -> None:
+def quantize_model(
+    model: Any, scheme: Scheme, *, layers: Layers, calibration: Sequence[Mapping[str, torch.Tensor]]
+) -> None:
     """Quantize a model in place.
 
     Args:
         model: a causal language model that was loaded from a local folder.
         scheme: what to do.
         layers: the model's layers, from `find_layers`.
-        calibration_RT: token ids of the calibration rows.
-        micro_batch: calibration rows of one forward pass.
+        calibration: the inputs of each forward pass over the calibration rows.
 
     Raises:
         StageFailed: GPTQ could not solve a layer, or a layer was left as it was.
@@ -82,13 +80,12 @@ def quantize_model(model: Any, scheme: Scheme, *, layers: Layers, calibration_RT
 
     arguments: dict[str, Any] = {"pipeline": "datafree"}
     if scheme.needs_calibration:
-        rows = [{"input_ids": torch.tensor(ids_T, dtype=torch.long)} for ids_T in calibration_RT]
         arguments = {
             # Layer by layer, each calibrated behind the quantized ones before it, as the paper does; 0.7 s more than
             # all at once for 6 layers of width 192, and memory for one layer's activations only.
             "pipeline": "sequential",
-            "dataset": torch.utils.data.DataLoader(rows, batch_size=micro_batch),  # type: ignore[arg-type]
-            "num_calibration_samples": len(rows),
+            "dataset": torch.utils.data.DataLoader(calibration, batch_size=None),  # type: ignore[arg-type]
+            "num_calibration_samples": len(calibration),
             "shuffle_calibration_samples": False,
         }
     # Any object keeps `oneshot` from searching for a processor; it only hands it to loaders of named data sets.

@@ -59,13 +59,14 @@ def fitting_micro_batch(given: int | None, *, sequence_length: int, vocabulary_s
     return max(1, min(MAX_MICRO_BATCH, LOGITS_BUDGET_BYTES // (sequence_length * vocabulary_size * 4)))
 
 
-def _batches(rows: TokenRows, micro_batch: int, device: str) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield (ids, which positions predict a target) of consecutive rows."""
+def _batches(rows: TokenRows, micro_batch: int, device: str) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield (ids, positions within segments, which of them predict a target) of consecutive rows."""
     predicts_RT = predicts(rows.mask_RT)
     for start in range(0, len(rows), micro_batch):
         part = slice(start, start + micro_batch)
         yield (
             torch.tensor(rows.ids_RT[part], dtype=torch.long, device=device),
+            torch.tensor(rows.positions_RT[part], device=device),
             torch.tensor(predicts_RT[part], device=device),
         )
 
@@ -84,8 +85,8 @@ def predict(model: Any, rows: TokenRows, *, vocabulary_size: int, micro_batch: i
     head = observe_head(model, torch.tensor(rows.ids_RT[:1], dtype=torch.long, device=device), vocabulary_size)
     num_positions, at = int(predicts(rows.mask_RT).sum()), 0
     states_NX = torch.empty(0)
-    for ids_BT, chosen_BT in _batches(rows, micro_batch, device):
-        part_NX = head.states(model, ids_BT, chosen_BT)
+    for ids_BT, positions_BT, chosen_BT in _batches(rows, micro_batch, device):
+        part_NX = head.states(model, ids_BT, positions_BT, chosen_BT)
         if at == 0:  # at once, since joining parts at the end would hold everything twice
             states_NX = torch.empty(num_positions, part_NX.shape[1], dtype=part_NX.dtype)
         states_NX[at : at + len(part_NX)] = part_NX
@@ -102,12 +103,12 @@ def measure_fidelity(model: Any, base: BasePredictions, *, micro_batch: int, dev
     """
     rows, base_head = base.rows, base.head.unpack(device)
     ids_BT = torch.tensor(rows.ids_RT[:1], dtype=torch.long, device=device)
-    head = observe_head(model, ids_BT, base_head.vocabulary_size)
+    head = observe_head(model, ids_BT, base_head.vocabulary_size, whole_rows=base_head.whole_rows)
     kls: list[Tensor] = []
     agreed: list[Tensor] = []  # on the device, as `kls`: reading a figure would wait for it
     at = 0
-    for ids_BT, chosen_BT in _batches(rows, micro_batch, device):
-        states_NX = head.states(model, ids_BT, chosen_BT)
+    for ids_BT, positions_BT, chosen_BT in _batches(rows, micro_batch, device):
+        states_NX = head.states(model, ids_BT, positions_BT, chosen_BT)
         base_NX = base.states.tensor(device, slice(at, at + len(states_NX)))
         at += len(states_NX)
         for _, (log_q_NV, log_p_NV) in log_prob_chunks((head, states_NX), (base_head, base_NX)):

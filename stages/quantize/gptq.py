@@ -28,6 +28,6 @@ class StrictGPTQModifier(GPTQModifier):  # type: ignore[misc]  # the base is unt
             shown = ", ".join(fallen[:3]) + (f" and {len(fallen) - 3} more" if len(fallen) > 3 else "")
             raise StageFailed(
                 f"GPTQ could not factorize the Hessian of {shown} with dampening={self.dampening_frac}, and would "
-                "round to nearest there; use more calibration_rows or a larger dampening"
+                "round to nearest there; use more calibration_tokens or a larger dampening"
             )
         super().on_calibration_end(state, event, **kwargs)

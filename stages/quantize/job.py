@@ -1,14 +1,10 @@
-"""What every process of a search is given, and what a survey finds: plain values, without torch.
-
-Shape letters: R rows, T tokens of a row.
-"""
+"""What every process of a search is given, and what a survey finds: plain values, without torch."""
 
 from dataclasses import dataclass
 
-import numpy as np
-
 from stages.contract import Artifact
 from stages.formats.dataset import DatasetInfo
+from stages.formats.tokens import TokenRows
 from stages.storage import Folder
 
 
@@ -18,8 +14,8 @@ class SearchJob:
 
     model: Artifact
     resume: Folder
-    calibration_RT: np.ndarray
-    """Token ids that schemes are calibrated on."""
+    calibration: TokenRows
+    """What schemes are calibrated on."""
     dataset: DatasetInfo
     """What the model must fit; the KL is normalized over its vocabulary."""
     micro_batch: int | None
@@ -50,3 +46,5 @@ class Survey:
     """Rows of one forward pass: those given, or as many as fit."""
     replays_head: bool
     """Whether its output head can be replayed; where not, whole logits are kept."""
+    whole_rows: bool = True
+    """Whether it keeps the segments of a row apart by itself."""

@@ -60,17 +60,19 @@ class Quantize(Stage):
     """Try quantization schemes on a model and keep the best of size against KL."""
 
     KIND: ClassVar[Kind] = "search"
-    REVISION: ClassVar[str] = "2026-11-25 KL over the dataset's vocabulary, search.json with a schema"
+    REVISION: ClassVar[str] = "2026-11-25 each segment alone; calibrated and measured on different documents"
     PLACES_WORKERS: ClassVar = True
     INPUTS: ClassVar[Mapping[str, Input]] = {"model": Input(("model",)), "data": Input(("dataset",))}
     FRESH_PROCESS: ClassVar[bool] = True
 
     proposer: SerializeAsAny[Proposer] = Grid()
     """What is tried, one trial each."""
-    calibration_rows: int = Field(default=128, ge=1)
-    """Rows of the calibration split that GPTQ and SmoothQuant see at most; 128 is what arXiv:2210.17323 uses."""
-    evaluation_rows: int = Field(default=64, ge=1)
-    """Other rows of that split, on which the KL is measured, at most; of a smaller split both are cut alike."""
+    calibration_tokens: int = Field(default=128 * 2048, ge=1)
+    """Tokens of the calibration split that GPTQ and SmoothQuant see at most; 128 sequences of 2,048 are what
+    arXiv:2210.17323 uses."""
+    evaluation_tokens: int = Field(default=65_536, ge=1)
+    """Tokens of other documents of that split, on which the KL is measured, at most; of a smaller split both are cut
+    alike."""
     finalists: int = Field(default=3, ge=1)
     """Checkpoints that are kept: the chosen one and its neighbors in size."""
     max_kl: float = Field(default=0.05, gt=0)
@@ -94,15 +96,16 @@ class Quantize(Stage):
         import ray
 
         from stages.formats.tokens import shard_pattern
-        from stages.quantize.rows import read_distinct_rows, split_rows
+        from stages.quantize.rows import num_filled, num_measured, read_distinct_rows, split_rows
 
         rows = read_distinct_rows(context.one("data").paths(shard_pattern("calibration")))
         calibration, evaluation = split_rows(
-            rows, calibration=self.calibration_rows, evaluation=self.evaluation_rows, seed=self.seed
+            rows, calibration_tokens=self.calibration_tokens, evaluation_tokens=self.evaluation_tokens, seed=self.seed
         )
-        if len(calibration) + len(evaluation) < self.calibration_rows + self.evaluation_rows:
+        seen, measured = num_filled(calibration), num_measured(evaluation)
+        if seen < self.calibration_tokens or measured < self.evaluation_tokens:
             context.reporter.note(
-                f"a small calibration split: {len(calibration)} rows to calibrate on, {len(evaluation)} to measure on"
+                f"a small calibration split: {seen} tokens to calibrate on, {measured} of other documents to measure on"
             )
         job = ray.put(self._job(context, calibration))
         survey_task = remote_task(_survey, context, fresh_process=True, num_returns=2)
@@ -111,8 +114,12 @@ class Quantize(Stage):
         if not survey.replays_head:
             context.reporter.note(
                 "the model's output head cannot be replayed, so all logits of the measured tokens are kept; "
-                "evaluation_rows bounds them"
+                "evaluation_tokens bounds them"
             )
+        if not survey.whole_rows:
+            from stages.models.segments import SEGMENTS_ALONE
+
+            context.reporter.note(SEGMENTS_ALONE.format("the model"))
         receipts = self._search(context, job, survey, base)
         trials = [receipt.trial for receipt in receipts.values()]
         front = pareto_front(points_of(trials))
@@ -140,7 +147,7 @@ class Quantize(Stage):
         return SearchJob(
             model=context.one("model"),
             resume=context.resume,
-            calibration_RT=calibration.ids_RT,
+            calibration=calibration,
             dataset=DatasetInfo.read(context.one("data")),
             micro_batch=resources.micro_batch,
             device=device_of(resources),

@@ -21,6 +21,7 @@ from stages.formats.search import DoneTrial
 from stages.formats.tokens import TokenRows
 from stages.models.checkpoints import load_model, save_checkpoint
 from stages.models.compatibility import check_compatible
+from stages.models.segments import row_inputs
 from stages.quantize.compress import find_layers, linear_bytes, quantize_model, quiet
 from stages.quantize.fidelity import BasePredictions, fitting_micro_batch, measure_fidelity, predict
 from stages.quantize.job import SearchJob, Survey
@@ -52,7 +53,7 @@ def survey_model(job: SearchJob, rows: TokenRows) -> tuple[Survey, BasePredictio
             )
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     replays_head = base.head.weight is not None
-    return Survey(find_layers(model), num_parameters, micro_batch, replays_head), base
+    return Survey(find_layers(model), num_parameters, micro_batch, replays_head, base.head.whole_rows), base
 
 
 def run_trial(scheme: Scheme, job: SearchJob, survey: Survey, base: BasePredictions) -> Receipt:
@@ -94,8 +95,13 @@ def _quantize_and_save(
         model,
         scheme,
         layers=survey.layers,
-        calibration_RT=job.calibration_RT,
-        micro_batch=survey.micro_batch,
+        calibration=row_inputs(
+            torch.tensor(job.calibration.ids_RT, dtype=torch.long),
+            torch.tensor(job.calibration.positions_RT),
+            torch.tensor(job.calibration.document_ids_RT >= 0),
+            whole=survey.whole_rows,
+            batch_rows=survey.micro_batch,
+        ),
     )
     # Before saving: `save_pretrained` packs the weights in place.
     fidelity = measure_fidelity(model, base, micro_batch=survey.micro_batch, device=job.device)

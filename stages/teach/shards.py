@@ -50,26 +50,35 @@ def _refuse_broken(signals: Signals, digests: list[bytes], dtype: str) -> None:
     )
 
 
-def teach_shard(path: Path, teach: Callable[[torch.Tensor], Signals], *, batch_rows: int, dtype: str) -> ShardSignals:
+def teach_shard(
+    path: Path,
+    teach: Callable[[torch.Tensor, torch.Tensor], Signals],
+    *,
+    batch_rows: int,
+    dtype: str,
+    done: Callable[[int], None] = lambda tokens: None,
+) -> ShardSignals:
     """Run a teacher over the rows of one token shard.
 
     Args:
         path: a `tokens/…parquet` file.
-        teach: input_ids [B, T] → signals of its B · T tokens, on the CPU.
+        teach: input_ids [B, T] and positions [B, T] → signals of their B · T tokens, on the CPU.
         batch_rows: rows in one call of it.
         dtype: what the teacher computes in, for messages.
+        done: is told the tokens of each batch once it is taught.
 
     Raises:
         StageFailed: the teacher gave NaN or infinite logits; names the row.
         OutOfMemory: the device's memory did not hold a batch.
     """
     sink = io.BytesIO()
-    rows = tokens.read_rows([path], ("digest",))
+    rows = tokens.read_rows([path], ("digest", "positions"))
     with signal_shards.writer(sink) as write:
         for start in range(0, len(rows), batch_rows):
             batch = rows.take(slice(start, start + batch_rows))
             with within_memory(f"the teacher on {batch.ids_RT.shape[1]} tokens a row", micro_batch=len(batch)):
-                signals = teach(torch.from_numpy(batch.ids_RT.copy()))
+                signals = teach(torch.from_numpy(batch.ids_RT.copy()), torch.from_numpy(batch.positions_RT.copy()))
             _refuse_broken(signals, batch.digests, dtype)
             write(record_of(batch.digests, signals))
+            done(batch.ids_RT.size)
     return ShardSignals(sink.getvalue(), len(rows), rows.ids_RT.size)

@@ -38,6 +38,8 @@ class MicroBatch:
 
     input_ids_BT: Tensor
     """int64."""
+    position_ids_BT: Tensor
+    """int64: of each token within its segment."""
     positions_M: Tensor
     """int64: rows of the flattened logits [B · T, V] that predict a target."""
     targets_M: Tensor

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from stages.models.heads import Head, observe_head
+from stages.models.segments import RowOutputs, run_rows
 from stages.ops.divergences import chunked_sum
 from stages.train.batches import MicroBatch
 from stages.train.objectives.loss import Loss, Targets
@@ -46,17 +47,33 @@ class LiveTeacher:
         if self._head is None:
             self._head = observe_head(self._model, batch.input_ids_BT, self._vocabulary)
         with torch.inference_mode():
-            states_NX, hidden_ND = self._head.run(self._model, batch.input_ids_BT, hidden_states=hidden_states)
+            states_NX, hidden_ND = self._head.run(
+                self._model, batch.input_ids_BT, batch.position_ids_BT, hidden_states=hidden_states
+            )
         # Outside of inference mode: autograd takes what is selected here as the constants of a loss.
         states_MX, *hidden_MD = (each.index_select(0, batch.positions_M) for each in (states_NX, *hidden_ND))
         return TeacherOutputs(self._head, states_MX, tuple(hidden_MD))
 
 
-def student_outputs(network: Any, batch: MicroBatch, dtype: str, **options: bool) -> Any:
-    """Run a student over a micro-batch, in the type that the forward pass computes in."""
-    device = batch.input_ids_BT.device.type
-    with torch.autocast(device, dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
-        return network(input_ids=batch.input_ids_BT, use_cache=False, **options)
+def student_outputs(
+    network: Any,
+    batch: MicroBatch,
+    dtype: str,
+    *,
+    whole_rows: bool,
+    hidden_states: bool = False,
+    router_balance: bool = False,
+) -> RowOutputs:
+    """Run a student over a micro-batch, in the type that the forward pass computes in; see `run_rows`."""
+    with torch.autocast(batch.input_ids_BT.device.type, dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
+        return run_rows(
+            network,
+            batch.input_ids_BT,
+            batch.position_ids_BT,
+            whole=whole_rows,
+            hidden_states=hidden_states,
+            router_balance=router_balance,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +95,8 @@ class LossSum:
     router_weight: float = 0.0
     """Weight of a mixture's own load-balancing loss (arXiv:2101.03961), 0 where it has none. It is a mean over the
     tokens of a micro-batch, so that it alone depends on the micro-batch's size."""
+    whole_rows: bool = True
+    """Whether the student keeps the segments of a row apart by itself (`stages.models.segments`)."""
 
     @property
     def names(self) -> list[str]:
@@ -94,8 +113,14 @@ class LossSum:
         """
         hidden = any(objective.NEEDS.hidden_states for objective in self.objectives)
         asked = self.teacher.outputs(batch, hidden_states=hidden) if self.teacher else None
-        options = {"output_router_logits": True} if self.router_weight else {}
-        student = student_outputs(network, batch, self.dtype, output_hidden_states=hidden, **options)
+        student = student_outputs(
+            network,
+            batch,
+            self.dtype,
+            whole_rows=self.whole_rows,
+            hidden_states=hidden,
+            router_balance=bool(self.router_weight),
+        )
 
         def term(values: tuple[Tensor, ...], rows: slice) -> tuple[Tensor, ...]:
             seen = self._seen(values, asked, batch, rows)
@@ -106,11 +131,10 @@ class LossSum:
                 weighted = weighted + parts[-1]
             return (weighted, *parts)  # type: ignore[arg-type]
 
-        values = (student.logits, *(student.hidden_states if hidden else ()))
-        loss, sums = chunked_sum([value.flatten(0, 1) for value in values], batch.positions_M, term)
-        if not self.router_weight:
+        loss, sums = chunked_sum([student.values_NX, *student.hidden_states], batch.positions_M, term)
+        if student.router_balance is None:
             return loss, sums
-        balance = student.aux_loss.float() * len(batch.targets_M)
+        balance = student.router_balance.float() * len(batch.targets_M)
         added = self.router_weight * balance.detach()
         return loss + self.router_weight * balance, torch.cat([sums[:1] + added, sums[1:], balance.detach()[None]])
 

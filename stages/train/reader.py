@@ -26,8 +26,8 @@ from stages.formats.tokens import num_rows, predicts
 from stages.train.batches import MicroBatch, StepBatch, StoredSignals
 from stages.train.windows import Array, ShardPair, SignalsLayout, Window, read_shard
 
-WINDOW_SHARDS = 2
-"""Consecutive shards whose rows are mixed; also what is read at once."""
+WINDOW_SHARDS = 8
+"""Consecutive shards whose rows are mixed; also what is read at once: half a million tokens, 210 MB with k = 64."""
 STEPS_AHEAD = 4
 """Optimizer steps that wait ready-made: enough to hide the reading of a batch, little memory."""
 
@@ -128,7 +128,7 @@ class Reader:
         """Cut this rank's micro-batches out of a global batch."""
         mask = np.concatenate([window.rows(["loss_mask"], rows)["loss_mask"] for window, rows in taken])
         own = np.array_split(np.arange(self.batch_rows), self.world_size)[self.rank]
-        names = ("input_ids", *(self.layout.columns if self.layout else ()))
+        names = ("input_ids", "positions", *(self.layout.columns if self.layout else ()))
         cuts = [own[start : start + self.micro_batch] for start in range(0, len(own), self.micro_batch)]
         return StepBatch(
             micro_batches=tuple(self._micro_batch(_pick(taken, cut, names), mask[cut]) for cut in cuts),
@@ -140,7 +140,8 @@ class Reader:
         input_ids = torch.from_numpy(rows["input_ids"]).long()
         positions = torch.from_numpy(predicts(mask_BT).reshape(-1).nonzero()[0])
         targets = input_ids.flatten()[positions + 1]
-        return MicroBatch(input_ids, positions, targets, self._signals(rows, positions))
+        position_ids = torch.from_numpy(rows["positions"]).long()
+        return MicroBatch(input_ids, position_ids, positions, targets, self._signals(rows, positions))
 
     def _signals(self, rows: dict[str, Array], positions: Tensor) -> StoredSignals | None:
         if self.layout is None:

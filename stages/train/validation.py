@@ -26,6 +26,8 @@ class HeldOutText:
     """Tokens of the dataset."""
     dtype: str
     """What the student's forward pass computes in."""
+    whole_rows: bool = True
+    """Whether the student keeps the segments of a row apart by itself."""
     _batches: Sequence[StepBatch] = field(default_factory=tuple)
 
     @torch.no_grad()
@@ -36,8 +38,8 @@ class HeldOutText:
         was_training = model.training
         model.eval()
         for batch in (each.to(device) for step in self._batches for each in step.micro_batches):
-            logits_NV = student_outputs(model, batch, self.dtype).logits.flatten(0, 1)[:, : self.vocabulary]
-            total += self._sum(logits_NV, batch)
+            found = student_outputs(model, batch, self.dtype, whole_rows=self.whole_rows)
+            total += self._sum(found.values_NX[:, : self.vocabulary], batch)
         model.train(was_training)
         if self.reader.world_size > 1:
             torch.distributed.all_reduce(total)

@@ -79,8 +79,8 @@ def read_shard(pair: ShardPair, layout: SignalsLayout | None) -> Shard:
         StageFailed: rows have no signals.
     """
     joined = layout is not None and pair.signals is not None
-    rows = tokens.read_rows([pair.tokens], ("digest", "loss_mask") if joined else ("loss_mask",))
-    arrays = {"input_ids": rows.ids_RT, "loss_mask": rows.mask_RT}
+    rows = tokens.read_rows([pair.tokens], ("positions", "loss_mask", *(("digest",) if joined else ())))
+    arrays = {"input_ids": rows.ids_RT, "positions": rows.positions_RT, "loss_mask": rows.mask_RT}
     if layout is None or pair.signals is None:
         return Shard(arrays, {}, np.arange(len(rows)))
     where = {digest: row for row, digest in enumerate(read_digests(pair.signals))}

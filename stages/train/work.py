@@ -17,6 +17,7 @@ from stages.formats.tokens import num_rows, shard_pattern
 from stages.formats.training import TrainingInfo
 from stages.models.checkpoints import load_model, save_checkpoint, stored_dtype
 from stages.models.compatibility import check_compatible
+from stages.models.segments import SEGMENTS_ALONE, keeps_segments_apart
 from stages.runtime.workers import WorkerSetup
 from stages.train import snapshots
 from stages.train.forward import LiveTeacher, LossSum
@@ -99,16 +100,19 @@ def train_rank(job: TrainJob, ranks: Ranks) -> None:
     if job.snapshot:
         progress = Progress(step=job.snapshot.step, **job.snapshot.facts)
         tensors = snapshots.read(context.resume, job.snapshot)
+    whole_rows = keeps_segments_apart(model)
+    if not whole_rows and ranks.rank == 0:
+        context.reporter.note(SEGMENTS_ALONE.format("the student"))
     reader = _reader(job, ranks, dataset.sequence_length)
     training = Training(
         model=model,
         reader=reader,
-        loss=_losses(job, ranks, dataset, model),
+        loss=_losses(job, ranks, dataset, model, whole_rows=whole_rows),
         recipe=job.recipe,
         reporter=context.reporter,
         ranks=ranks,
         snapshot_writer=snapshots.SnapshotWriter(context.resume) if ranks.rank == 0 else None,
-        held_out=_held_out(job, ranks, dataset, reader),
+        held_out=_held_out(job, ranks, dataset, reader, whole_rows=whole_rows),
         validation=job.validation or Validation(),
         keeps_best=job.keeps_best,
     )
@@ -118,19 +122,22 @@ def train_rank(job: TrainJob, ranks: Ranks) -> None:
         write_artifact(job, model.to(stored), progress, rows_per_epoch=reader.rows_per_epoch)
 
 
-def _losses(job: TrainJob, ranks: Ranks, dataset: DatasetInfo, model: Any) -> LossSum:
+def _losses(job: TrainJob, ranks: Ranks, dataset: DatasetInfo, model: Any, *, whole_rows: bool) -> LossSum:
     return LossSum(
         job.objectives,
         dataset.vocabulary_size,
         dtype=job.recipe.dtype,
         teacher=_teacher(job, ranks, dataset),
+        whole_rows=whole_rows,
         is_padded=model.config.get_text_config().vocab_size > dataset.vocabulary_size,
         # Mixtures that add this loss by themselves, where they are given labels, keep its weight here.
         router_weight=float(getattr(model, "router_aux_loss_coef", 0.0) or 0.0),
     )
 
 
-def _held_out(job: TrainJob, ranks: Ranks, dataset: DatasetInfo, reader: Reader) -> HeldOutText | None:
+def _held_out(
+    job: TrainJob, ranks: Ranks, dataset: DatasetInfo, reader: Reader, *, whole_rows: bool
+) -> HeldOutText | None:
     """Return the text that the loss is measured on as training goes on, None where there is none or none is wanted."""
     if job.validation is None:
         return None
@@ -149,7 +156,7 @@ def _held_out(job: TrainJob, ranks: Ranks, dataset: DatasetInfo, reader: Reader)
     wanted = min(rows, max(ranks.world_size, job.validation.max_tokens // dataset.sequence_length))
     batch_rows = min(wanted, reader.batch_rows)
     held_out = replace(reader, shards=shards, layout=None, batch_rows=batch_rows)
-    return HeldOutText(held_out, wanted // batch_rows, dataset.vocabulary_size, job.recipe.dtype)
+    return HeldOutText(held_out, wanted // batch_rows, dataset.vocabulary_size, job.recipe.dtype, whole_rows)
 
 
 def _origin(job: TrainJob) -> Path | None:

@@ -3,7 +3,7 @@
 Promise: signals are those of `model(input_ids).logits`, truncated to the dataset's vocabulary before the softmax.
 The full [tokens, vocabulary] logits are never made where the output head can be replayed (`stages.models.heads`).
 
-Rows are padded on the right only, so that a causal model needs no attention mask.
+Each segment of a row is run as if it were alone (`stages.models.segments`).
 
 Shapes: B rows, T tokens, N = B · T, X width of what is kept of a position, V vocabulary of the dataset.
 """
@@ -39,13 +39,25 @@ class LocalTeacher:
         device: torch.device = self.model.device
         return device
 
+    @property
+    def whole_rows(self) -> bool:
+        """Whether rows go through the model whole; where not, each segment is run as a row of its own."""
+        return self._head is None or self._head.whole_rows
+
     @torch.inference_mode()
-    def signals(self, input_ids_BT: Tensor) -> Signals:
-        """Run the teacher over rows of tokens and keep signals of every position, [B · T], on the CPU."""
-        ids = input_ids_BT.to(self.device, dtype=torch.long, non_blocking=True)
+    def signals(self, input_ids_BT: Tensor, positions_BT: Tensor) -> Signals:
+        """Run the teacher over rows of tokens and keep signals of every position, [B · T], on the CPU.
+
+        Args:
+            input_ids_BT: any integers.
+            positions_BT: of each token within its segment.
+        """
+        ids, positions = (
+            each.to(self.device, dtype=torch.long, non_blocking=True) for each in (input_ids_BT, positions_BT)
+        )
         if self._head is None:
             self._head = observe_head(self.model, ids, self.vocabulary)
-        return self._reduce(self._head, self._head.states(self.model, ids))
+        return self._reduce(self._head, self._head.states(self.model, ids, positions))
 
     def _reduce(self, head: Head, states_NX: Tensor) -> Signals:
         """Make logits and capture them chunk by chunk."""

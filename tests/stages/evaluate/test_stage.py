@@ -49,28 +49,30 @@ def read_result(out: Folder):
     return Scores.parse(out.get("scores.json"), where="scores.json"), documents
 
 
-def dense_log_probs(folder: Path, input_ids: np.ndarray) -> np.ndarray:
-    """Log-probabilities `[B, T-1, V]` of the model in float64, whole, its padded words cut off before softmax."""
+def dense_log_probs(folder: Path, input_ids: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """Log-probabilities `[B, T-1, V]` of the model in float64, each segment alone, padded words cut off before softmax."""
     model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    flat = torch.as_tensor(input_ids).long().flatten()
     with torch.no_grad():
-        logits = model(input_ids=torch.as_tensor(input_ids).long()).logits
-    return log_softmax(logits[:, :-1, :VOCABULARY].numpy())
+        starts = np.flatnonzero(positions.ravel() == 0)[1:].tolist()
+        logits = torch.cat([model(input_ids=ids[None]).logits[0] for ids in flat.tensor_split(starts)])
+    return log_softmax(logits.view(*input_ids.shape, -1)[:, :-1, :VOCABULARY].numpy())
 
 
 def rows_of(data) -> tuple[np.ndarray, ...]:
     tables = [pq.read_table(path) for path in data.paths("tokens/validation-*.parquet")]
     return tuple(
         np.concatenate([np.array(table[name].to_pylist()) for table in tables])
-        for name in ("input_ids", "document_ids", "loss_mask")
+        for name in ("input_ids", "document_ids", "loss_mask", "positions")
     )
 
 
 @pytest.mark.parametrize("name", ["teacher", "distilled", "plain"])
 def test_scores_agree_with_a_dense_float64_computation(world, evaluated, name):
     scores, documents, *_ = evaluated
-    input_ids, document_ids, mask = rows_of(world["data"])
-    log_p = dense_log_probs(world["root"] / "teacher" / "model", input_ids)
-    log_q = dense_log_probs(world["root"] / name / "model", input_ids)
+    input_ids, document_ids, mask, positions = rows_of(world["data"])
+    log_p = dense_log_probs(world["root"] / "teacher" / "model", input_ids, positions)
+    log_q = dense_log_probs(world["root"] / name / "model", input_ids, positions)
     targets, mask = input_ids[:, 1:], mask[:, 1:]
     nll = -np.take_along_axis(log_q, targets[..., None], -1)[..., 0]
     kl = (np.exp(log_p) * (log_p - log_q)).sum(-1)

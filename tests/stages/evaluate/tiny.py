@@ -29,21 +29,25 @@ def save_tokenizer(folder: Path, num_words: int = VOCABULARY) -> None:
 
 
 def make_dataset(folder: Path, *, rows: tuple[int, ...] = (5, 4), seed: int = 0) -> Artifact:
-    """A validation split in `rows` shards; documents of about 20 tokens that cross rows, the last row half padding."""
+    """A validation split in `rows` shards; documents of about 20 tokens whose windows are segments, the last row half padding."""
     rng = np.random.default_rng(seed)
     save_tokenizer(folder / "tokenizer")
     total = sum(rows)
     document_ids = np.cumsum(rng.random(total * LENGTH) < 0.05).reshape(total, LENGTH) * 1_000_003
     input_ids = rng.integers(2, VOCABULARY, (total, LENGTH), dtype=np.int32)
     loss_mask = rng.random((total, LENGTH)) < 0.9
-    loss_mask[:, 0] = False
+    starts = np.diff(document_ids, axis=1, prepend=-1) != 0
+    loss_mask &= ~starts
     loss_mask[-1, LENGTH // 2 :] = False
     document_ids[-1, LENGTH // 2 :] = -1
+    starts[-1, LENGTH // 2] = True
+    places = np.broadcast_to(np.arange(LENGTH), starts.shape)
+    positions = (places - np.maximum.accumulate(np.where(starts, places, 0), axis=1)).astype(np.int32)
     (folder / "tokens").mkdir()
     start = 0
     for part, count in enumerate(rows):
         cut = slice(start, start + count)
-        shard = to_parquet(TokenRows(input_ids[cut], document_ids[cut], loss_mask[cut]))
+        shard = to_parquet(TokenRows(input_ids[cut], document_ids[cut], loss_mask[cut], positions[cut]))
         (folder / shard_name("validation", part)).write_bytes(shard)
         start += count
     digest = tokenizer_digest(load_tokenizer(folder / "tokenizer"))

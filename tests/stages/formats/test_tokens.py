@@ -18,7 +18,8 @@ def rows_of(num: int, seed: int = 0) -> TokenRows:
     mask_RT = rng.random((num, LENGTH)) < 0.7
     mask_RT[:, 0] = False
     owners_RT = rng.integers(-(2**62), 2**62, (num, LENGTH))
-    return TokenRows(rng.integers(0, 1000, (num, LENGTH), dtype=np.int32), owners_RT, mask_RT)
+    positions_RT = np.tile(np.array([0, 1, 2, 0, 1, 0, 1, 2], np.int32), (num, 1))
+    return TokenRows(rng.integers(0, 1000, (num, LENGTH), dtype=np.int32), owners_RT, mask_RT, positions_RT)
 
 
 @pytest.fixture(scope="module")
@@ -36,14 +37,32 @@ def test_shard_that_was_written_is_read_as_the_same_rows(paths: list[Path]) -> N
     np.testing.assert_array_equal(found.ids_RT, expected.ids_RT)
     np.testing.assert_array_equal(found.document_ids_RT, expected.document_ids_RT)
     np.testing.assert_array_equal(found.mask_RT, expected.mask_RT)
-    assert (found.ids_RT.dtype, found.document_ids_RT.dtype, found.mask_RT.dtype) == (np.int32, np.int64, np.bool_)
-    assert found.digests == [hashlib.sha256(row.astype("<i4").tobytes()).digest()[:16] for row in expected.ids_RT]
+    np.testing.assert_array_equal(found.positions_RT, expected.positions_RT)
+    columns = (found.ids_RT, found.document_ids_RT, found.mask_RT, found.positions_RT)
+    assert [column.dtype for column in columns] == [np.int32, np.int64, np.bool_, np.int32]
+    pairs = zip(expected.ids_RT.astype("<i4"), expected.positions_RT.astype("<i4"), strict=True)
+    assert found.digests == [hashlib.sha256(a.tobytes() + b.tobytes()).digest()[:16] for a, b in pairs]
+
+
+def test_rows_that_are_cut_into_other_segments_have_other_digests() -> None:
+    one = rows_of(1)
+    whole = np.arange(LENGTH, dtype=np.int32)[None]
+    assert tokens.row_digests(one.ids_RT, one.positions_RT) != tokens.row_digests(one.ids_RT, whole)
+
+
+def test_rows_that_are_written_without_positions_are_one_segment_each(tmp_path: Path) -> None:
+    given = rows_of(2)
+    (tmp_path / "a.parquet").write_bytes(
+        tokens.to_parquet(TokenRows(given.ids_RT, given.document_ids_RT, given.mask_RT))
+    )
+    assert tokens.read_rows([tmp_path / "a.parquet"]).positions_RT.tolist() == [list(range(LENGTH))] * 2
 
 
 def test_shard_has_the_agreed_columns(paths: list[Path]) -> None:
     assert [f"{field.name}: {field.type}" for field in pq.read_schema(paths[0])] == [
         "digest: fixed_size_binary[16]",
         "input_ids: fixed_size_list<element: int32>[8]",
+        "positions: fixed_size_list<element: int32>[8]",
         "document_ids: fixed_size_list<element: int64>[8]",
         "loss_mask: fixed_size_list<element: bool>[8]",
     ]
@@ -92,7 +111,7 @@ def test_taken_rows_keep_every_column(paths: list[Path], indices: "np.ndarray | 
     taken = whole.take(indices)
     np.testing.assert_array_equal(taken.ids_RT, whole.ids_RT[indices])
     np.testing.assert_array_equal(taken.mask_RT, whole.mask_RT[indices])
-    assert taken.digests == tokens.row_digests(taken.ids_RT)
+    assert taken.digests == tokens.row_digests(taken.ids_RT, taken.positions_RT)
 
 
 def test_position_predicts_where_its_successor_is_a_target() -> None:

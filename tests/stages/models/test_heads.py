@@ -121,6 +121,11 @@ def build(family: str, dtype: torch.dtype, seed: int = 0) -> Any:
     return FAMILIES[family][0]().to(dtype).eval()
 
 
+def places(ids_BT: torch.Tensor) -> torch.Tensor:
+    """Return the positions of rows that are one segment each."""
+    return torch.arange(ids_BT.shape[1]).expand_as(ids_BT)
+
+
 @pytest.fixture
 def ids_BT() -> torch.Tensor:
     return torch.randint(0, VOCABULARY, (3, 9), generator=torch.Generator().manual_seed(1))
@@ -135,7 +140,7 @@ def test_head_of_any_family_gives_the_models_own_logits_bit_for_bit_also_in_anot
     with torch.inference_mode():
         expected_NV = model(input_ids=ids_BT).logits.flatten(0, 1)
         head = observe_head(model, ids_BT, expected_NV.shape[1])
-        states_NX = head.states(model, ids_BT)
+        states_NX = head.states(model, ids_BT, places(ids_BT))
         assert head.is_replayed is FAMILIES[family][1]
         assert torch.equal(head.observed_logits(states_NX), expected_NV)
         logits_NV = head.logits(states_NX)
@@ -156,7 +161,7 @@ def test_head_of_a_half_type_gives_logits_that_are_not_rounded_to_it(
     with torch.inference_mode():
         rounded_NV = model(input_ids=ids_BT).logits.flatten(0, 1)
         head = observe_head(model, ids_BT, VOCABULARY)
-        states_NX = head.states(model, ids_BT)
+        states_NX = head.states(model, ids_BT, places(ids_BT))
         assert head.weight_VD is not None
         exact_NV = states_NX.double() @ head.weight_VD.double().t() + (0 if head.bias_V is None else head.bias_V)
         exact_NV = exact_NV * head.scale / head.divisor
@@ -173,7 +178,8 @@ def test_head_of_a_half_type_on_a_gpu_gives_logits_that_are_not_rounded_to_it(id
     model = build("llama", torch.bfloat16).to("cuda")
     with torch.inference_mode():
         head = observe_head(model, ids_BT.cuda(), VOCABULARY)
-        states_NX, out_NV = head.states(model, ids_BT.cuda()), torch.empty(ids_BT.numel(), VOCABULARY, device="cuda")
+        states_NX = head.states(model, ids_BT.cuda(), places(ids_BT).cuda())
+        out_NV = torch.empty(ids_BT.numel(), VOCABULARY, device="cuda")
         assert head.weight_VD is not None
         exact_NV = states_NX.double() @ head.weight_VD.double().t()
         for logits_NV in (head.logits(states_NX), head.logits(states_NX, out_NV)):
@@ -196,12 +202,13 @@ def test_teach_quantize_and_evaluate_agree_with_the_models_own_logits(
     # Products of other shapes round differently: by a unit in the last place of a logit, or two.
     tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.05}
 
-    taught = LocalTeacher(model, vocabulary=VOCABULARY, k=6, temperatures=(1.0, 2.0)).signals(ids_BT)
+    taught = LocalTeacher(model, vocabulary=VOCABULARY, k=6, temperatures=(1.0, 2.0)).signals(ids_BT, places(ids_BT))
     captured = capture(logits_NV, 6, (1.0, 2.0))
     torch.testing.assert_close(taught.log_partitions_NC, captured.log_partitions_NC, **tolerance)
     torch.testing.assert_close(taught.tail_log_mass_N, captured.tail_log_mass_N, **tolerance)
 
-    rows = TokenRows(ids_BT.numpy().astype(np.int32), np.zeros(ids_BT.shape, np.int64), mask_BT)
+    ids, owners, positions = ids_BT.numpy().astype(np.int32), np.zeros(ids_BT.shape, np.int64), places(ids_BT).numpy()
+    rows = TokenRows(ids, owners, mask_BT, positions)
     base = predict(model, rows, vocabulary_size=VOCABULARY, micro_batch=2, device="cpu")
     found = measure_fidelity(other, base, micro_batch=3, device="cpu")
     assert found.kl == pytest.approx(expected_kl, rel=tolerance["rtol"])
@@ -226,7 +233,9 @@ def test_head_after_a_residual_stream_in_another_dtype_is_not_replayed(family: A
     head = observe_head(model, ids_BT, VOCABULARY)
     assert not head.is_replayed
     with torch.inference_mode():
-        assert torch.equal(head.logits(head.states(model, ids_BT)), model(input_ids=ids_BT).logits.flatten(0, 1))
+        assert torch.equal(
+            head.logits(head.states(model, ids_BT, places(ids_BT))), model(input_ids=ids_BT).logits.flatten(0, 1)
+        )
 
 
 def test_head_whose_backbone_has_no_memory_left_is_an_error_not_whole_logits(ids_BT: torch.Tensor) -> None:
@@ -245,7 +254,7 @@ def test_head_whose_backbone_has_no_memory_left_is_an_error_not_whole_logits(ids
 def test_states_of_a_padded_head_that_is_not_replayed_are_no_copy(ids_BT: torch.Tensor) -> None:
     model = build("no linear head", torch.float32)
     with torch.inference_mode():
-        states_NX = observe_head(model, ids_BT, VOCABULARY - 8).states(model, ids_BT)
+        states_NX = observe_head(model, ids_BT, VOCABULARY - 8).states(model, ids_BT, places(ids_BT))
     assert states_NX.shape == (ids_BT.numel(), VOCABULARY - 8)
     assert states_NX.stride(0) == VOCABULARY
 
@@ -255,7 +264,7 @@ def test_hidden_states_are_the_models_own_whether_the_head_is_replayed_or_not(id
         model = build(family, torch.float32)
         with torch.inference_mode():
             expected = model(input_ids=ids_BT, output_hidden_states=True).hidden_states
-            _, found = observe_head(model, ids_BT, VOCABULARY).run(model, ids_BT, hidden_states=True)
+            _, found = observe_head(model, ids_BT, VOCABULARY).run(model, ids_BT, places(ids_BT), hidden_states=True)
         assert len(found) == len(expected) == 2
         assert all(torch.equal(a_ND, b_BTD.flatten(0, 1)) for a_ND, b_BTD in zip(found, expected, strict=True))
 
@@ -266,7 +275,7 @@ def test_head_whose_config_says_another_factor_is_not_replayed(ids_BT: torch.Ten
     head = observe_head(model, ids_BT, VOCABULARY)
     assert not head.is_replayed
     with torch.inference_mode():
-        assert torch.equal(head.states(model, ids_BT), model(input_ids=ids_BT).logits.flatten(0, 1))
+        assert torch.equal(head.states(model, ids_BT, places(ids_BT)), model(input_ids=ids_BT).logits.flatten(0, 1))
 
 
 def test_head_with_a_soft_cap_far_above_its_logits_is_still_told_from_none(ids_BT: torch.Tensor) -> None:
@@ -279,7 +288,7 @@ def test_head_with_a_soft_cap_far_above_its_logits_is_still_told_from_none(ids_B
     assert head.softcap == 8 * largest
     uncapped = Head(VOCABULARY, head.weight_VD)
     with torch.inference_mode():
-        states_NX = head.states(model, ids_BT)
+        states_NX = head.states(model, ids_BT, places(ids_BT))
         assert not torch.equal(uncapped.logits(states_NX), model(input_ids=ids_BT).logits.flatten(0, 1))
 
 
@@ -288,7 +297,7 @@ def test_log_probs_of_padded_entries_are_cut_before_the_normalization(ids_BT: to
     head = observe_head(model, ids_BT, VOCABULARY)
     with torch.inference_mode():
         expected_NV = model(input_ids=ids_BT).logits.flatten(0, 1)[:, :VOCABULARY].log_softmax(-1)
-        torch.testing.assert_close(head.log_probs(head.states(model, ids_BT)), expected_NV)
+        torch.testing.assert_close(head.log_probs(head.states(model, ids_BT, places(ids_BT))), expected_NV)
 
 
 def test_log_prob_chunks_cover_every_position_once_in_order(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,6 @@ from transformers import AutoTokenizer
 from stages.errors import StageFailed
 from stages.prepare.documents import document_of
 from stages.prepare.encoding import Encoded, Encoder, build_encoder
-from stages.prepare.packing import pack
 from stages.prepare.tokenizer import describe_tokenizer, train_byte_level_bpe
 from tests.stages.prepare.tokenizers import CHATML, CHATML_MARKED, TEXT, gpt2_like, llama_like, qwen_like, saved
 
@@ -201,27 +200,31 @@ def test_chat_template_with_the_date_gives_the_same_tokens_every_day(tmp_path: P
     assert tokenizer.decode(encoded.ids).startswith("26 Jul 2024 <|im_start|>")
 
 
-def test_packing_of_texts_decodes_to_the_texts(tmp_path: Path) -> None:
-    tokenizer = gpt2_like()
-    texts = [f"Hello fox {i}, " * (i % 7 + 1) for i in range(40)]
-    documents = [document_of({"text": text}, "text", "text") for text in texts]
-    encoded = encoder_of(tokenizer, tmp_path).encode([d for d in documents if d])
-    packed = pack([e for e in encoded if isinstance(e, Encoded)], sequence_length=32, pad_token_id=0)
-    kept = packed.document_ids_RT >= 0
-    assert tokenizer.decode(packed.ids_RT[kept]) == "".join(f"{text}<|endoftext|>" for text in texts)
-    assert (packed.ids_RT[~kept] == 0).all()
-    assert kept[:-1].all()
-    assert (packed.mask_RT[:, 1:] == kept[:, 1:]).all()
-    assert not packed.mask_RT[:, 0].any()
-    owners = packed.document_ids_RT[kept]
-    assert owners[np.concatenate([[True], owners[1:] != owners[:-1]])].tolist() == [d.id for d in documents if d]
+def test_document_begins_with_all_that_the_tokenizer_puts_first_and_none_of_it_is_a_target(tmp_path: Path) -> None:
+    tokenizer = llama_like()
+    begin, end = tokenizer.convert_tokens_to_ids(["<s>", "</s>"])
+    two = processors.TemplateProcessing(single="<s> </s> $A", special_tokens=[("<s>", begin), ("</s>", end)])
+    tokenizer.backend_tokenizer.post_processor = two
+    state, _ = describe_tokenizer(tokenizer, tmp_path)
+    assert state.prefix == (begin, end)
+    for schema, row in (("text", {"text": "Hello"}), ("chat", {"messages": CHAT[1:3]})):
+        document = document_of(row, schema, "text")
+        assert document is not None
+        (encoded,) = build_encoder(state).encode([document])
+        assert isinstance(encoded, Encoded)
+        assert encoded.ids[:2].tolist() == [begin, end]
+        assert not encoded.mask[:2].any()
+        assert encoded.ids.tolist().count(begin) == 1
+    assert describe_tokenizer(gpt2_like(), tmp_path)[0].prefix == ()
 
 
-def test_packing_drops_rows_without_a_target() -> None:
-    prompt = Encoded(np.arange(20, dtype=np.int32), np.array([False] * 19 + [True]), 7)
-    packed = pack([prompt], sequence_length=8, pad_token_id=0)
-    assert packed.ids_RT.tolist() == [[16, 17, 18, 19, 0, 0, 0, 0]]
-    assert len(pack([], sequence_length=8, pad_token_id=0).ids_RT) == 0
+def test_chat_whose_template_writes_the_first_token_does_not_get_it_twice(tmp_path: Path) -> None:
+    tokenizer = llama_like()
+    tokenizer.chat_template = "{{ bos_token }}" + CHATML
+    encoded = encode(tokenizer, tmp_path, "chat", {"messages": CHAT[1:3]})
+    assert isinstance(encoded, Encoded)
+    assert encoded.ids.tolist().count(tokenizer.bos_token_id) == 1
+    assert encoded.ids[0] == tokenizer.bos_token_id
 
 
 def test_trained_tokenizer_is_deterministic_and_encodes_anything(tmp_path: Path) -> None:

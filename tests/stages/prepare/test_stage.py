@@ -14,12 +14,13 @@ from stages.contract import Context, Outcome, read_receipts
 from stages.errors import ConfigError, StageFailed
 from stages.external.checkpoints import PretrainedTokenizer
 from stages.external.documents import Files, PythonDocs
-from stages.formats.dataset import DatasetInfo, RejectedRows, SplitCounts
+from stages.formats.dataset import DatasetInfo, OverlongDocuments, RejectedRows, SplitCounts
+from stages.formats.tokens import read_rows
 from stages.prepare import work
 from stages.prepare.stage import ByteLevelBPE, Prepare
 from stages.storage import Folder
 from tests.fakes import RecordingReporter, artifact_of, fake_context
-from tests.stages.prepare.tokenizers import gpt2_like, qwen_like, saved
+from tests.stages.prepare.tokenizers import gpt2_like, llama_like, qwen_like, saved
 
 SPLITS = ("train", "validation", "calibration")
 
@@ -43,7 +44,7 @@ def texts(num: int) -> list[dict[str, str]]:
 def prepare(tmp_path: Path, source: Any, **fields: Any) -> Prepare:
     fields = {"tokenizer": PretrainedTokenizer(source=str(saved(gpt2_like(), tmp_path / "tokenizer")))} | fields
     fractions = {"validation_fraction": 0.2, "calibration_fraction": 0.2}
-    return Prepare(**({"source": source, "sequence_length": 32} | fractions | fields))
+    return Prepare(**({"source": source, "sequence_length": 128} | fractions | fields))
 
 
 def run(stage: Prepare, context: Context) -> Outcome:
@@ -75,10 +76,16 @@ def decoded(context: Context, split: str) -> list[str]:
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
     found = []
     for path in sorted(folder.glob(f"tokens/{split}-*.parquet")):
-        table = pq.read_table(path)
-        ids, owners = (np.array(table[name].to_pylist()).ravel() for name in ("input_ids", "document_ids"))
-        found += tokenizer.decode(ids[owners >= 0]).split("<|endoftext|>")[:-1]
+        found += [tokenizer.decode(ids).removesuffix("<|endoftext|>") for ids in segments([path])]
     return found
+
+
+def segments(paths: list[Path]) -> list[np.ndarray]:
+    """Return the tokens of each segment, padding left out."""
+    rows = read_rows(paths)
+    starts = np.flatnonzero(rows.positions_RT.ravel() == 0)
+    parts = zip(*(np.split(column.ravel(), starts[1:]) for column in (rows.ids_RT, rows.document_ids_RT)), strict=True)
+    return [ids for ids, owners in parts if owners[0] >= 0]
 
 
 # ---------------------------------------------------------------- without Ray
@@ -119,7 +126,7 @@ def test_dataset_of_texts_holds_every_document_on_one_side(tmp_path: Path) -> No
     assert sum(map(len, normalized)) == 60
     assert all(normalized)
     found = description(context)
-    assert found.sequence_length == 32
+    assert found.sequence_length == 128
     assert found.rejected == RejectedRows(count=0, rows_read=80, examples=())
     for split, side in sides.items():
         names = [name for name in shards(context) if name.startswith(f"tokens/{split}-")]
@@ -129,6 +136,7 @@ def test_dataset_of_texts_holds_every_document_on_one_side(tmp_path: Path) -> No
             rows=sum(table.num_rows for table in tables),
             tokens=sum(int(np.sum(table["loss_mask"].to_pylist())) for table in tables),
             documents=len(side),
+            filled=sum(int((np.array(table["document_ids"].to_pylist()) >= 0).sum()) for table in tables),
         )
         assert outcome.metrics[f"{split}_documents"] == len(side)
     assert {file.name for file in read_receipts(context.resume)} == set(shards(context))
@@ -167,6 +175,66 @@ def test_second_attempt_writes_only_what_is_missing_and_the_same_bytes(tmp_path:
     assert [name for name, uri in receipts.items() if uri.startswith(second.out.uri)] == [lost]
     assert description(second) == description(first)
     assert isinstance(second.reporter, RecordingReporter)
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
+def test_part_gives_shards_of_about_the_tokens_that_are_asked_for_and_one_of_them_is_what_a_crash_costs(
+    tmp_path: Path,
+) -> None:
+    stage = prepare(tmp_path, lines(tmp_path / "a.jsonl", texts(200)), sequence_length=256, shard_tokens=1024)
+    context = fake_context(tmp_path)
+    run(stage, context)
+    before = shards(context)
+    rows = [pq.read_metadata(f"{context.out.uri}/{name}").num_rows for name in sorted(before) if "train" in name]
+    assert len(rows) > 3
+    assert max(rows) <= 6
+    assert rows[0] == rows[1] == 4
+    lost = "tokens/train-00000-00001.parquet"
+    context.out.delete([lost])
+    (context.resume / "receipts").delete([lost.replace("/", "~") + ".json"])
+    again = Context(context.fingerprint, {}, Folder.at(tmp_path / "again"), *(
+        getattr(context, name) for name in ("resume", "resources", "reporter")
+    ))  # fmt: skip
+    run(stage, again)
+    assert shards(again) == {lost: before[lost]}
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
+@pytest.mark.parametrize(("overlong", "kept"), [("reject", 30), ("truncate", 40)])
+def test_rows_longer_than_a_row_are_counted_and_told_with_their_share(tmp_path: Path, overlong: str, kept: int) -> None:
+    rows = [{"prompt": "say it", "completion": "yes " * (60 if i % 4 == 0 else 3)} for i in range(40)]
+    rows = [{**row, "prompt": f"{i}: {row['prompt']}"} for i, row in enumerate(rows)]
+    context = fake_context(tmp_path)
+    stage = prepare(tmp_path, lines(tmp_path / "a.jsonl", rows), sequence_length=64, overlong=overlong)
+    outcome = stage.run(context)  # here, where what it reports is seen
+    assert description(context).overlong == OverlongDocuments(handling=overlong, count=10, fraction=0.25)
+    assert sum(of.documents for of in description(context).splits.values()) == kept
+    assert outcome.metrics["overlong_documents"] == 10
+    assert isinstance(context.reporter, RecordingReporter)
+    assert any("10 chats or labelled rows, 25.0%, are longer" in note for note in context.reporter.notes)
+    short = prepare(tmp_path, lines(tmp_path / "a.jsonl", rows), sequence_length=8)
+    with pytest.raises(StageFailed, match="all 40 chats or labelled rows are longer than sequence_length=8"):
+        run(short, fake_context(tmp_path / "short"))
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
+def test_every_segment_begins_as_the_tokenizer_begins_a_text(tmp_path: Path) -> None:
+    tokenizer = llama_like()
+    source = PretrainedTokenizer(source=str(saved(tokenizer, tmp_path / "llama")))
+    long = [{"text": row["text"] * 5} for row in texts(40)]
+    context = fake_context(tmp_path)
+    run(prepare(tmp_path, lines(tmp_path / "a.jsonl", long), tokenizer=source, sequence_length=32), context)
+    paths = sorted(Path(context.out.uri).glob("tokens/*.parquet"))
+    found = segments(paths)
+    assert len(found) > 300
+    assert all(ids[0] == tokenizer.bos_token_id and (ids[1:] != tokenizer.bos_token_id).all() for ids in found)
+    rows = read_rows(paths)
+    assert not rows.mask_RT[rows.ids_RT == tokenizer.bos_token_id].any()
+    num_tokens = sum(len(tokenizer(row["text"])["input_ids"]) for row in long)  # one more begins, one more ends each
+    assert sum(of.tokens for of in description(context).splits.values()) == rows.mask_RT.sum() == num_tokens
 
 
 @pytest.mark.ray

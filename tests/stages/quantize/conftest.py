@@ -18,9 +18,11 @@ WIDTH = 64
 SEQUENCE = 32
 
 
-def write_shard(path: Path, ids: np.ndarray, masks: np.ndarray) -> None:
+def write_shard(path: Path, ids: np.ndarray, masks: np.ndarray, first_document: int = 0) -> None:
+    """Write rows that are a document each."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(to_parquet(TokenRows(ids, np.zeros_like(ids, np.int64), masks)))
+    owners = np.repeat(first_document + np.arange(len(ids), dtype=np.int64), ids.shape[1]).reshape(ids.shape)
+    path.write_bytes(to_parquet(TokenRows(ids, owners, masks)))
 
 
 def calibration_rows(num: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -35,7 +37,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     folder = tmp_path_factory.mktemp("data")
     ids, masks = calibration_rows(40)
     write_shard(folder / "tokens/calibration-00000.parquet", ids[:24], masks[:24])
-    write_shard(folder / "tokens/calibration-00001.parquet", ids[24:], masks[24:])
+    write_shard(folder / "tokens/calibration-00001.parquet", ids[24:], masks[24:], 24)
     tiny_tokenizer().save_pretrained(folder / "tokenizer")
     digest = tokenizer_digest(load_tokenizer(folder / "tokenizer"))
     info = dataset_info(vocabulary_size=VOCABULARY, sequence_length=SEQUENCE, tokenizer_digest=digest)

@@ -25,7 +25,7 @@ class Embedding(torch.nn.Module):
         super().__init__()
         self.embed = torch.nn.Embedding(256, 16)
 
-    def forward(self, input_ids: torch.Tensor, use_cache: bool) -> SimpleNamespace:
+    def forward(self, input_ids: torch.Tensor, use_cache: bool, position_ids: Any = None) -> SimpleNamespace:
         return SimpleNamespace(last_hidden_state=self.embed(input_ids))
 
 
@@ -40,12 +40,13 @@ class Toy(torch.nn.Module):
         for parameter in self.parameters():
             parameter.data = torch.randn(parameter.shape, generator=generator)
         self.cap = cap
-        self.config = SimpleNamespace(get_text_config=SimpleNamespace)
+        self.config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=256))
+        self.device, self.dtype = torch.device("cpu"), torch.float32
 
     def get_output_embeddings(self) -> torch.nn.Module:
         return self.head
 
-    def forward(self, input_ids: torch.Tensor, use_cache: bool) -> SimpleNamespace:
+    def forward(self, input_ids: torch.Tensor, use_cache: bool, position_ids: Any = None) -> SimpleNamespace:
         logits = self.head(self.base_model(input_ids, use_cache=use_cache).last_hidden_state)
         return SimpleNamespace(logits=logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap)
 

@@ -1,5 +1,6 @@
-"""Reading the calibration split and choosing disjoint rows of it."""
+"""Reading the calibration split and choosing rows of different documents of it."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,8 +9,8 @@ import pytest
 from stages.contract import Artifact
 from stages.errors import StageFailed
 from stages.formats.tokens import TokenRows
-from stages.quantize.rows import read_distinct_rows, split_rows
-from tests.stages.quantize.conftest import calibration_rows, write_shard
+from stages.quantize.rows import num_filled, num_measured, read_distinct_rows, split_rows
+from tests.stages.quantize.conftest import SEQUENCE, calibration_rows, write_shard
 
 
 def as_set(rows: TokenRows) -> set[bytes]:
@@ -37,26 +38,62 @@ def test_rows_without_shards_is_an_error() -> None:
         read_distinct_rows([])
 
 
-def test_split_is_disjoint_and_decided_by_the_seed(data: Artifact) -> None:
+def documents(rows: TokenRows) -> set[int]:
+    return set(rows.document_ids_RT[rows.document_ids_RT >= 0].tolist())
+
+
+def split(rows: TokenRows, calibration_rows: int, evaluation_rows: int, seed: int) -> tuple[TokenRows, TokenRows]:
+    """Split rows of which each has 32 tokens, and 31 that are predicted."""
+    tokens = {"calibration_tokens": SEQUENCE * calibration_rows, "evaluation_tokens": (SEQUENCE - 1) * evaluation_rows}
+    return split_rows(rows, **tokens, seed=seed)
+
+
+def test_split_is_of_other_documents_and_decided_by_the_seed(data: Artifact) -> None:
     rows = read_distinct_rows(data.paths("tokens/calibration-*.parquet"))
-    calibration, evaluation = split_rows(rows, calibration=24, evaluation=16, seed=5)
-    assert (len(calibration), len(evaluation)) == (24, 16)
+    calibration, evaluation = split(rows, 16, 10, seed=5)
+    assert (len(calibration), len(evaluation)) == (16, 10)
+    assert (num_filled(calibration), num_measured(evaluation)) == (16 * 32, 10 * 31)
     assert not as_set(calibration) & as_set(evaluation)
-    again, other = (split_rows(rows, calibration=24, evaluation=16, seed=seed)[1] for seed in (5, 6))
+    assert not documents(calibration) & documents(evaluation)
+    again, other = (split(rows, 16, 10, seed=seed)[1] for seed in (5, 6))
     np.testing.assert_array_equal(again.ids_RT, evaluation.ids_RT)
     assert as_set(other) != as_set(evaluation)
-    more = split_rows(rows, calibration=8, evaluation=16, seed=5)[1]
+    more = split(rows, 8, 10, seed=5)[1]
     np.testing.assert_array_equal(more.ids_RT, evaluation.ids_RT)
 
 
 def test_split_of_too_few_rows_is_cut_in_proportion_and_stays_disjoint(data: Artifact) -> None:
     rows = read_distinct_rows(data.paths("tokens/calibration-*.parquet"))
-    calibration, evaluation = split_rows(rows, calibration=120, evaluation=40, seed=0)
+    calibration, evaluation = split(rows, 120, 40, seed=0)
     assert (len(calibration), len(evaluation)) == (30, 10)
-    assert not {row.tobytes() for row in calibration.ids_RT} & {row.tobytes() for row in evaluation.ids_RT}
+    assert not as_set(calibration) & as_set(evaluation)
 
 
-def test_split_of_one_row_says_what_is_expected(data: Artifact) -> None:
-    rows = read_distinct_rows(data.paths("tokens/calibration-*.parquet")).take(np.array([0]))
-    with pytest.raises(StageFailed, match="1 distinct rows, expected at least one to calibrate on and another"):
-        split_rows(rows, calibration=40, evaluation=1, seed=0)
+@pytest.mark.parametrize("seed", range(5))
+def test_split_keeps_rows_that_share_documents_on_one_side(seed: int) -> None:
+    """Windows of long texts lie in several rows, and the last one beside other documents."""
+    ids, masks = calibration_rows(60)
+    rng = np.random.default_rng(seed)
+    long_ones = np.repeat(rng.integers(0, 20, 60), SEQUENCE).reshape(60, SEQUENCE)
+    owners = np.where(np.arange(SEQUENCE) < 20, long_ones, rng.integers(100, 140, (60, 1)))
+    owners[::3, 20:] = -1
+    calibration, evaluation = split(TokenRows(ids, owners, masks), 30, 10, seed)
+    assert len(calibration)
+    assert len(evaluation)
+    assert not documents(calibration) & documents(evaluation)
+
+
+def test_split_of_a_long_document_takes_no_more_of_it_than_is_asked_for() -> None:
+    ids, masks = calibration_rows(60)
+    owners = np.repeat(np.where(np.arange(60) < 30, 1, 2), SEQUENCE).reshape(60, SEQUENCE)
+    calibration, evaluation = split(TokenRows(ids, owners, masks), 4, 3, seed=0)
+    assert (len(calibration), len(evaluation)) == (4, 3)
+    assert not documents(calibration) & documents(evaluation)
+
+
+def test_split_of_rows_of_one_document_says_what_is_expected(data: Artifact) -> None:
+    rows = read_distinct_rows(data.paths("tokens/calibration-*.parquet"))
+    with pytest.raises(StageFailed, match="1 distinct rows, which all hold documents in common"):
+        split(rows.take(np.array([0])), 40, 1, seed=0)
+    with pytest.raises(StageFailed, match="40 distinct rows, which all hold documents in common"):
+        split(replace(rows, document_ids_RT=np.zeros_like(rows.document_ids_RT)), 40, 1, seed=0)

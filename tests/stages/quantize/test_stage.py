@@ -28,7 +28,12 @@ INT4 = Scheme(weight_bits=4)
 TOO_WIDE = Scheme(weight_bits=4, group_size=96)
 SCHEMES = (INT8, W8A8, GPTQ4, TOO_WIDE)
 STAGE = Quantize(
-    proposer=Grid(schemes=SCHEMES), calibration_rows=16, evaluation_rows=8, finalists=3, max_kl=0.5, seed=3
+    proposer=Grid(schemes=SCHEMES),
+    calibration_tokens=16 * 32,
+    evaluation_tokens=8 * 31,
+    finalists=3,
+    max_kl=0.5,
+    seed=3,
 )
 
 pytestmark = pytest.mark.ray

@@ -27,11 +27,11 @@ Surveyed = tuple[SearchJob, Survey, BasePredictions]
 @pytest.fixture(scope="module")
 def surveyed(model: Artifact, data: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Surveyed:
     rows = read_distinct_rows(data.paths("tokens/calibration-*.parquet"))
-    calibration, evaluation = split_rows(rows, calibration=16, evaluation=8, seed=0)
+    calibration, evaluation = split_rows(rows, calibration_tokens=16 * 32, evaluation_tokens=8 * 31, seed=0)
     job = SearchJob(
         model=model,
         resume=Folder.at(tmp_path_factory.mktemp("resume")),
-        calibration_RT=calibration.ids_RT,
+        calibration=calibration,
         dataset=DatasetInfo.read(data),
         micro_batch=None,
         device="cpu",
@@ -129,7 +129,8 @@ def shape_on_disk(folder: Path, layer: str) -> tuple[int, int]:
 def test_trial_whose_gptq_would_round_to_nearest_fails_with_that_reason(surveyed: Surveyed, tmp_path: Path) -> None:
     """One row of one repeated token: every layer's Hessian has rank one."""
     job, survey, base = surveyed
-    job = replace(job, resume=Folder.at(tmp_path), calibration_RT=np.full((1, 32), 7, np.int32))
+    row = job.calibration.take(np.array([0]))
+    job = replace(job, resume=Folder.at(tmp_path), calibration=replace(row, ids_RT=np.full((1, 32), 7, np.int32)))
     scheme = Scheme(weight_bits=4, group_size=32, algorithm="gptq", dampening=1e-12)
     receipt = trial.run_trial(scheme, job, survey, base)
     assert isinstance(receipt.trial, FailedTrial)

@@ -48,7 +48,7 @@ def test_teach_on_a_tiny_model_stores_what_the_dense_softmax_says(
     signals = artifact_of_context("signals", context)
 
     model = load_model(inputs["teacher"].folder("model"))
-    for name in ("train-00000", "train-00001", "train-00002"):
+    for name in ("train-00000-00000", "train-00001-00000", "train-00002-00000"):
         (path,) = signals.paths(f"signals/{name}.parquet")
         (tokens,) = inputs["data"].paths(f"tokens/{name}.parquet")
         found = _rows(path)
@@ -79,11 +79,11 @@ def test_teach_after_a_crash_does_only_shards_without_a_receipt(local_ray: None,
     first = fake_context(tmp_path / "step", inputs)
     stage = Teach(method=TopK(k=K))
     Shards(first.out, first.resume).write(
-        "signals/train-00001.parquet", b"kept", {"rows": 7, "tokens": 112, "size_bytes": 4, "seconds": 1.0}
+        "signals/train-00001-00000.parquet", b"kept", {"rows": 7, "tokens": 112, "size_bytes": 4, "seconds": 1.0}
     )
     stage.run(first)
     receipts = {file.name: file for file in read_receipts(first.resume)}
-    assert Path(receipts["signals/train-00001.parquet"].uri).read_bytes() == b"kept"
+    assert Path(receipts["signals/train-00001-00000.parquet"].uri).read_bytes() == b"kept"
     assert len(receipts) == 3
 
     again = fake_context(tmp_path / "step", inputs)
@@ -119,7 +119,7 @@ def test_teach_with_another_tokenizer_is_refused(local_ray: None, tmp_path: Path
 
 def test_teach_with_receipts_of_another_version_says_so(tmp_path: Path) -> None:
     context = fake_context(tmp_path / "step", _inputs(tmp_path))
-    Shards(context.out, context.resume).write("signals/train-00001.parquet", b"kept", {"rows": 7, "bytes": 4})
+    Shards(context.out, context.resume).write("signals/train-00001-00000.parquet", b"kept", {"rows": 7, "bytes": 4})
     with pytest.raises(StageFailed, match=r"receipts of signal shards .* of another version .* into another store"):
         Teach().run(context)
 

@@ -26,7 +26,7 @@ def padding_mass(training: Training) -> float:
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_padded_entries_are_trained_down_and_the_shape_is_kept(inputs: tuple[Artifact, Artifact], tied: bool) -> None:
-    recipe = replace(RECIPE, optimizer_steps=40, optimizer=AdamW(learning_rate=3e-2))
+    recipe = replace(RECIPE, optimizer_steps=80, optimizer=AdamW(learning_rate=3e-2))
     masses = {}
     for is_padded in (False, True):
         model = tiny_llama(vocabulary=112, tie_word_embeddings=tied, initializer_range=0.1)
@@ -35,7 +35,8 @@ def test_padded_entries_are_trained_down_and_the_shape_is_kept(inputs: tuple[Art
         training.run(Progress())
         masses[is_padded] = padding_mass(training)
     assert model.get_output_embeddings().weight.shape == (112, 32)
-    assert masses[True] < 0.01 < 0.02 < masses[False]
+    assert masses[True] < 0.1 * masses[False]
+    assert masses[True] < 0.002
     assert training.reporter.points[-1][1]["train/padding"] < 0.02
 
 

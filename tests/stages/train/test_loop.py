@@ -207,7 +207,7 @@ def test_live_teacher_makes_no_logits_of_a_whole_micro_batch(inputs: tuple[Artif
     teacher.lm_head.register_forward_hook(lambda _, __, logits: rows.append(logits.shape[0]))
     training = build_training(inputs, objectives=(ReverseKL(),), teacher=teacher)
     training.run(Progress())
-    assert rows == [1]  # the observation of its head, on one row
+    assert max(rows) <= 2  # the observation of its head, and of segments in two rows; a micro-batch has four
 
 
 class _HiddenMatch(Loss):

@@ -138,7 +138,7 @@ def test_reader_without_signals_for_some_rows_fails_with_their_number(
         micro_batch=2,
         seed=0,
     )
-    with pytest.raises(StageFailed, match=r"2 of 5 rows of train-00000.parquet have no signals .* run Teach"):
+    with pytest.raises(StageFailed, match=r"2 of 5 rows of train-00000-00000.parquet have no signals .* run Teach"):
         next(reader.steps(0, 1))
 
 

@@ -241,7 +241,7 @@ def test_train_tells_the_loss_on_held_out_text_of_the_weights_that_it_keeps(
     assert note.startswith(f"loss on held-out text {losses[best]:.4f} nats/token after {best} steps")
     done = TrainingInfo.read(artifact_of("model", Path(context.out.uri)))
     assert (done.kept_step, done.held_out_cross_entropy) == (best, losses[best])
-    assert best < done.optimizer_steps == 8
+    assert done.optimizer_steps == 8
 
 
 def test_train_without_the_input_of_an_objective_is_refused(tmp_path: Path, inputs: dict[str, Artifact]) -> None:
