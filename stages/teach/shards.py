@@ -6,7 +6,7 @@ Shapes: B rows, T tokens, K kept entries, C temperatures.
 """
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,16 +56,17 @@ def teach_shard(
     *,
     batch_rows: int,
     dtype: str,
-    done: Callable[[int], None] = lambda tokens: None,
-) -> ShardSignals:
-    """Run a teacher over the rows of one token shard.
+) -> Generator[int, None, ShardSignals]:
+    """Run a teacher over the rows of one token shard; yield the tokens of each batch as it is taught.
 
     Args:
         path: a `tokens/…parquet` file.
         teach: input_ids [B, T] and positions [B, T] → signals of their B · T tokens, on the CPU.
         batch_rows: rows in one call of it.
         dtype: what the teacher computes in, for messages.
-        done: is told the tokens of each batch once it is taught.
+
+    Returns:
+        the finished shard, once all is taught.
 
     Raises:
         StageFailed: the teacher gave NaN or infinite logits; names the row.
@@ -80,5 +81,5 @@ def teach_shard(
                 signals = teach(torch.from_numpy(batch.ids_RT.copy()), torch.from_numpy(batch.positions_RT.copy()))
             _refuse_broken(signals, batch.digests, dtype)
             write(record_of(batch.digests, signals))
-            done(batch.ids_RT.size)
+            yield batch.ids_RT.size
     return ShardSignals(sink.getvalue(), len(rows), rows.ids_RT.size)

@@ -5,6 +5,7 @@ so that after a crash only shards without one are done. Only small facts travel 
 """
 
 import logging
+import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -43,7 +44,7 @@ class Teach(Stage):
     """Teacher and dataset → signals."""
 
     KIND: ClassVar = "signals"
-    REVISION: ClassVar = "2026-11-25 heads of half types computed in float32"
+    REVISION: ClassVar = "2026-11-25 each segment of a row alone; heads of half types computed in float32"
     PLACES_WORKERS: ClassVar = True
     INPUTS: ClassVar = {"teacher": Input(("model",)), "data": Input(("dataset",))}
 
@@ -105,6 +106,10 @@ class Teach(Stage):
 
     def _conclude(self, context: Context, done: "list[ShardFacts]", dataset: DatasetInfo) -> Outcome:
         tokens, size_bytes = sum(facts.tokens for facts in done), sum(facts.size_bytes for facts in done)
+        if not all(facts.whole_rows for facts in done):
+            from stages.models.segments import SEGMENTS_ALONE
+
+            context.reporter.note(SEGMENTS_ALONE.format("the teacher"))
         SignalsInfo(
             method=self.method.kind,
             k=self.method.k,
@@ -130,6 +135,12 @@ class Teach(Stage):
         )
 
 
+PROGRESS_SECONDS = 1.0
+"""Between two reports of an actor: a report is an object of Ray's, some milliseconds of work."""
+MAX_BLOCKS = 10_000
+"""Ray Data's blocks: one shard each, until there are more shards than this; each block is a task to schedule."""
+
+
 class _Actor:
     """A `ShardTeacher` in an actor of Ray Data's pool."""
 
@@ -139,13 +150,20 @@ class _Actor:
 
         self._teacher = ShardTeacher(job)
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Teach the shards that a batch names; return how many tokens each has."""
-        return {"tokens": [self._teacher.teach(str(name)).tokens for name in batch["item"]]}
+    def __call__(self, batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """Teach the shards that a batch names; yield how many tokens are taught, every second or so and at their end."""
+        for name in batch["item"]:
+            tokens, since = 0, time.monotonic()
+            for taught in self._teacher.teach(str(name)):
+                tokens += taught
+                if time.monotonic() - since >= PROGRESS_SECONDS:
+                    yield {"tokens": [tokens]}
+                    tokens, since = 0, time.monotonic()
+            yield {"tokens": [tokens]}
 
 
 def _map_shards(names: list[str], job: "TeachJob", context: Context) -> Iterator[int]:
-    """Run the actor pool over shard names with Ray Data; yield each shard's tokens as it ends.
+    """Run the actor pool over shard names with Ray Data; yield the tokens that are taught, as actors tell them.
 
     The names lie in the object store already, so that nothing but the pool wants a CPU: no read or write task can be
     starved by it. Actors are not restarted, since retries are the engine's.
@@ -155,7 +173,9 @@ def _map_shards(names: list[str], job: "TeachJob", context: Context) -> Iterator
     quiet_data(ray.data.DataContext.get_current())
     resources = context.resources
     workers = min(resources.workers, len(names))
-    shards = ray.data.from_items([{"item": name} for name in names], override_num_blocks=len(names))
+    blocks = min(len(names), MAX_BLOCKS)
+    shards = ray.data.from_items([{"item": name} for name in names], override_num_blocks=blocks)
+    shards.context.target_max_block_size = 1  # else what an actor yields waits for its last shard
     with deprecated_options():
         taught = shards.map_batches(
             _Actor,

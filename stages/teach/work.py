@@ -1,6 +1,7 @@
 """What one teaching actor does: load the teacher once, then turn token shards into signal shards. Imports no ray."""
 
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -40,6 +41,8 @@ class ShardFacts:
     tokens: int
     size_bytes: int
     seconds: float
+    whole_rows: bool = True
+    """Whether rows went through the teacher whole; where not, each segment was run as a row of its own."""
 
 
 def read_facts(shards: Shards) -> dict[str, ShardFacts]:
@@ -74,8 +77,8 @@ class ShardTeacher:
         model: Any = load_model(folder, dtype=job.dtype, device=job.device)
         return LocalTeacher(model, vocabulary=job.dataset.vocabulary_size, k=job.k, temperatures=job.temperatures)
 
-    def teach(self, name: str) -> ShardFacts:
-        """Write the signal shard of a token shard.
+    def teach(self, name: str) -> Iterator[int]:
+        """Write the signal shard of a token shard; yield the tokens of each batch as it is taught.
 
         Raises:
             StageFailed: the teacher does not fit the dataset, or gave logits that are not finite.
@@ -86,7 +89,7 @@ class ShardTeacher:
         (path,) = job.data.paths(name)
         started = time.monotonic()
         batch_rows = job.micro_batch or max(1, BATCH_TOKENS[job.device] // job.dataset.sequence_length)
-        done = teach_shard(path, self._engine.signals, batch_rows=batch_rows, dtype=job.dtype)
-        facts = ShardFacts(done.rows, done.tokens, len(done.data), time.monotonic() - started)
+        done = yield from teach_shard(path, self._engine.signals, batch_rows=batch_rows, dtype=job.dtype)
+        seconds = time.monotonic() - started
+        facts = ShardFacts(done.rows, done.tokens, len(done.data), seconds, self._engine.whole_rows)
         job.shards.write(signals_name(name), done.data, asdict(facts))
-        return facts
