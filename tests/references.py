@@ -70,3 +70,39 @@ def tail_log_mass(logits_NV: Array, ids_NK: NDArray[np.int64]) -> Array:
     np.put_along_axis(probs, ids_NK, 0.0, axis=1)
     with np.errstate(divide="ignore"):
         return np.log(probs.sum(-1))
+
+
+def kneser_ney(ngrams: list[tuple[int, int, int]], vocabulary_size: int, order: int) -> dict[tuple[int, ...], Array]:
+    """Interpolated modified Kneser-Ney (Chen & Goodman 1998), each context's whole distribution, word by word.
+
+    Returns the distribution `[V]` for every context that was seen at the highest order, and for `()` the unigrams'.
+    """
+    words = range(vocabulary_size)
+    seen = [tuple(gram[3 - order :]) for gram in ngrams]
+    counts: dict[tuple[int, ...], float] = {gram: seen.count(gram) for gram in set(seen)}
+    levels = [counts]
+    for _ in range(order - 1):
+        shorter: dict[tuple[int, ...], float] = {}
+        for gram in levels[-1]:
+            shorter[gram[1:]] = shorter.get(gram[1:], 0) + 1
+        levels.append(shorter)
+    distribution: dict[tuple[int, ...], Array] = {}
+    lower_of = {(): np.full(vocabulary_size, 1 / vocabulary_size)}
+    for counts in reversed(levels):
+        n = [sum(value == k for value in counts.values()) for k in (1, 2, 3, 4)]
+        discounts = (0.5, 1.0, 1.5)
+        if 0 not in n:
+            y = n[0] / (n[0] + 2 * n[1])
+            found = (1 - 2 * y * n[1] / n[0], 2 - 3 * y * n[2] / n[1], 3 - 4 * y * n[3] / n[2])
+            discounts = found if all(0 <= d <= k for k, d in enumerate(found, 1)) else discounts
+        distribution = {}
+        for context in {gram[:-1] for gram in counts}:
+            own = {gram[-1]: value for gram, value in counts.items() if gram[:-1] == context}
+            taken = {word: discounts[min(int(value), 3) - 1] for word, value in own.items()}
+            total, mass = sum(own.values()), sum(taken.values())
+            lower = lower_of[context[1:] if context else ()]
+            distribution[context] = np.array(
+                [(own.get(word, 0) - taken.get(word, 0)) / total + mass / total * lower[word] for word in words]
+            )
+        lower_of = distribution
+    return distribution

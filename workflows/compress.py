@@ -111,7 +111,8 @@ def compress(
         temperature: softens both distributions in the KL term; one of 1, 2, 4.
         k: teacher log-probabilities kept for each position; the rest is one bucket.
         schemes: quantization schemes to try on each student.
-        gate: what a model must hold to be promoted.
+        gate: limits that a model must keep to be promoted; without one nothing is, since what may be lost depends on
+            what the model is for.
         workers: training ranks, teacher-inference actors, concurrent trials.
         cpus_per_worker: CPU cores each of them takes.
         gpus_per_worker: GPUs each of them takes.
@@ -196,8 +197,15 @@ def compress(
         for name, model in trained.items()
     }
     models: dict[str, Source] = {"teacher": big, **trained, **searches}
-    evaluate = Evaluate(dtype=computed, seed=seed)
-    scores = flow.step("scores", evaluate, data=judged_on, reference=big, models=models, resources=resources)
+    scores = flow.step(
+        "scores",
+        Evaluate(dtype=computed, seed=seed),
+        data=judged_on,
+        training=corpus if evaluation else None,
+        reference=big,
+        models=models,
+        resources=resources,
+    )
     measure = Measure(
         device=device or _device(gpus_per_worker),
         threads=int(max(1, cpus_per_worker)),

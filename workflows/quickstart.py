@@ -20,7 +20,7 @@ from stages.external.documents import PythonDocs
 from stages.measure.device import describe_cpu
 from stages.measure.stage import Measure
 from stages.prepare.stage import ByteLevelBPE, Prepare
-from stages.promote.stage import Gate, Promote
+from stages.promote.stage import Gate, Method, Promote
 from stages.quantize.proposers import Grid
 from stages.quantize.schemes import Scheme
 from stages.quantize.stage import Quantize
@@ -113,7 +113,7 @@ def quickstart(
         temperature: softens both distributions in the KL term; one of 1, 2, 4.
         k: teacher log-probabilities kept for each position; the rest is one bucket.
         schemes: quantization schemes to search.
-        gate: what a model must hold to be promoted.
+        gate: limits that a model must keep to be promoted.
         seeds: train each student so often, from seeds of its own; the first is quantized. With one, the claim is about
             two checkpoints; from three on it is about two ways to train.
         seed: seed of everything random; of several trainings of a student the first one's.
@@ -176,7 +176,8 @@ def quickstart(
         models=models,
         resources=Resources(cpus_per_worker=2),
     )
-    baseline, contender = (first.name, last.name) if first != last else (None, None)
+    sides = [Method(name=side.name, models=names_of(side, seeds, seed)) for side in (first, last)]
+    baseline, contender = sides if first != last else (None, None)
     promote = Promote(gate=gate, baseline=baseline, contender=contender, registered_name="quickstart", seed=seed)
     flow.step("verdict", promote, scores=scores, speed=speed)
     return flow

@@ -25,7 +25,10 @@ from stages.models.heads import Head, log_prob_chunks
 from stages.ops.divergences import kl_divergence
 from stages.runtime.translation import within_memory
 
-__all__ = ["DocumentSums", "Reference", "score_batches"]
+__all__ = ["DocumentSums", "NoiseFloor", "Reference", "score_batches"]
+
+FLOOR_TOKENS = 65_536
+"""Targets on which the noise floor is measured: more would not change what is shown of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +37,26 @@ class Reference:
 
     head: Head
     states: Iterator[torch.Tensor]
+
+
+@dataclass(slots=True)
+class NoiseFloor:
+    """A model against itself, run again in batches of half the rows: what rounding alone makes of a difference.
+
+    Sums over targets, at most some more than `FLOOR_TOKENS`.
+    """
+
+    sums: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("tokens", "nll", "kl/self", "agree/self"), 0))
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether no more targets are needed."""
+        return self.sums["tokens"] >= FLOOR_TOKENS
+
+    def add(self, figures: Mapping[str, NDArray[np.float64]]) -> None:
+        """Add the figures of a batch's targets."""
+        for column, values_N in figures.items():
+            self.sums[column] += float(values_N.sum())
 
 
 @dataclass(slots=True)
@@ -69,6 +92,7 @@ def score_batches(
     references: Mapping[str, Reference],
     sums: DocumentSums,
     name: str,
+    floor: NoiseFloor | None = None,
 ) -> Iterator[torch.Tensor]:
     """Score a model batch by batch, adding to `sums`; yield each batch's states `[N, X]`, for use as a reference.
 
@@ -79,6 +103,7 @@ def score_batches(
         references: what to compare with, by column suffix; their states must come from the same batches.
         sums: takes the figures.
         name: the model's name, for errors.
+        floor: takes the model's figures against itself, where those are wanted.
 
     Raises:
         StageFailed: a figure is not finite.
@@ -94,6 +119,11 @@ def score_batches(
             targets_N = input_ids_BT.roll(-1, dims=1)[chosen_BT]
             others = {key: (ref.head, next(ref.states).to(states_NX.device)) for key, ref in references.items()}
             figures = _compare(head, states_NX, targets_N, others)
+            if floor is not None and not floor.is_measured:
+                again_NX = torch.cat(
+                    [head.states(model, *part) for part in _halves(input_ids_BT, positions_BT, chosen_BT)]
+                )
+                floor.add(_compare(head, again_NX[: len(states_NX)], targets_N, {"self": (head, states_NX)}))
         for column, values_N in figures.items():
             if not np.isfinite(values_N).all():
                 num_bad = int((~np.isfinite(values_N)).sum())
@@ -105,17 +135,31 @@ def score_batches(
         yield states_NX
 
 
+def _halves(*tensors_BT: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
+    """Return the upper and the lower rows of tensors; of a single row itself twice as one batch."""
+    if len(tensors_BT[0]) == 1:
+        return [tuple(tensor.repeat(2, 1) for tensor in tensors_BT)]
+    return list(zip(*(tensor.chunk(2) for tensor in tensors_BT), strict=True))
+
+
 def _compare(
     head: Head, states_NX: torch.Tensor, targets_N: torch.Tensor, references: Mapping[str, tuple[Head, torch.Tensor]]
 ) -> dict[str, NDArray[np.float64]]:
-    """Return the figures of each target. KL is KL(reference ‖ model), in nats."""
+    """Return the figures of each target. KL is KL(reference ‖ model), in nats.
+
+    Two models agree where they share a likeliest token: numbers of 16 bits tie.
+    """
     parts: dict[str, list[torch.Tensor]] = {}
     for chunk, (log_q_NV, *others) in log_prob_chunks((head, states_NX), *references.values()):
         nll_N = -log_q_NV.gather(-1, targets_N[chunk, None])[:, 0]
         found = {"tokens": torch.ones_like(nll_N), "nll": nll_N}
         for key, log_p_NV in zip(references, others, strict=True):
             found[f"kl/{key}"] = kl_divergence(log_p_NV, log_q_NV)
-            found[f"agree/{key}"] = log_p_NV.argmax(-1) == log_q_NV.argmax(-1)
+            found[f"agree/{key}"] = (_is_top(log_p_NV) & _is_top(log_q_NV)).any(-1)
         for column, values_N in found.items():
             parts.setdefault(column, []).append(values_N.double().cpu())
     return {column: torch.cat(values).numpy() for column, values in parts.items()}
+
+
+def _is_top(log_p_NV: torch.Tensor) -> torch.Tensor:
+    return log_p_NV == log_p_NV.amax(-1, keepdim=True)

@@ -28,12 +28,15 @@ class Evaluate(Stage):
     """Scores of each model on a dataset's split."""
 
     KIND: ClassVar[Kind] = "scores"
-    REVISION: ClassVar[str] = "2026-11-25 each segment of a row alone"
+    REVISION: ClassVar[str] = (
+        "2026-11-25 each segment of a row alone, n-grams, noise floor, bits per byte, ties, compression against 16 bits"
+    )
     PLACES_WORKERS: ClassVar = True
     INPUTS: ClassVar[Mapping[str, Input]] = {
         "data": Input(("dataset",)),
         "reference": Input(("model",)),
         "models": Input(("model", "search"), many=True),
+        "training": Input(("dataset",), required=False),
     }
 
     split: Split = "validation"
@@ -57,30 +60,33 @@ class Evaluate(Stage):
         from stages.evaluate.passes import plan_passes
         from stages.evaluate.rows import rows_of_split
         from stages.evaluate.scores import build_documents, build_scores
+        from stages.evaluate.text import examine_text
         from stages.formats.documents import write_documents
-        from stages.formats.scores import Scores
 
         data, reference = context.one("data"), context.one("reference")
         _, rows = rows_of_split(data, self.split, max_rows=self.max_rows, seed=self.seed)
         passes = plan_passes(read_candidates(context.many("models")), reference)
+        training = context.optional("training") or data
+        examined = remote_task(examine_text, context).remote(
+            data, training, self.split, max_rows=self.max_rows, seed=self.seed
+        )
         scored = _run_passes(passes, self, context)
-        first, models = scored[0].candidate, build_scores(scored)
-        scores = Scores(
+        scores = build_scores(
+            scored,
+            fetch_result(examined),
             split=self.split,
             dtype=self.dtype,
-            tokens=int(scored[0].total("tokens")),
-            documents=len(scored[0].sums["document_id"]),
             rows=len(rows),
-            dataset_fingerprint=data.fingerprint,
-            reference=first.name if first.name in models else None,
-            reference_fingerprint=reference.fingerprint,
-            reference_bytes=first.size_bytes,
-            models=models,
+            data=data,
+            reference=reference,
         )
         scores.write(context.out)
         write_documents(context.out, build_documents(scored))
         metrics: dict[str, float] = {"tokens": scores.tokens, "documents": scores.documents}
-        for name, entry in models.items():
+        for what in ("bigram", "trigram"):
+            if (ngram := getattr(scores, what)) is not None:
+                metrics[f"perplexity/{what}"] = ngram.perplexity
+        for name, entry in scores.models.items():
             metrics[f"perplexity/{name}"] = entry.perplexity
             metrics[f"kl_to_reference/{name}"] = entry.kl_to_reference
         return Outcome(metrics)
@@ -140,7 +146,7 @@ def _score(one: "Pass", job: EvaluateJob, kept: Mapping[str, list[Any]]) -> Iter
     from stages.evaluate.checkpoint_facts import count_parameters, read_axes
     from stages.evaluate.rows import rows_of_split
     from stages.evaluate.scores import Scored
-    from stages.evaluate.scoring import DocumentSums, score_batches
+    from stages.evaluate.scoring import DocumentSums, NoiseFloor, score_batches
     from stages.formats.dataset import DatasetInfo
     from stages.formats.tokens import read_batches
     from stages.models.checkpoints import load_model
@@ -171,7 +177,7 @@ def _score(one: "Pass", job: EvaluateJob, kept: Mapping[str, list[Any]]) -> Iter
                 "token are kept to compare others with; Evaluate.max_rows bounds them"
             )
         yield head.pack()
-    sums = DocumentSums()
+    sums, floor = DocumentSums(), None if one.against else NoiseFloor()
     for states in score_batches(
         model,
         head,
@@ -179,12 +185,14 @@ def _score(one: "Pass", job: EvaluateJob, kept: Mapping[str, list[Any]]) -> Iter
         references={name: _reference(refs, device) for name, refs in kept.items()},
         sums=sums,
         name=candidate.name,
+        floor=floor,
     ):
         if one.keep:
             yield PackedTensor.of(states)
     if not sums.sums:
         raise StageFailed(f"the rows of split {config.split!r} hold no targets; expected text that is to be predicted")
-    yield Scored(candidate, sums.arrays(), count_parameters(folder), read_axes(folder))
+    own = None if floor is None else floor.sums
+    yield Scored(candidate, sums.arrays(), count_parameters(folder), read_axes(folder), own)
 
 
 def _reference(refs: list[Any], device: str) -> Any:

@@ -57,8 +57,9 @@ def _percent(value: float) -> str:
 METRICS: tuple[Metric, ...] = (
     Metric("final/size_bytes", "size MB", "bytes", "lower", _megabytes, 0),
     Metric("final/compression_x", "x smaller", "x", "higher", _fixed(2), 2),
-    Metric("final/bits_per_weight", "bits/weight", "bits", "lower", _fixed(2), 8),
+    Metric("final/bits_per_weight", "bits/weight", "bits", "lower", _fixed(2), 0),
     Metric("final/perplexity", "perplexity", "", "lower", _perplexity, 0),
+    Metric("final/bits_per_byte", "bits/byte", "bits", "lower", _fixed(3), 8),
     Metric("final/kl_to_teacher", "KL to teacher", "nats/token", "lower", _fixed(4), 0),
     Metric("final/agreement", "agreement %", "fraction", "higher", _percent, 0),
     Metric("final/kl_to_base", "KL to base", "nats/token", "lower", _fixed(4), 3),

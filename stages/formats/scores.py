@@ -5,7 +5,7 @@ from typing import ClassVar
 from stages.contract import Split
 from stages.formats.json_format import FormatModel, JsonFormat
 
-__all__ = ["REFERENCE", "CandidateScores", "Scores"]
+__all__ = ["REFERENCE", "CandidateScores", "ReferenceScores", "Scores"]
 
 REFERENCE = "@reference"
 """Name of the reference's rows in `documents.parquet` where it is not among the models; no step can be named so."""
@@ -34,10 +34,12 @@ class CandidateScores(FormatModel):
     size_bytes: int
     bits_per_weight: float
     compression_x: float
-    """The reference's bytes over the candidate's."""
+    """The reference's bytes in 16 bits a weight over the candidate's."""
     cross_entropy: float
     """Nats per token."""
     perplexity: float
+    bits_per_byte: float
+    """Bits per byte of the text's UTF-8: comparable between tokenizers."""
     kl_to_reference: float
     """Mean KL(reference ‖ candidate), nats per token."""
     agreement: float
@@ -47,14 +49,29 @@ class CandidateScores(FormatModel):
     agreement_with_base: float | None
 
 
+class ReferenceScores(FormatModel):
+    """The scores of what candidates are compared with, and is none."""
+
+    text: str
+    """What it is."""
+    cross_entropy: float
+    perplexity: float
+    bits_per_byte: float
+    kl_to_reference: float | None = None
+    agreement: float | None = None
+
+
 class Scores(JsonFormat):
     """`scores.json`."""
 
     FILE: ClassVar = "scores.json"
+    SCHEMA: ClassVar = 2
 
     split: Split
     dtype: str
     tokens: int
+    text_bytes: int
+    """Bytes of the scored tokens' text in UTF-8."""
     documents: int
     rows: int
     dataset_fingerprint: str
@@ -62,4 +79,11 @@ class Scores(JsonFormat):
     """The reference's name among the models; None where it is not among them."""
     reference_fingerprint: str
     reference_bytes: int
+    reference_bytes_16bit: int
+    """The reference's bytes in 16 bits a weight: what compression is told against."""
+    bigram: ReferenceScores | None = None
+    """A Kneser-Ney model of the training tokens, which a model worth its name beats; None without such tokens."""
+    trigram: ReferenceScores | None = None
+    noise_floor: ReferenceScores | None = None
+    """The reference run again in other batches: differences below its KL are rounding."""
     models: dict[str, CandidateScores]

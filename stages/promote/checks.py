@@ -1,12 +1,13 @@
-"""Apply a gate's limits to a candidate.
+"""Apply a gate's limits to candidates.
 
-A limit on quality is a claim of non-inferiority: the unfavorable end of its 95 % interval (paired bootstrap over
-documents) must keep the limit, so that too little text means "not shown", never "fine". Sizes are exact and speeds are
-percentiles of many runs; these are compared as they are. Does not: correct for the number of candidates.
+A limit on quality is a claim of non-inferiority: the unfavorable end of its 95 % interval over documents must keep the
+limit, so that too little text means "not shown", never "fine". As many candidates are tried as there are, Holm's
+correction holds the chance that any of them keeps its limits by luck at 2.5 % (within a candidate all limits must hold,
+which needs none). Sizes are exact and speeds are percentiles of many runs; these are compared as they are.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,11 +16,11 @@ from stages.errors import StageFailed
 from stages.formats.report import Check
 from stages.formats.scores import CandidateScores
 from stages.formats.speed import CandidateSpeed
-from stages.ops.statistics import PairedBootstrap, Statistic
+from stages.ops.statistics import ALPHA, Resamples, Statistic, holm
 from stages.promote.evidence import Evidence
 from stages.promote.gate import Gate
 
-__all__ = ["check_candidate"]
+__all__ = ["check_candidates", "keeps_exact_limits", "limits_quality"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,27 +62,62 @@ _QUALITY: Mapping[str, QualityRule] = {
     "max_perplexity_ratio_to_teacher": QualityRule("perplexity over the teacher's", "x", False, _perplexity_ratio(0.0)),
 }
 _EXACT: Mapping[str, ExactRule] = {
-    "min_compression_x": ExactRule("compression against the teacher", "x", lambda scores, _: scores.compression_x),
+    "min_compression_x": ExactRule(
+        "compression against the teacher in 16 bits", "x", lambda scores, _: scores.compression_x
+    ),
     "max_size_bytes": ExactRule("size", " bytes", lambda scores, _: scores.size_bytes),
     "max_latency_p50_ms": ExactRule("median latency", " ms/token", lambda _, speed: speed.latency_p50_ms),
     "max_peak_memory_bytes": ExactRule("peak memory", " bytes", lambda _, speed: speed.peak_memory_bytes),
 }
 
 
-def check_candidate(gate: Gate, name: str, evidence: Evidence) -> tuple[Check, ...]:
-    """Apply every limit of the gate that holds for a candidate: those to the base for whatever was derived from one."""
+def limits_quality(gate: Gate) -> bool:
+    """Return whether any limit is on quality."""
+    return any(limit in _QUALITY for limit in gate.limits)
+
+
+def keeps_exact_limits(checks: Sequence[Check]) -> bool:
+    """Return whether a candidate keeps the limits of size and speed, whatever its quality."""
+    return all(check.passed for check in checks if check.limit not in _QUALITY)
+
+
+def check_candidates(gate: Gate, names: Sequence[str], evidence: Evidence) -> dict[str, tuple[Check, ...]]:
+    """Apply every limit of the gate to every candidate, and correct for their number.
+
+    Those that keep the limits of size and speed count: of the others nothing is claimed.
+    """
+    checks = {name: _check_candidate(gate, name, evidence) for name in names}
+    worst = {
+        name: max(check.p_value for check in found if check.p_value is not None)
+        for name, found in checks.items()
+        if keeps_exact_limits(found) and any(check.p_value is not None for check in found)
+    }
+    for name, adjusted in zip(worst, holm(list(worst.values())), strict=True):
+        checks[name] = tuple(_corrected(check, adjusted / worst[name], len(worst)) for check in checks[name])
+    return checks
+
+
+def _corrected(check: Check, factor: float, num_candidates: int) -> Check:
+    """Return a check as it stands beside those of other candidates."""
+    if not check.passed or check.p_value is None or factor * check.p_value <= ALPHA:
+        return check
+    text = f"{check.text}, but that is not shown for {num_candidates} candidates at once (Holm: p = "
+    text += f"{factor * check.p_value:.3f}, at most {ALPHA} is needed)"
+    return check.model_copy(update={"passed": False, "text": text})
+
+
+def _check_candidate(gate: Gate, name: str, evidence: Evidence) -> tuple[Check, ...]:
+    """Apply every limit that holds for a candidate: those to the base for whatever was derived from one."""
     scores, speed = evidence.models[name], evidence.speed(name)
     checks = []
-    for limit, bound in gate:
-        if bound is None:
-            continue
+    for limit, bound in gate.limits.items():
         if limit in _EXACT:
             rule = _EXACT[limit]
             checks.append(_check_exact(limit, bound, rule, rule.figure(scores, speed), speed.reason))
         elif not _QUALITY[limit].against_base:
-            checks.append(_check_quality(limit, bound, evidence.bootstrap, name, evidence.teacher))
+            checks.append(_check_quality(limit, bound, evidence.resamples, name, evidence.teacher))
         elif scores.base is not None:
-            checks.append(_check_quality(limit, bound, evidence.bootstrap, name, scores.base))
+            checks.append(_check_quality(limit, bound, evidence.resamples, name, scores.base))
         elif scores.base_fingerprint is not None:
             text = (
                 f"{_QUALITY[limit].what} is not known: the model that it was derived from "
@@ -91,23 +127,26 @@ def check_candidate(gate: Gate, name: str, evidence: Evidence) -> tuple[Check, .
     return tuple(checks)
 
 
-def _check_quality(limit: str, bound: float, bootstrap: PairedBootstrap, name: str, other: str) -> Check:
+def _check_quality(limit: str, bound: float, resamples: Resamples, name: str, other: str) -> Check:
     rule = _QUALITY[limit]
     try:
-        found = bootstrap.interval(rule.statistic(name, other))
+        estimate = resamples.estimate(rule.statistic(name, other))
     except ValueError as error:
         raise StageFailed(f"{rule.what} of {name!r} has no interval: {error}; its figures are broken") from error
     at_most = limit.startswith("max")
+    found, p = estimate.interval(), estimate.p_above(bound) if at_most else estimate.p_below(bound)
     excess = found.high - bound if at_most else bound - found.low
     unit = rule.unit
     shown = f"{rule.what} {found.estimate:.4g}{unit} (95% interval {found.low:.4g} to {found.high:.4g}{unit})"
-    if excess <= 0:
-        text = f"{shown}, within the limit of {'at most' if at_most else 'at least'} {bound:g}{unit}"
-    else:
+    if excess > 0:
         end, side = ("upper", "above") if at_most else ("lower", "below")
         text = f"{shown}, its {end} end is {excess:.3g}{unit} {side} the limit of {bound:g}{unit}"
-    interval = (found.low, found.high)
-    return Check(limit=limit, bound=bound, value=found.estimate, interval=interval, passed=excess <= 0, text=text)
+    else:
+        text = f"{shown}, within the limit of {'at most' if at_most else 'at least'} {bound:g}{unit}"
+        if p > ALPHA:
+            text += f", which {resamples.num_documents} documents cannot show (p = {p:.3f})"
+    interval, passed = (found.low, found.high), excess <= 0 and p <= ALPHA
+    return Check(limit=limit, bound=bound, value=found.estimate, interval=interval, p_value=p, passed=passed, text=text)
 
 
 def _check_exact(limit: str, bound: float, rule: ExactRule, value: float | None, reason: str | None) -> Check:

@@ -1,6 +1,6 @@
-"""What scores say: the sums of each document as columns of one paired bootstrap, and the figures of each model."""
+"""What scores say: the sums of each document as columns that are resampled together, and the figures of each model."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,12 +10,10 @@ from stages.errors import StageFailed
 from stages.formats.documents import ModelDocuments
 from stages.formats.scores import REFERENCE, CandidateScores, Scores
 from stages.formats.speed import CandidateSpeed, Speed
-from stages.ops.statistics import PairedBootstrap
+from stages.ops.statistics import Estimate, Resamples
 
-__all__ = ["FEW_DOCUMENTS", "Evidence", "read_evidence"]
+__all__ = ["Evidence", "read_evidence"]
 
-FEW_DOCUMENTS = 30
-"""Below this a bootstrap over documents is rough; the report says so."""
 NOT_MEASURED = CandidateSpeed()
 """The speed of a model where none was measured, for no reason that is known."""
 
@@ -27,8 +25,7 @@ class Evidence:
     scores: Scores
     speeds: Mapping[str, CandidateSpeed]
     """Empty where speed was not measured."""
-    bootstrap: PairedBootstrap
-    num_documents: int
+    resamples: Resamples
 
     @property
     def models(self) -> Mapping[str, CandidateScores]:
@@ -46,15 +43,19 @@ class Evidence:
 
     def perplexity(self, name: str) -> float:
         """Return the perplexity of a model, or of the teacher where it is not among them."""
-        return self.bootstrap.estimate(lambda sums: np.exp(sums[f"{name}/nll"] / sums["tokens"]))
+        return self.resamples.value(lambda sums: np.exp(sums[f"{name}/nll"] / sums["tokens"]))
 
     def interval(self, name: str, figure: str) -> tuple[float, float]:
         """Return the 95 % interval of a model's `perplexity`, or of its mean `kl` or `agree`."""
         if figure == "perplexity":
-            found = self.bootstrap.interval(lambda sums: np.exp(sums[f"{name}/nll"] / sums["tokens"]))
+            found = self.resamples.estimate(lambda sums: np.exp(sums[f"{name}/nll"] / sums["tokens"])).interval()
         else:
-            found = self.bootstrap.interval(lambda sums: sums[f"{name}/{figure}"] / sums["tokens"])
+            found = self.resamples.estimate(lambda sums: sums[f"{name}/{figure}"] / sums["tokens"]).interval()
         return found.low, found.high
+
+    def gain(self, baselines: Sequence[str], contenders: Sequence[str]) -> Estimate:
+        """Return by how many nats per token some models predict the text better than others, on average."""
+        return self.resamples.gain([f"{name}/nll" for name in baselines], [f"{name}/nll" for name in contenders])
 
 
 def read_evidence(
@@ -89,9 +90,8 @@ def read_evidence(
             f"the models were scored on {num_documents} documents; expected two or more, since a difference is "
             "judged by how it varies over documents: prepare a larger split"
         )
-    columns["tokens"] = expected[1].astype(float)
-    bootstrap = PairedBootstrap(columns, num_resamples=num_resamples, seed=seed)
-    return Evidence(scores, speed.models if speed else {}, bootstrap, num_documents)
+    resamples = Resamples(columns, expected[1].astype(float), num_resamples=num_resamples, seed=seed)
+    return Evidence(scores, speed.models if speed else {}, resamples)
 
 
 def _identity(documents: Mapping[str, ModelDocuments], name: str) -> NDArray[np.int64]:

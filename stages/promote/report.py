@@ -3,8 +3,10 @@
 A metric that is not known is absent, never zero; where a reason is known it stands in the candidate's notes.
 """
 
-from stages.formats.report import Report, ReportedCandidate, Verdict
-from stages.formats.scores import CandidateScores
+from collections.abc import Iterator
+
+from stages.formats.report import ReferenceRow, Report, ReportedCandidate, Verdict
+from stages.formats.scores import CandidateScores, ReferenceScores
 from stages.formats.speed import CandidateSpeed
 from stages.promote.evidence import Evidence
 
@@ -22,8 +24,39 @@ def build_report(evidence: Evidence, verdict: Verdict) -> Report:
         split=scores.split,
         tokens=scores.tokens,
         documents=scores.documents,
+        effective_documents=evidence.resamples.effective,
+        dtype=scores.dtype,
+        minimum_detectable_nats=_minimum_detectable(evidence),
+        references=tuple(_references(evidence)),
         candidates=tuple(_candidate(evidence, name) for name in evidence.models),
     )
+
+
+def _minimum_detectable(evidence: Evidence) -> float:
+    teacher = evidence.teacher
+    return max(
+        (evidence.gain([teacher], [name]).minimum_detectable() for name in evidence.models if name != teacher),
+        default=0.0,
+    )
+
+
+def _references(evidence: Evidence) -> Iterator[ReferenceRow]:
+    scores = evidence.scores
+    rows = {"trigram": scores.trigram, "bigram": scores.bigram, "teacher again": scores.noise_floor}
+    for name, row in rows.items():
+        if row is not None:
+            known = {metric: value for metric, value in _reference_metrics(row).items() if value is not None}
+            yield ReferenceRow(name=name, text=row.text, metrics=known)
+
+
+def _reference_metrics(row: ReferenceScores) -> dict[str, float | None]:
+    return {
+        "final/perplexity": row.perplexity,
+        "final/cross_entropy": row.cross_entropy,
+        "final/bits_per_byte": row.bits_per_byte,
+        "final/kl_to_teacher": row.kl_to_reference,
+        "final/agreement": row.agreement,
+    }
 
 
 def _candidate(evidence: Evidence, name: str) -> ReportedCandidate:
@@ -51,6 +84,7 @@ def _quality_metrics(scores: CandidateScores) -> dict[str, float | None]:
     return {
         "final/perplexity": scores.perplexity,
         "final/cross_entropy": scores.cross_entropy,
+        "final/bits_per_byte": scores.bits_per_byte,
         "final/kl_to_teacher": scores.kl_to_reference,
         "final/agreement": scores.agreement,
         "final/size_bytes": scores.size_bytes,

@@ -1,103 +1,120 @@
 """Decide: which candidate is the champion, which claim holds, and why, in sentences with figures.
 
 The champion is the smallest candidate that keeps every limit (bytes on disk; of equal sizes the one closer to the
-teacher). The teacher is the reference and never a champion. Does not: change a registry; tracking applies it.
+teacher) and that no other one beats in both size and KL. The teacher is the reference and never a champion. Without a
+limit nothing is judged. Does not: change a registry; tracking applies it, and defends the champion that reigns there.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
-from stages.errors import StageFailed, nearest
-from stages.formats.report import Check, QualityClaim, Verdict
-from stages.promote.checks import check_candidate
-from stages.promote.evidence import FEW_DOCUMENTS, Evidence
+from stages.formats.report import Check, Verdict
+from stages.promote.cautions import warnings_of
+from stages.promote.checks import check_candidates, keeps_exact_limits
+from stages.promote.claims import judge_claim
+from stages.promote.evidence import Evidence
 from stages.promote.gate import Gate
+from stages.promote.method import Method
 
-__all__ = ["compare_models", "decide"]
+__all__ = ["decide"]
 
 
 def decide(
-    evidence: Evidence, gate: Gate, *, registered_name: str, baseline: str | None, contender: str | None
+    evidence: Evidence, gate: Gate, *, registered_name: str, baseline: Method | None, contender: Method | None
 ) -> Verdict:
     """Apply the gate to every candidate but the teacher, choose the champion, and judge the claim.
 
     Raises:
-        StageFailed: `baseline` or `contender` is no model that was scored.
+        StageFailed: a model of `baseline` or `contender` was not scored.
     """
     scores = evidence.models
-    checks = {name: check_candidate(gate, name, evidence) for name in scores if name != evidence.teacher}
-    passing = [name for name, found in checks.items() if all(check.passed for check in found)]
-    champion = min(passing, key=lambda n: (scores[n].size_bytes, scores[n].kl_to_reference, n), default=None)
+    checks = check_candidates(gate, [name for name in scores if name != evidence.teacher], evidence)
+    beaten_by = _find_beaten(evidence, checks)
+    passing = [name for name, found in checks.items() if all(check.passed for check in found) and name not in beaten_by]
+    champion, outcome = None, _outcome(gate, passing)
+    if outcome == "accepted":
+        champion = min(passing, key=lambda n: (scores[n].size_bytes, scores[n].kl_to_reference, n))
     claims = []
     if baseline is not None and contender is not None:
-        claims.append(compare_models(evidence, baseline=baseline, contender=contender))
+        claims.append(judge_claim(evidence, baseline=baseline, contender=contender))
     return Verdict(
-        outcome="rejected" if champion is None else "accepted",
+        outcome=outcome,
         champion=champion,
         registered_name=registered_name,
-        reasons=tuple(_reasons(evidence, checks, champion)),
+        reasons=tuple(_reasons(evidence, checks, beaten_by, outcome, champion)),
         claims=tuple(claims),
         checks=checks,
+        beaten_by=beaten_by,
+        warnings=warnings_of(evidence, gate),
     )
 
 
-def compare_models(evidence: Evidence, *, baseline: str, contender: str) -> QualityClaim:
-    """Judge the claim that one model predicts held-out text better than another, beyond noise.
+def _outcome(gate: Gate, passing: Sequence[str]) -> Literal["accepted", "rejected", "unjudged"]:
+    if not gate.limits:
+        return "unjudged"
+    return "accepted" if passing else "rejected"
 
-    Returns:
-        the difference of cross-entropies (baseline − contender, nats per token), its 95 % interval over documents, and
-        whether the interval lies above zero.
+
+def _find_beaten(evidence: Evidence, checks: Mapping[str, Sequence[Check]]) -> dict[str, str]:
+    """Return of each candidate that another one beats in both size and KL by which: the closest to the teacher.
+
+    The other may be the teacher itself; a candidate that is too large or too slow for the gate is no alternative.
     """
-    for field, name in (("baseline", baseline), ("contender", contender)):
-        if name not in evidence.models:
-            raise StageFailed(
-                f"{field}={name!r} is no model that was scored{nearest(name, list(evidence.models))}; set it to one"
-            )
-    found = evidence.bootstrap.interval(
-        lambda sums: (sums[f"{baseline}/nll"] - sums[f"{contender}/nll"]) / sums["tokens"]
-    )
-    perplexities = {name: evidence.perplexity(name) for name in (baseline, contender)}
-    holds = found.low > 0
-    outcome = "beats" if holds else "is worse than" if found.high < 0 else "does not beat, beyond noise,"
-    text = (
-        f"{contender} {outcome} {baseline} on held-out text: perplexity {perplexities[baseline]:.4g} → "
-        f"{perplexities[contender]:.4g}, a gain of {found.estimate:+.4f} nats per token (95% interval {found.low:+.4f} "
-        f"to {found.high:+.4f} over {evidence.num_documents} documents)"
-    )
-    return QualityClaim(
-        claim=f"{contender} beats {baseline} on held-out text",
-        difference_nats_per_token=found.estimate,
-        interval=(found.low, found.high),
-        perplexities=perplexities,
-        holds=holds,
-        text=text,
-    )
+    points = {name: (each.size_bytes, each.kl_to_reference) for name, each in evidence.models.items()}
+    shippable = [name for name in points if name not in checks or keeps_exact_limits(checks[name])]
+    found = {}
+    for name in checks:
+        better = [other for other in shippable if all(x < y for x, y in zip(points[other], points[name], strict=True))]
+        if better:
+            found[name] = min(better, key=lambda other: points[other][1])
+    return found
 
 
-def _reasons(evidence: Evidence, checks: Mapping[str, Sequence[Check]], champion: str | None) -> list[str]:
+def _reasons(
+    evidence: Evidence,
+    checks: Mapping[str, Sequence[Check]],
+    beaten_by: Mapping[str, str],
+    outcome: str,
+    champion: str | None,
+) -> list[str]:
+    if not checks:
+        return ["nothing to promote: no model but the teacher was scored"]
     reasons = []
     if champion is not None:
         reasons.append(_promotion(evidence, champion))
-    elif not checks:
-        reasons.append("nothing to promote: no model but the teacher was scored")
+    elif outcome == "unjudged":
+        reasons.append(
+            "unjudged: the gate has no limit, so that nothing is promoted. What may be lost depends on what the "
+            "model is "
+            "for: set limits that its use can bear, e.g. --gate.max-kl-to-base 0.01 --gate.min-compression-x 2"
+        )
     else:
         reasons.append(f"nothing promoted: none of {len(checks)} candidates keeps every limit")
     for name, found in checks.items():
-        failed = [check.text for check in found if not check.passed]
-        if failed:
-            reasons.append(f"{name} is out: {'; '.join(failed)}")
-    if evidence.num_documents < FEW_DOCUMENTS:
-        reasons.append(f"the intervals are rough: they rest on {evidence.num_documents} documents only")
+        out = [check.text for check in found if not check.passed]
+        if name in beaten_by:
+            out.append(_beaten(evidence, name, beaten_by[name]))
+        if out:
+            reasons.append(f"{name} is out: {'; '.join(out)}")
     return reasons
+
+
+def _beaten(evidence: Evidence, name: str, other: str) -> str:
+    this, that = evidence.models[name], evidence.models[other]
+    return (
+        f"{other} beats it in both size ({that.size_bytes:,} against {this.size_bytes:,} bytes) and KL to the teacher "
+        f"({that.kl_to_reference:.3g} against {this.kl_to_reference:.3g} nats/token)"
+    )
 
 
 def _promotion(evidence: Evidence, champion: str) -> str:
     """Say what the champion gains and what it loses."""
-    scores = evidence.models[champion]
+    scores, size16 = evidence.models[champion], evidence.scores.reference_bytes_16bit
     teacher = evidence.perplexity(evidence.teacher)
     change = scores.perplexity / teacher - 1
     text = (
-        f"promoted {champion}: {scores.compression_x:.1f}x smaller than the teacher "
-        f"({scores.size_bytes / 1e6:.3g} MB vs {evidence.scores.reference_bytes / 1e6:.3g} MB) at "
+        f"promoted {champion}: {scores.compression_x:.1f}x smaller than the teacher in 16 bits "
+        f"({scores.size_bytes / 1e6:.3g} MB vs {size16 / 1e6:.3g} MB), {scores.bits_per_weight:.1f} bits a weight, at "
         f"{scores.kl_to_reference:.3g} nats/token KL to it, perplexity {teacher:.4g} → {scores.perplexity:.4g} "
         f"({change:+.1%}), the same top-1 token for {scores.agreement:.1%} of tokens"
     )

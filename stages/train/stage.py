@@ -46,8 +46,8 @@ class Train(Stage):
 
     KIND: ClassVar = "model"
     REVISION: ClassVar = (
-        "2026-11-25 AdamW or Muon; skipped steps; embeddings not decayed; fresh students in bfloat16; each segment of a "
-        "row alone; rows mixed over eight shards"
+        "2026-11-25 AdamW or Muon; skipped steps; embeddings not decayed; fresh students in bfloat16; each segment of "
+        "a row alone; rows mixed over eight shards"
     )
     PLACES_WORKERS: ClassVar = True
     FRESH_PROCESS: ClassVar = True

@@ -153,6 +153,8 @@ def _print_report(out: Console, report: Report) -> None:
     out.print(Text(verdict.outcome, style="bold green" if verdict.champion else "bold yellow"))
     for line in [*verdict.reasons, *(claim.text for claim in verdict.claims)]:
         out.print(f"  {line}", highlight=False, soft_wrap=True)
+    for warning in verdict.warnings:
+        out.print(Text(f"  warning: {warning}", style="yellow"), soft_wrap=True)
 
 
 def leaderboard_table(report: Report, width: int) -> Table:

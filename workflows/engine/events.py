@@ -112,6 +112,9 @@ class VerdictReached(_Event):
     """Name of the accepted candidate, or None."""
     at_ms: int
     reasons: tuple[str, ...]
+    outcome: Literal["accepted", "rejected", "unjudged"] = "rejected"
+    """Unjudged: the gate has no limit."""
+    warnings: tuple[str, ...] = ()
 
 
 class RunEnded(_Event):

@@ -290,6 +290,8 @@ def _outcomes(result: RunResult, reports: Mapping[str, Report], command: str) ->
             champion=report.verdict.champion,
             at_ms=now_ms(),
             reasons=report.verdict.reasons,
+            outcome=report.verdict.outcome,
+            warnings=report.verdict.warnings,
         )
     commits = [result.steps[name].commit for name in reports]
     yield RunEnded(
@@ -312,7 +314,9 @@ def _note(result: RunResult, reports: Mapping[str, Report], command: str) -> str
     lines = [f"**{state}**: {result.executed} of {len(result.steps)} steps run, the others found.", ""]
     for name, report in reports.items():
         lines += [f"Verdict of `{name}`: {report.verdict.outcome}"]
-        lines += [*(f"- {reason}" for reason in report.verdict.reasons), ""]
+        lines += [f"- {reason}" for reason in report.verdict.reasons]
+        lines += [f"- {claim.text}" for claim in report.verdict.claims]
+        lines += [*(f"- **Warning**: {warning}" for warning in report.verdict.warnings), ""]
     unfinished = [step for step in result.steps.values() if step.outcome in ("failed", "skipped", "cancelled")]
     lines += [f"- `{step.name}` {step.outcome}: {step.reason}" for step in unfinished]
     return "\n".join([*lines, "", "Reproduce with", "", f"    {command}"])

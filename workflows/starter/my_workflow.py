@@ -13,6 +13,7 @@ from stages.contract import Resources
 from stages.evaluate.stage import Evaluate
 from stages.external.documents import PythonDocs  # or Files(paths=("my/texts/*.jsonl",))
 from stages.prepare.stage import ByteLevelBPE, Prepare
+from stages.promote.stage import Gate, Promote
 from stages.teach.stage import Teach, TopK
 from stages.train.objectives import CrossEntropy, SoftTarget
 from stages.train.stage import AdamW, Llama, Train
@@ -79,5 +80,9 @@ def my_workflow(
             signals=signals,
             resources=two,
         )
-    flow.step("scores", Evaluate(seed=seed), data=corpus, reference=teacher, models=models)
+    scores = flow.step("scores", Evaluate(seed=seed), data=corpus, reference=teacher, models=models)
+    # Without a limit nothing is promoted. These let a student pass that is smaller than the teacher, and whose
+    # perplexity is up to half as large again, which a tutorial can bear; set what your use can.
+    limits = Gate(max_perplexity_ratio_to_teacher=1.5, min_compression_x=1.0)
+    flow.step("verdict", Promote(gate=limits, registered_name="my-workflow"), scores=scores)
     return flow

@@ -1,11 +1,64 @@
-"""The paired bootstrap: against scipy, its coverage, what it says of equal models, and its limits."""
+"""Intervals over documents and seeds: against exhaustive enumeration and scipy, their errors, and their limits."""
+
+import itertools
 
 import numpy as np
 import pytest
-from scipy.stats import bootstrap
+from scipy.stats import false_discovery_control, permutation_test
 
 from stages.ops import statistics
-from stages.ops.statistics import Interval, PairedBootstrap
+from stages.ops.statistics import Interval, Resamples, effective_number, holm
+
+# Tokens of the Python docs' validation documents, as the quickstart packs them.
+LENGTHS = np.array(
+    [
+        "14776",
+        "7797",
+        "6349",
+        "6337",
+        "4904",
+        "3926",
+        "2602",
+        "1518",
+        "1478",
+        "1378",
+        "1357",
+        "1128",
+        "969",
+        "931",
+        "915",
+        "898",
+        "778",
+        "742",
+        "736",
+        "672",
+        "430",
+        "388",
+        "367",
+        "356",
+        "298",
+        "266",
+        "211",
+        "194",
+        "161",
+        "131",
+        "129",
+        "126",
+        "124",
+        "113",
+        "104",
+        "87",
+        "84",
+        "80",
+        "56",
+        "49",
+        "44",
+        "19",
+    ],
+    dtype=int,
+)
+DOCUMENT_SPREAD, TOKEN_SPREAD = 0.062, 0.71
+"""Standard deviations, in nats, of the gain of one student over another: of a document's mean, and of its tokens."""
 
 
 def documents(num_documents: int, *, seed: int, shift: float = 0.0) -> dict[str, np.ndarray]:
@@ -21,81 +74,143 @@ def documents(num_documents: int, *, seed: int, shift: float = 0.0) -> dict[str,
     }
 
 
+def resample(columns: dict[str, np.ndarray], **options: int) -> Resamples:
+    return Resamples({key: value for key, value in columns.items() if key != "tokens"}, columns["tokens"], **options)
+
+
+def planted(gain: float, *, seed: int, num_seeds: int = 1, seed_spread: float = 0.0):
+    """Compare two methods on documents of the corpus's lengths, one of which is better by `gain`."""
+    rng = np.random.default_rng(seed)
+    tokens, shape = LENGTHS.astype(float), (num_seeds, len(LENGTHS))
+    difficulty = rng.normal(5, 0.5, len(LENGTHS))
+    nature = rng.normal(0, DOCUMENT_SPREAD, len(LENGTHS)) + rng.normal(0, TOKEN_SPREAD, len(LENGTHS)) / np.sqrt(tokens)
+    of_seed = rng.normal(0, seed_spread / np.sqrt(2), (2, num_seeds, 1))
+    plain = tokens * (difficulty + nature + of_seed[0] + np.zeros(shape))
+    better = tokens * (difficulty - gain + of_seed[1] + np.zeros(shape))
+    columns = {f"plain{s}": each for s, each in enumerate(plain)} | {
+        f"better{s}": each for s, each in enumerate(better)
+    }
+    drawn = Resamples(columns, tokens, num_resamples=1000, seed=seed)
+    return drawn.gain([f"plain{s}" for s in range(num_seeds)], [f"better{s}" for s in range(num_seeds)])
+
+
 def difference(sums):
     return (sums["a"] - sums["b"]) / sums["tokens"]
 
 
-@pytest.mark.parametrize("column", ["a", "b"])
-def test_interval_of_a_ratio_of_sums_agrees_with_scipy(column):
-    columns = documents(80, seed=1)
-    ours = PairedBootstrap(columns, num_resamples=40_000, seed=2).interval(lambda s: s[column] / s["tokens"])
-    theirs = bootstrap(
-        (columns[column], columns["tokens"]),
-        lambda n, d, axis: n.sum(axis=axis) / d.sum(axis=axis),
-        paired=True,
-        vectorized=True,
-        n_resamples=40_000,
-        method="BCa",
-        rng=np.random.default_rng(3),
-    ).confidence_interval
-    width = theirs.high - theirs.low
-    assert ours.estimate == pytest.approx(columns[column].sum() / columns["tokens"].sum(), rel=1e-12)
-    assert ours.low == pytest.approx(theirs.low, abs=0.03 * width)
-    assert ours.high == pytest.approx(theirs.high, abs=0.03 * width)
+def test_interval_agrees_with_all_subsets_of_the_documents():
+    columns = documents(13, seed=1)
+    subsets = np.array(list(itertools.product([0, 1], repeat=13)))[1:]
+    figures = (subsets @ (columns["a"] - columns["b"])) / (subsets @ columns["tokens"])
+    found = resample(columns, num_resamples=100_000).estimate(difference)
+    low, high = np.quantile(figures, [0.025, 0.975])
+    interval = found.interval()
+    assert interval.estimate == pytest.approx(difference({key: value.sum() for key, value in columns.items()}))
+    assert (interval.low, interval.high) == pytest.approx((low, high), abs=0.02 * (high - low))
 
 
-def test_interval_covers_the_truth_about_as_often_as_it_says():
-    hits = 0
-    for seed in range(400):
-        found = PairedBootstrap(documents(100, seed=seed, shift=0.05), num_resamples=1000, seed=seed).interval(
-            difference
-        )
-        hits += found.low <= 0.05 <= found.high
-    assert 0.91 <= hits / 400 <= 0.98
+def test_p_value_is_that_of_scipys_test_with_flipped_signs():
+    columns = documents(12, seed=2, shift=0.03)
+    bound = 0.01
+    excess = columns["a"] - columns["b"] - bound * columns["tokens"]
+    theirs = permutation_test(
+        (excess,), np.sum, permutation_type="samples", alternative="greater", n_resamples=np.inf
+    ).pvalue
+    ours = resample(columns, num_resamples=100_000).estimate(difference).p_below(bound)
+    assert ours == pytest.approx(theirs, abs=0.004)
+    assert 0.01 < ours < 0.5
 
 
-def test_interval_of_two_equally_good_models_excludes_zero_rarely():
-    false_claims = 0
-    for seed in range(400):
-        found = PairedBootstrap(documents(100, seed=1000 + seed), num_resamples=1000, seed=seed).interval(difference)
-        false_claims += found.low > 0
-    assert false_claims / 400 <= 0.05  # one-sided 2.5 %; 0.05 is more than three standard errors above
+def test_claim_between_equally_good_models_is_made_rarely_with_the_corpus_own_lengths():
+    false_claims = sum(planted(0.0, seed=seed).interval().low > 0 for seed in range(200))
+    assert false_claims / 200 <= 0.05
+
+
+def test_gain_as_large_as_the_minimum_detectable_one_is_found_four_times_of_five():
+    smallest = [planted(0.0, seed=seed).minimum_detectable() for seed in range(200)]
+    found = sum(planted(gain, seed=1000 + seed).interval().low > 0 for seed, gain in enumerate(smallest))
+    assert found / 200 >= 0.8
+
+
+def test_claim_of_a_method_is_made_rarely_where_only_the_seeds_differ():
+    """Three seeds a side: drawing them with replacement would make the claim in 11 to 15 % of trials."""
+    claims = [planted(0.0, seed=seed, num_seeds=3, seed_spread=0.09).interval().low > 0 for seed in range(200)]
+    assert sum(claims) / 200 <= 0.05
+
+
+def test_gain_over_seeds_is_wider_than_over_documents_alone_and_the_same_figure():
+    three, one = (planted(0.1, seed=3, num_seeds=number, seed_spread=0.0) for number in (3, 1))
+    assert three.interval().high - three.interval().low == pytest.approx(one.interval().high - one.interval().low)
+    apart = planted(0.1, seed=3, num_seeds=3, seed_spread=0.09)
+    assert apart.interval().high - apart.interval().low > 2 * (one.interval().high - one.interval().low)
+
+
+def test_gain_of_unequal_numbers_of_seeds_has_both_sides_spread():
+    rng = np.random.default_rng(0)
+    tokens = np.full(50, 100.0)
+    columns = {f"a{s}": tokens * (2 + offset) for s, offset in enumerate(rng.normal(0, 0.1, 4))}
+    columns |= {f"b{s}": tokens * (2 + offset) for s, offset in enumerate(rng.normal(0, 0.1, 3))}
+    found = Resamples(columns, tokens).gain(["a0", "a1", "a2", "a3"], ["b0", "b1", "b2"]).interval()
+    assert found.high - found.low > 4 * np.sqrt(0.1**2 / 4 + 0.1**2 / 3)
+    assert found.low < 0 < found.high
+
+
+def test_two_seeds_a_side_tell_nothing_of_seeds():
+    tokens = np.full(50, 100.0)
+    columns = {name: tokens * value for name, value in {"a0": 2.0, "a1": 2.4, "b0": 1.9, "b1": 2.3}.items()}
+    found = Resamples(columns, tokens).gain(["a0", "a1"], ["b0", "b1"]).interval()
+    assert (found.low, found.high) == pytest.approx((0.1, 0.1))
+
+
+def test_effective_number_is_that_of_equally_long_documents():
+    assert effective_number([7, 7, 7]) == pytest.approx(3)
+    assert effective_number([1e9, 1, 1]) == pytest.approx(1)
+    assert effective_number(LENGTHS) == pytest.approx(9.71, abs=0.01)
+
+
+def test_holm_agrees_with_its_definition_and_is_milder_than_bonferroni():
+    p = [0.01, 0.04, 0.03, 0.005]
+    assert holm(p) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert all(ours <= 4 * each for ours, each in zip(holm(p), p, strict=True))
+    assert all(ours >= fdr - 1e-12 for ours, fdr in zip(holm(p), false_discovery_control(p), strict=True))
+    assert holm([]) == []
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
 
 
 def test_interval_of_a_model_against_itself_is_exactly_zero():
     columns = documents(50, seed=3)
-    found = PairedBootstrap({**columns, "b": columns["a"]}, num_resamples=500).interval(difference)
-    assert found == Interval(0.0, 0.0, 0.0)
+    found = resample({**columns, "b": columns["a"]}, num_resamples=500).estimate(difference)
+    assert found.interval() == Interval(0.0, 0.0, 0.0)
 
 
-def test_interval_where_nothing_varies_is_a_point():
-    columns = {"tokens": np.full(10, 7.0), "agree": np.full(10, 7.0)}
-    found = PairedBootstrap(columns, num_resamples=300).interval(lambda s: s["agree"] / s["tokens"])
-    assert found == Interval(1.0, 1.0, 1.0)
+def test_few_documents_show_nothing_however_much_they_agree():
+    columns = {"a": np.full(5, 30.0), "b": np.full(5, 10.0), "tokens": np.full(5, 10.0)}
+    assert resample(columns).estimate(difference).p_below(0.0) == 0.5**5 > 0.025
+    more = {key: np.repeat(value, 2) for key, value in columns.items()}
+    assert resample(more).estimate(difference).p_below(0.0) < 0.025
 
 
 def test_interval_with_an_equal_seed_is_equal_whatever_the_batch(monkeypatch):
     columns = documents(64, seed=4)
-    whole = PairedBootstrap(columns, num_resamples=400, seed=5).interval(difference)
+    whole = resample(columns, num_resamples=400, seed=5).estimate(difference).interval()
     monkeypatch.setattr(statistics, "BATCH_BYTES", 64 * 8 * 7)
-    split = PairedBootstrap(columns, num_resamples=400, seed=5).interval(difference)
-    other = PairedBootstrap(columns, num_resamples=400, seed=6).interval(difference)
+    split = resample(columns, num_resamples=400, seed=5).estimate(difference).interval()
+    other = resample(columns, num_resamples=400, seed=6).estimate(difference).interval()
     assert (split.low, split.high) == pytest.approx((whole.low, whole.high), rel=1e-9)
     assert other != whole
 
 
 def test_interval_of_a_paired_difference_is_narrower_than_either_models():
-    columns = documents(200, seed=6)
-    drawn = PairedBootstrap(columns, num_resamples=1000)
-    paired, single = drawn.interval(difference), drawn.interval(lambda s: s["a"] / s["tokens"])
+    drawn = resample(documents(200, seed=6), num_resamples=1000)
+    paired, single = (drawn.estimate(each).interval() for each in (difference, lambda s: s["a"] / s["tokens"]))
     assert paired.high - paired.low < 0.2 * (single.high - single.low)
 
 
 @pytest.mark.parametrize(
-    "columns",
-    [{"a": [1.0]}, {"a": [1.0, 2.0], "b": [1.0]}, {"a": [1.0, float("nan")]}],
+    ("columns", "tokens"),
+    [({"a": [1.0]}, [1]), ({"a": [1.0, 2.0], "b": [1.0]}, [1, 1]), ({"a": [1.0, float("nan")]}, [1, 1])],
     ids=["one document", "different lengths", "not finite"],
 )
-def test_bootstrap_of_unfit_columns_is_refused(columns):
+def test_resampling_of_unfit_columns_is_refused(columns, tokens):
     with pytest.raises(ValueError, match=r"two or more documents|not finite"):
-        PairedBootstrap(columns)
+        Resamples(columns, tokens)

@@ -7,7 +7,7 @@ import numpy as np
 
 from stages.contract import Artifact
 from stages.formats.documents import ModelDocuments, write_documents
-from stages.formats.scores import CandidateScores, Scores
+from stages.formats.scores import CandidateScores, ReferenceScores, Scores
 from stages.formats.speed import CandidateSpeed, Speed
 from stages.storage import Folder
 from tests.fakes import artifact_of
@@ -35,24 +35,36 @@ class Made:
 TEACHER = Made(excess=0.0, kl=0.0, size_bytes=13_100_000, noise=0.0)
 
 
+def reference_scores(perplexity: float, kl: float | None = None) -> ReferenceScores:
+    entropy = float(np.log(perplexity))
+    figures = {"cross_entropy": entropy, "perplexity": perplexity, "bits_per_byte": entropy / 2}
+    return ReferenceScores(text="made up", **figures, kl_to_reference=kl, agreement=None if kl is None else 1 - kl)
+
+
 def write_scores(
-    folder: Path, models: dict[str, Made], *, reference: str | None = "teacher", seed: int = 0
+    folder: Path,
+    models: dict[str, Made],
+    *,
+    reference: str | None = "teacher",
+    seed: int = 0,
+    num_documents: int = NUM_DOCUMENTS,
+    **references: ReferenceScores,
 ) -> Artifact:
     """Write `scores.json` and `documents.parquet`; a model with a base was derived from it."""
     rng = np.random.default_rng(seed)
-    tokens = rng.integers(40, 400, NUM_DOCUMENTS)
-    difficulty = rng.gamma(9.0, 0.25, NUM_DOCUMENTS)
+    tokens = rng.integers(40, 400, num_documents)
+    difficulty = rng.gamma(9.0, 0.25, num_documents)
     everything = models if reference else {**models, "@reference": TEACHER}
     entries, documents = {}, {}
     for name, made in everything.items():
-        jitter = rng.normal(0, 1, (3, NUM_DOCUMENTS))
+        jitter = rng.normal(0, 1, (3, num_documents))
         nll = tokens * (difficulty + made.excess + made.noise * jitter[0])
         kl = tokens * made.kl * np.exp(0.2 * jitter[1])
         agree = np.minimum(tokens, np.round(tokens * (1 - min(0.9, made.kl)))).astype(int)
         kl_base = tokens * made.kl_to_base * np.exp(0.2 * jitter[2]) if made.base else None
         agree_base = np.round(tokens * made.agreement_with_base).astype(int) if made.base else None
-        order = rng.permutation(NUM_DOCUMENTS)
-        columns = (np.arange(NUM_DOCUMENTS) * 7919, tokens, nll, kl, agree, kl_base, agree_base)
+        order = rng.permutation(num_documents)
+        columns = (np.arange(num_documents) * 7919, tokens, nll, kl, agree, kl_base, agree_base)
         documents[name] = ModelDocuments(*(None if column is None else column[order] for column in columns))
         total = tokens.sum()
         if name in models:
@@ -70,6 +82,7 @@ def write_scores(
                 bits_per_weight=8 * made.size_bytes / 3_000_000,
                 compression_x=TEACHER.size_bytes / made.size_bytes,
                 cross_entropy=nll.sum() / total,
+                bits_per_byte=nll.sum() / total / 2,
                 perplexity=float(np.exp(nll.sum() / total)),
                 kl_to_reference=kl.sum() / total,
                 agreement=agree.sum() / total,
@@ -82,12 +95,15 @@ def write_scores(
         split="validation",
         dtype="float32",
         tokens=int(tokens.sum()),
-        documents=NUM_DOCUMENTS,
+        text_bytes=int(tokens.sum()) * 3,
+        documents=num_documents,
         rows=64,
         dataset_fingerprint=fingerprint_of("data"),
         reference=reference,
         reference_fingerprint=fingerprint_of("teacher"),
         reference_bytes=TEACHER.size_bytes,
+        reference_bytes_16bit=TEACHER.size_bytes,
+        **references,
         models=entries,
     ).write(out)
     return artifact_of("scores", folder)

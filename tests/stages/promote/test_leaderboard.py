@@ -28,10 +28,26 @@ def report(*candidates: ReportedCandidate, champion: str | None, kept: dict[str,
         for name, values in kept.items()
     }
     verdict = Verdict(
-        outcome="accepted", champion=champion, registered_name="house", reasons=(), claims=(), checks=checks
+        outcome="accepted",
+        champion=champion,
+        registered_name="house",
+        reasons=(),
+        claims=(),
+        checks=checks,
+        beaten_by={},
+        warnings=(),
     )
     return Report(
-        verdict=verdict, reference="teacher", split="validation", tokens=1, documents=1, candidates=candidates
+        verdict=verdict,
+        reference="teacher",
+        split="validation",
+        tokens=1,
+        documents=1,
+        effective_documents=1,
+        dtype="float32",
+        minimum_detectable_nats=0.1,
+        references=(),
+        candidates=candidates,
     )
 
 

@@ -50,8 +50,9 @@ class Judge(Stage):
             checks={},
         )
         report = Report(
-            verdict=verdict, reference=None, split="validation", tokens=10, documents=1, candidates=(candidate,)
-        )
+            verdict=verdict, reference=None, split="validation", tokens=10, documents=1, effective_documents=1,
+            dtype="float32", minimum_detectable_nats=0.1, candidates=(candidate,),
+        )  # fmt: skip
         report.write(context.out)
         return Outcome()
 

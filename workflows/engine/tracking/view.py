@@ -211,8 +211,9 @@ def _candidate(run: RunStarted, event: CandidateFound) -> CandidateEntry:
 
 
 def _verdict_tags(event: VerdictReached) -> dict[str, str]:
-    verdict = f"champion: {event.champion}" if event.champion is not None else "rejected"
-    return {"verdict": verdict, "verdict.reasons": "\n".join(event.reasons)}
+    verdict = f"champion: {event.champion}" if event.champion is not None else event.outcome
+    warnings = {"verdict.warnings": "\n".join(event.warnings)} if event.warnings else {}
+    return {"verdict": verdict, "verdict.reasons": "\n".join(event.reasons), **warnings}
 
 
 def _registration(event: VerdictReached, champion: str) -> Registration:
