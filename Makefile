@@ -20,7 +20,7 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 
 bench: $(VENV)/.dev
-	for name in engine_overhead teach_throughput train_throughput quickstart_cost; do \
+	for name in engine_overhead packing teach_throughput train_throughput quickstart_cost; do \
 		echo "== $$name"; $(BIN)/python -m benchmarks.$$name || exit 1; done
 
 $(VENV)/bin/python:

@@ -1,7 +1,8 @@
 """Teach's throughput against a bare forward pass of the same teacher on the same rows, interleaved in one process.
 
 What is timed as Teach is what one of its actors does with a shard: read it, run the teacher, capture top-k, tail and
-log-partitions, write Parquet bytes. The bare pass is `model(input_ids).logits` under `inference_mode`, rows in memory.
+log-partitions, write Parquet bytes. The bare pass is `model(input_ids, position_ids).logits` under `inference_mode`, rows
+in memory; the rows hold several segments, so that both have the block mask.
 Start-up (Ray, loading) is left out of both.
 
     python -m benchmarks.teach_throughput --vocabulary 32000 --width 512 --layers 8
@@ -25,6 +26,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in {
         "vocabulary": 32_000, "width": 512, "layers": 8, "length": 256, "rows": 32, "batch": 8, "k": 32, "rounds": 5,
+        "segments": 4,
     }.items():  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--dtype", default="float32")
@@ -32,7 +34,13 @@ def main() -> None:
     options = parser.parse_args()
 
     with tempfile.TemporaryDirectory() as folder:
-        data = write_dataset(Path(folder), vocabulary=options.vocabulary, length=options.length, shards=(options.rows,))
+        data = write_dataset(
+            Path(folder),
+            vocabulary=options.vocabulary,
+            length=options.length,
+            shards=(options.rows,),
+            segments=options.segments,
+        )
         (path,) = data.paths("tokens/*.parquet")
         model = tiny_llama(
             vocabulary=options.vocabulary,
@@ -44,13 +52,16 @@ def main() -> None:
             max_position_embeddings=options.length,
             initializer_range=0.02,
         ).to(options.device, getattr(torch, options.dtype))
-        rows = torch.tensor(pq.read_table(path)["input_ids"].to_pylist(), device=options.device)
+        table = pq.read_table(path)
+        ids, places = (
+            torch.tensor(table[name].to_pylist(), device=options.device) for name in ("input_ids", "positions")
+        )
         teacher = LocalTeacher(model, vocabulary=options.vocabulary, k=options.k, temperatures=(1.0, 2.0, 4.0))
 
         def bare() -> None:
             with torch.inference_mode():
-                for batch in rows.split(options.batch):
-                    model(input_ids=batch).logits  # noqa: B018
+                for ids_BT, places_BT in zip(ids.split(options.batch), places.split(options.batch), strict=True):
+                    model(input_ids=ids_BT, position_ids=places_BT).logits  # noqa: B018
             if options.device == "cuda":
                 torch.cuda.synchronize()
 

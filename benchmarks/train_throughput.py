@@ -2,7 +2,7 @@
 
 Train's loop reads real shards (tokens and signals) through its reader; the plain one goes over a batch held in memory
 and does what one would write by hand: forward, losses in float32 over the whole logits, backward, clip, fused AdamW.
-Both without start-up; world size 1.
+Both without start-up, and both with the block mask of rows that hold several segments; world size 1.
 
     python -m benchmarks.train_throughput --objective soft
 """
@@ -71,7 +71,8 @@ def _plain(options: argparse.Namespace, step: StepBatch, steps: int) -> Callable
         for _ in range(steps):
             for batch in held:
                 with torch.autocast(options.device, torch.bfloat16, enabled=options.dtype == "bfloat16"):
-                    logits = model(input_ids=batch.input_ids_BT, use_cache=False).logits
+                    inputs = {"input_ids": batch.input_ids_BT, "position_ids": batch.position_ids_BT}
+                    logits = model(**inputs, use_cache=False).logits
                 (_plain_loss(logits, batch, options.objective) / len(held)).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
@@ -108,6 +109,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in {
         "vocabulary": 4096, "width": 256, "layers": 4, "length": 128, "rows": 256, "batch": 32, "steps": 8, "rounds": 5,
+        "segments": 4,
     }.items():  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--objective", choices=["cross", "soft"], default="soft")
@@ -118,7 +120,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         data = write_dataset(
-            root, vocabulary=options.vocabulary, length=options.length, shards=(options.rows // 4,) * 4
+            root,
+            vocabulary=options.vocabulary,
+            length=options.length,
+            shards=(options.rows // 4,) * 4,
+            segments=options.segments,
         )
         teacher = tiny_llama(vocabulary=options.vocabulary, max_position_embeddings=options.length)
         signals = write_signals(root / "stored", data, teacher, k=32, temperatures=(1.0, 2.0, 4.0))

@@ -4,18 +4,20 @@ The teacher is read where it lies; students are other checkpoints, or the teache
 started from its weights. No teacher is trained and no tokenizer is made.
 """
 
+from contextlib import suppress
 from itertools import combinations
 from typing import Annotated
 
 from pydantic import Field
 
 from stages.contract import Config, Resources
-from stages.errors import ConfigError
+from stages.errors import ConfigError, ExternalDataError
 from stages.evaluate.stage import Evaluate
 from stages.external.checkpoints import Checkpoint, PretrainedTokenizer
 from stages.external.documents import Files
 from stages.measure.device import describe_cpu, describe_gpu
 from stages.measure.stage import Measure
+from stages.models.context_length import longest_context
 from stages.prepare.stage import Prepare
 from stages.promote.stage import Gate, Promote
 from stages.quantize.proposers import Grid
@@ -65,7 +67,7 @@ def compress(
     students: tuple[StudentSpec, ...],
     teacher_revision: str | None = None,
     evaluation: tuple[str, ...] = (),
-    sequence_length: Annotated[int, Field(ge=16)] = 512,
+    sequence_length: Annotated[int, Field(ge=16)] | None = None,
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05,
     calibration_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05,
     max_documents: Annotated[int, Field(ge=1)] | None = None,
@@ -97,7 +99,7 @@ def compress(
         students: e.g. '{"name": "half", "layers": 6}' or '{"name": "small", "checkpoint": "path"}'; may be repeated.
         teacher_revision: the teacher's revision on the hub.
         evaluation: texts to compare models on; a part of the documents if not given.
-        sequence_length: tokens in one packed row.
+        sequence_length: tokens in one packed row; if not given, what teacher and students can read, and at most 2048.
         validation_fraction: share of the documents that models are compared on, unless evaluation is given.
         calibration_fraction: share of the documents that quantization looks at, and the best weights are told on.
         max_documents: read at most so many documents.
@@ -123,6 +125,7 @@ def compress(
         seed: seed of everything random.
     """
     _check_request(documents, students, w_ce, w_kd)
+    sequence_length = _row_length(sequence_length, Checkpoint(source=teacher, revision=teacher_revision), students)
     flow = Workflow("compress", base_model=teacher.rstrip("/").rsplit("/", 1)[-1])
     resources = Resources(
         workers=workers, cpus_per_worker=cpus_per_worker, gpus_per_worker=gpus_per_worker, micro_batch=micro_batch
@@ -218,6 +221,34 @@ def compress(
     speed = flow.step("speed", measure, models=models, resources=alone)
     flow.step("verdict", Promote(gate=gate, registered_name=registered_name, seed=seed), scores=scores, speed=speed)
     return flow
+
+
+LONGEST_ROW = 2048
+"""Tokens of a row where none are asked for: what papers calibrate and evaluate on, at bearable memory."""
+
+
+def _row_length(given: int | None, teacher: Checkpoint, students: tuple[StudentSpec, ...]) -> int:
+    """Return the tokens of a row: those that are given, or what all checkpoints can read.
+
+    Raises:
+        ConfigError: more are given than a checkpoint can read.
+    """
+    checkpoints = {"the teacher": teacher}
+    for student in students:
+        if student.checkpoint:
+            other = Checkpoint(source=student.checkpoint, revision=student.revision)
+            checkpoints[f"the student {student.name!r}"] = other
+    lengths = [LONGEST_ROW if given is None else given]
+    for what, checkpoint in checkpoints.items():
+        with suppress(ExternalDataError):  # raised where its identity is asked for
+            context = longest_context(checkpoint.config(ask_hub=True) or {})
+            if given is not None and context is not None and context < given:
+                raise ConfigError(
+                    f"sequence_length is {given}, and {what} ({checkpoint.source}) reads at most {context} tokens; "
+                    f"set it to {context} or less, or leave it out"
+                )
+            lengths += [] if context is None else [context]
+    return min(lengths)
 
 
 def _device(gpus_per_worker: float) -> str:

@@ -129,7 +129,7 @@ def quickstart(
             sequence_length=sequence_length,
             max_documents=max_documents,
             validation_fraction=0.1,
-            train_context_fraction=0.0,  # every token of a step is a target: minutes are short, and the text is not
+            train_context_fraction=0.0,  # twice the targets for the same seconds
             seed=seed,
         ),
         resources=TWO,

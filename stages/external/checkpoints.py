@@ -218,15 +218,19 @@ class Checkpoint(ExternalData):
         """Return it with an absolute path, or pinned to the hub's commit."""
         return self.model_copy(update=_pinned(_Repository(self.source, self.revision)))
 
-    def config(self) -> dict[str, Any] | None:
-        """Return its `config.json`; None where only the hub has it, which is not asked for a check.
+    def config(self, *, ask_hub: bool = False) -> dict[str, Any] | None:
+        """Return its `config.json`; None where there is none, or only the hub has it, unless the hub is to be asked.
 
         Raises:
             ExternalDataError: the checkpoint is missing or out of reach.
         """
         found = _Repository(self.source, self.revision)
-        readable = found.commit is None and "config.json" in found.names
-        return found.read_json("config.json") if readable else None
+        if "config.json" not in found.names or (found.commit is not None and not ask_hub):
+            return None
+        try:
+            return dict(found.read_json("config.json"))
+        except (OSError, ValueError) as error:
+            raise ExternalDataError(f"cannot read config.json of {self.source!r}: {error}") from error
 
     def artifact(self, fingerprint: str) -> Artifact:
         """Return it as a model artifact whose files lie where they are."""

@@ -151,7 +151,7 @@ class _Actor:
         self._teacher = ShardTeacher(job)
 
     def __call__(self, batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """Teach the shards that a batch names; yield how many tokens are taught, every second or so and at their end."""
+        """Teach the shards that a batch names; yield how many tokens are taught, each second or so and at their end."""
         for name in batch["item"]:
             tokens, since = 0, time.monotonic()
             for taught in self._teacher.teach(str(name)):

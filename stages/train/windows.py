@@ -1,7 +1,7 @@
 """Token shards joined to their signal shards by digest: some whole shards at a time, in memory.
 
 Promise: a shard's signals are kept as they were read; with k = 64 that is 400 bytes a token, and 2.3 KB for each token
-of one shard in all while it is read (measured).
+of one shard in all while it is read (measured): 150 MB for a shard of 65,536.
 
 Shapes: R rows, T tokens of a row, K kept entries, C temperatures.
 """

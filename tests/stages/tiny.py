@@ -43,9 +43,10 @@ def write_dataset(
     length: int = 16,
     shards: tuple[int, ...] = (5, 7, 6),
     num_calibration: int = 0,
+    segments: int = 1,
     seed: int = 0,
 ) -> Artifact:
-    """Write a dataset artifact of random rows, some padded at the end; return it.
+    """Write a dataset artifact of random rows of equal segments, some padded at the end; return it.
 
     The last `num_calibration` shards are of the calibration split, the others of that to train on.
     """
@@ -58,14 +59,15 @@ def write_dataset(
         # A learnable structure: every other token follows from the one before.
         input_ids[:, 1::2] = (input_ids[:, 0::2][:, : input_ids[:, 1::2].shape[1]] * 7 + 3) % (vocabulary - 2) + 2
         mask = np.ones((rows, length), bool)
-        mask[:, 0] = False
+        positions = np.tile(np.arange(length, dtype=np.int32) % (length // segments), (rows, 1))
+        mask &= positions > 0
         padded = rng.integers(0, max(1, length // 3), rows)
         for row, count in enumerate(padded):
             if count:
                 input_ids[row, -count:], mask[row, -count:] = 1, False
         targets += int(mask.sum())
         owners = np.where(mask, part, -1).astype(np.int64)
-        shard = to_parquet(TokenRows(input_ids, owners, mask))
+        shard = to_parquet(TokenRows(input_ids, owners, mask, positions))
         split: Split = "train" if part < len(shards) - num_calibration else "calibration"
         (folder / shard_name(split, part)).write_bytes(shard)
     counts = SplitCounts(shards=len(shards), rows=sum(shards), tokens=targets, documents=len(shards))

@@ -5,13 +5,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors import safe_open
 
 from stages.contract import Artifact
 from stages.errors import OutOfMemory, StageFailed
 from stages.formats.dataset import DatasetInfo
 from stages.formats.search import DoneTrial, FailedTrial
+from stages.models.checkpoints import load_model
+from stages.models.segments import row_inputs
 from stages.quantize import trial
+from stages.quantize.compress import find_layers, quantize_model, quiet
 from stages.quantize.fidelity import BasePredictions
 from stages.quantize.job import SearchJob, Survey
 from stages.quantize.records import Receipt, failed_receipt, read_receipt, write_receipt
@@ -61,6 +65,31 @@ def test_survey_of_a_model_that_does_not_fit_the_dataset_is_refused(
     job, _, base = surveyed
     with pytest.raises(StageFailed, match=message):
         trial.survey_model(replace(job, dataset=job.dataset.model_copy(update=change)), base.rows)
+
+
+def test_calibration_on_packed_rows_is_that_on_each_document_alone(model: Artifact) -> None:
+    """By the weights that GPTQ finds, which depend on every activation: other attention gives others."""
+    generator = torch.Generator().manual_seed(0)
+    ids_RT = torch.randint(0, VOCABULARY, (8, 32), generator=generator)
+    places_RT = torch.cat([torch.arange(12), torch.arange(14), torch.arange(6)]).expand(8, -1)
+    scheme, filled_RT = (
+        Scheme(weight_bits=4, group_size=32, algorithm="gptq"),
+        torch.ones_like(ids_RT, dtype=torch.bool),
+    )
+    found = []
+    for inputs in (
+        row_inputs(ids_RT, places_RT, filled_RT, whole=True, batch_rows=4),
+        row_inputs(ids_RT, places_RT, filled_RT, whole=False, batch_rows=4),
+        [{"input_ids": ids_BT} for ids_BT in ids_RT.split(4)],
+    ):
+        loaded = load_model(model.folder("model"))
+        layers = find_layers(loaded)
+        with quiet():
+            quantize_model(loaded, scheme, layers=layers, calibration=inputs)
+        found.append(torch.cat([loaded.get_submodule(name).weight.flatten() for name in layers.in_features]))
+    packed, alone, mixed = found
+    assert float((packed != alone).float().mean()) < 0.001
+    assert float((mixed != alone).float().mean()) > 0.02
 
 
 def as_finalist(receipt: Receipt, resume: Path) -> Artifact:

@@ -1,0 +1,49 @@
+"""What `compress` refuses or works out before it has a graph: the tokens of a row, by the checkpoints' configs."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from stages.errors import ConfigError
+from stages.prepare.stage import Prepare
+from workflows.compress import StudentSpec, compress
+
+
+def checkpoint(folder: Path, **config: int) -> str:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+def row_length(teacher: str, *others: str, sequence_length: int | None = None) -> int:
+    students = [StudentSpec(name=f"other{i}", checkpoint=other) for i, other in enumerate(others)]
+    flow = compress(
+        teacher=teacher,
+        documents=("a.txt",),
+        students=(StudentSpec(name="half", layers=2), *students),
+        sequence_length=sequence_length,
+        device="a CPU",
+    )
+    stage = flow.steps["corpus"].stage
+    assert isinstance(stage, Prepare)
+    return stage.sequence_length
+
+
+def test_row_has_what_teacher_and_students_can_read_and_no_more_than_2048_tokens(tmp_path: Path) -> None:
+    gpt2, long, mamba = (
+        checkpoint(tmp_path / "gpt2", n_positions=256),
+        checkpoint(tmp_path / "long", max_position_embeddings=32_768),
+        checkpoint(tmp_path / "mamba"),
+    )
+    assert row_length(long) == row_length(mamba) == row_length("nowhere/at-all/there") == 2048
+    assert row_length(gpt2) == row_length(long, gpt2) == row_length(mamba, gpt2, long) == 256
+    assert row_length(gpt2, sequence_length=128) == 128
+
+
+def test_row_longer_than_a_checkpoint_can_read_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    gpt2, long = checkpoint(tmp_path / "gpt2", n_positions=256), checkpoint(tmp_path / "long", n_positions=4096)
+    with pytest.raises(ConfigError, match=r"sequence_length is 512, and the teacher \(.*\) reads at most 256 tokens"):
+        row_length(gpt2, sequence_length=512)
+    with pytest.raises(ConfigError, match=r"512, and the student 'other0' .* reads at most 256 tokens; set it to 256"):
+        row_length(long, gpt2, sequence_length=512)
