@@ -67,6 +67,7 @@ def compress(
     students: tuple[StudentSpec, ...],
     teacher_revision: str | None = None,
     evaluation: tuple[str, ...] = (),
+    champion: str | None = None,
     sequence_length: Annotated[int, Field(ge=16)] | None = None,
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05,
     calibration_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05,
@@ -99,6 +100,8 @@ def compress(
         students: e.g. '{"name": "half", "layers": 6}' or '{"name": "small", "checkpoint": "path"}'; may be repeated.
         teacher_revision: the teacher's revision on the hub.
         evaluation: texts to compare models on; a part of the documents if not given.
+        champion: a checkpoint that reigns in the registry (its version's tag `artifact`): scored again beside the
+            students, so that they may take its place on these texts.
         sequence_length: tokens in one packed row; if not given, what teacher and students can read, and at most 2048.
         validation_fraction: share of the documents that models are compared on, unless evaluation is given.
         calibration_fraction: share of the documents that quantization looks at, and the best weights are told on.
@@ -200,6 +203,8 @@ def compress(
         for name, model in trained.items()
     }
     models: dict[str, Source] = {"teacher": big, **trained, **searches}
+    if champion is not None:
+        models["champion"] = flow.external("champion", Checkpoint(source=champion))
     scores = flow.step(
         "scores",
         Evaluate(dtype=computed, seed=seed),
@@ -276,7 +281,7 @@ def _check_request(documents: tuple[str, ...], students: tuple[StudentSpec, ...]
     names = [student.name for student in students]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigError(f"two students are named {twice[0]!r}; each needs a name of its own")
-    if taken := sorted({"teacher", *(f"{name}-quantized" for name in names)} & set(names)):
+    if taken := sorted({"teacher", "champion", *(f"{name}-quantized" for name in names)} & set(names)):
         raise ConfigError(f"a student is named {taken[0]!r}, which is the name of another candidate; choose another")
     for one, other in combinations(students, 2):
         if one == other.model_copy(update={"name": one.name}):

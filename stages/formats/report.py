@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import ClassVar, Literal, Self
 
+from pydantic import Field
+
 from stages.contract import Split
 from stages.formats.json_format import FormatModel, JsonFormat
 
@@ -58,7 +60,7 @@ class Verdict(FormatModel):
     claims: tuple[QualityClaim, ...]
     checks: dict[str, tuple[Check, ...]]
     """Candidate → its checks; the teacher has none."""
-    beaten_by: dict[str, str] = {}
+    beaten_by: dict[str, str] = Field(default_factory=dict)
     """Candidate → another that is both smaller and closer to the teacher, so that it is never promoted."""
     warnings: tuple[str, ...] = ()
     """What a reader must know before trusting any of this."""

@@ -100,7 +100,8 @@ def test_reference_against_itself_is_exactly_equal(evaluated):
     scores, documents, *_ = evaluated
     entry = scores.models["teacher"]
     assert scores.reference == "teacher"
-    assert (entry.kl_to_reference, entry.agreement, entry.compression_x) == (0.0, 1.0, 1.0)
+    assert (entry.kl_to_reference, entry.agreement) == (0.0, 1.0)
+    assert entry.compression_x == pytest.approx(0.5, rel=0.2)  # it is stored in 32 bits, with a file's header
     assert (documents[documents.model == "teacher"].kl == 0).all()
 
 
@@ -128,7 +129,17 @@ def test_sizes_are_the_bytes_of_the_weights_on_disk(world, evaluated):
     assert entry.size_bytes == size
     assert entry.parameters == sum(p.numel() for p in model.parameters())
     assert entry.bits_per_weight == pytest.approx(8 * size / entry.parameters)
-    assert entry.compression_x == pytest.approx(scores.reference_bytes / size)
+    assert entry.compression_x == pytest.approx(scores.reference_bytes_16bit / size)
+
+
+def test_scores_tell_the_noise_floor_and_the_bytes_of_the_text(evaluated):
+    scores, *_ = evaluated
+    floor, entry = scores.noise_floor, scores.models["plain"]
+    assert abs(floor.kl_to_reference) < 1e-5 < entry.kl_to_reference
+    assert floor.agreement > 0.99
+    assert floor.cross_entropy == pytest.approx(scores.models["teacher"].cross_entropy, rel=1e-5)
+    assert entry.bits_per_byte == pytest.approx(entry.cross_entropy * scores.tokens / scores.text_bytes / np.log(2))
+    assert scores.bigram is None  # the dataset has no training split
 
 
 def test_models_not_quantized_have_no_figures_about_a_base(evaluated):

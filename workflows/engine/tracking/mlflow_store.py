@@ -52,10 +52,16 @@ class MlflowStore:
     """MLflow, as runs are published to it."""
 
     def __init__(
-        self, connect: Callable[[], Connection], shared: Callable[[], AbstractContextManager[object]] = nullcontext
+        self,
+        connect: Callable[[], Connection],
+        shared: Callable[[], AbstractContextManager[object]] = nullcontext,
+        champion_stays: Callable[[Any, str, str, str], bool] = lambda *_: False,
     ) -> None:
-        """Connect by `connect` once there is something to publish; hold `shared` over what several runs share."""
-        self._connect, self._shared = connect, shared
+        """Connect by `connect` once there is something to publish; hold `shared` over what several runs share.
+
+        `champion_stays` (client, registered model, its champion's version, a newcomer's) defends the champion.
+        """
+        self._connect, self._shared, self._champion_stays = connect, shared, champion_stays
         self._experiments: dict[str, str] = {}
         self._found: set[str] = set()
         """Runs whose rows were looked for, and of which MLflow has none beside `_sent`."""
@@ -265,7 +271,7 @@ class MlflowStore:
         if int(registered.tags.get("stillhouse.decided_ms", 0)) >= registration.at_ms:
             return
         before = str(registered.aliases.get(CHAMPION, ""))
-        if before != version:
+        if before != version and not (before and self._champion_stays(self._client, name, before, version)):
             if before:
                 self._client.set_model_version_tag(name, version, "replaced_version", before)
             self._client.set_registered_model_alias(name, CHAMPION, version)

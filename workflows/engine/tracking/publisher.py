@@ -27,6 +27,7 @@ from workflows.engine.heartbeat import Holder, Liveness
 from workflows.engine.lease import Lease
 from workflows.engine.redaction import redacted
 from workflows.engine.retrying import attempt_once, brief
+from workflows.engine.tracking.champion import champion_stays
 from workflows.engine.tracking.connection import Connection, connect
 from workflows.engine.tracking.mlflow_store import MlflowStore
 from workflows.engine.tracking.tracking_uri import TrackingUnavailable
@@ -58,8 +59,13 @@ def mlflow_store(
     runs: Folder, run: str, tracking_uri: str, artifact_root: str, connect: Callable[[str, str], Connection] = connect
 ) -> MlflowStore:
     """Return MLflow as a process that acts for a run publishes to it; nothing is connected yet."""
-    shared = Lease(Folder(runs.uri.rpartition("/")[0]) / "mlflow" / "shared", Liveness(runs))
-    return MlflowStore(partial(connect, tracking_uri, artifact_root), lambda: shared.held(Holder.of_this_process(run)))
+    store = runs.uri.rpartition("/")[0]
+    shared = Lease(Folder(store) / "mlflow" / "shared", Liveness(runs))
+    return MlflowStore(
+        partial(connect, tracking_uri, artifact_root),
+        lambda: shared.held(Holder.of_this_process(run)),
+        partial(champion_stays, store),
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.stages.promote.made_up import Made
 from tests.workflows.engine.tracking.nights import (
     EXPERIMENT,
     SCORES,
@@ -17,6 +18,7 @@ from tests.workflows.engine.tracking.nights import (
     step,
 )
 from tests.workflows.engine.tracking.place import Place, by_name
+from tests.workflows.engine.tracking.test_champion import keep_scores
 from workflows.engine.events import CurvePoints
 from workflows.engine.tracking.connection import Connection
 from workflows.engine.tracking.mlflow_store import MlflowStore
@@ -128,10 +130,27 @@ def test_verdict_rejected_moves_nothing(sqlite: Place) -> None:
 
 
 def test_verdict_new_champion_remembers_the_one_it_replaced(sqlite: Place) -> None:
+    keep_scores(sqlite.folder, SCORES, {"student-w8a8": Made(0.1), "student-w4a16": Made(0.1, size_bytes=1_000_000)})
     sqlite.publish("a", night("a"))
     sqlite.publish("b", night("b", at_ms=50_000, champion="student-w4a16"))
     assert_champion(sqlite, {"1": "student-w8a8", "2": "student-w4a16"}, "2")
     assert sqlite.client.get_model_version("llama-6l", "2").tags["replaced_version"] == "1"
+
+
+def test_verdict_worse_later_candidate_leaves_the_alias_where_it_is(sqlite: Place) -> None:
+    keep_scores(sqlite.folder, SCORES, {"student-w8a8": Made(0.1), "student": Made(0.2, size_bytes=9_000_000)})
+    sqlite.publish("a", night("a"))
+    sqlite.publish("b", night("b", at_ms=50_000, champion="student"))
+    assert_champion(sqlite, {"1": "student-w8a8", "2": "student"}, "1")
+    tags = sqlite.client.get_model_version("llama-6l", "2").tags
+    assert tags["challenge"].startswith("student is neither smaller than the champion")
+    assert "replaced_version" not in tags
+
+
+def test_verdict_champion_without_a_record_keeps_its_alias(sqlite: Place) -> None:
+    sqlite.publish("a", night("a"))
+    sqlite.publish("b", night("b", at_ms=50_000, champion="student-w4a16"))
+    assert_champion(sqlite, {"1": "student-w8a8", "2": "student-w4a16"}, "1")
 
 
 def test_verdict_published_late_does_not_move_the_alias_back(sqlite: Place) -> None:
