@@ -18,7 +18,7 @@ from stages.external.documents import Files
 from stages.measure.device import describe_cpu, describe_gpu
 from stages.measure.stage import Measure
 from stages.models.context_length import longest_context
-from stages.prepare.stage import Prepare
+from stages.prepare.stage import Overlong, Prepare
 from stages.promote.stage import Gate, Promote
 from stages.quantize.proposers import Grid
 from stages.quantize.schemes import DEFAULT_SCHEMES, Scheme
@@ -69,6 +69,7 @@ def compress(
     evaluation: tuple[str, ...] = (),
     champion: str | None = None,
     sequence_length: Annotated[int, Field(ge=16)] | None = None,
+    overlong: Overlong = "reject",
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05,
     calibration_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05,
     max_documents: Annotated[int, Field(ge=1)] | None = None,
@@ -103,6 +104,7 @@ def compress(
         champion: a checkpoint that reigns in the registry (its version's tag `artifact`): scored again beside the
             students, so that they may take its place on these texts.
         sequence_length: tokens in one packed row; if not given, what teacher and students can read, and at most 2048.
+        overlong: whether a chat or labelled row that is longer than a row is left out, or loses its end.
         validation_fraction: share of the documents that models are compared on, unless evaluation is given.
         calibration_fraction: share of the documents that quantization looks at, and the best weights are told on.
         max_documents: read at most so many documents.
@@ -142,6 +144,7 @@ def compress(
             source=Files(paths=documents),
             tokenizer=words,
             sequence_length=sequence_length,
+            overlong=overlong,
             validation_fraction=validation_fraction,
             calibration_fraction=calibration_fraction,
             max_documents=max_documents,
@@ -157,6 +160,7 @@ def compress(
             source=Files(paths=evaluation),
             tokenizer=words,
             sequence_length=sequence_length,
+            overlong=overlong,
             validation_fraction=1.0,
             calibration_fraction=0.0,
             text_field=text_field,

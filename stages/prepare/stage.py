@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from stages.prepare.summary import Summary
 
 
+Overlong = Literal["reject", "truncate"]
+"""What becomes of a chat or labelled row that is longer than a row of tokens."""
+
+
 class ByteLevelBPE(Config):
     """A byte-level BPE tokenizer, trained on the training split."""
 
@@ -47,7 +51,7 @@ class Prepare(Stage):
     """Train one, or take one from outside; None where the input `tokenizer` is given."""
     sequence_length: int = Field(ge=8)
     """Tokens in one packed row; longer ones cost memory in all that follows."""
-    overlong: Literal["reject", "truncate"] = "reject"
+    overlong: Overlong = "reject"
     """What becomes of a chat or labelled row that is longer than a row of tokens: left out, or cut at its end, so that
     the last answer is not learned to its end. Either is counted."""
     context_fraction: float = Field(0.5, ge=0, le=0.9)
