@@ -20,10 +20,11 @@ from torch.nn import functional
 
 from stages.train.batches import StepBatch
 from stages.train.forward import LossSum
-from stages.train.loop import Progress, Ranks, Training
+from stages.train.loop import Ranks, Training
 from stages.train.objectives import CrossEntropy, SoftTarget
-from stages.train.optimizer import Recipe
+from stages.train.progress import Progress
 from stages.train.reader import Reader
+from stages.train.recipe import AdamW, Recipe
 from stages.train.windows import ShardPair, SignalsLayout
 from tests.fakes import RecordingReporter
 from tests.stages.tiny import tiny_llama, write_dataset
@@ -85,8 +86,8 @@ def _plain(options: argparse.Namespace, step: StepBatch, steps: int) -> Callable
 def _ours(options: argparse.Namespace, reader: Reader, steps: int) -> Callable[[], None]:
     model = _student(options)
     recipe = Recipe(
-        optimizer_steps=steps, learning_rate=1e-3, warmup_fraction=0.05, final_fraction=0.1, weight_decay=0.1,
-        gradient_clip=1.0, dtype=options.dtype, seed=0,
+        optimizer=AdamW(), optimizer_steps=steps, warmup_fraction=0.05, decay="cosine", final_fraction=0.1,
+        gradient_clip=1.0, max_skipped_fraction=0.01, dtype=options.dtype, seed=0,
     )  # fmt: skip
     soft = [SoftTarget(temperature=TEMPERATURE)] if options.objective == "soft" else []
     objectives = [CrossEntropy(), *soft]

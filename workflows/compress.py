@@ -24,9 +24,10 @@ from stages.promote.stage import Gate, Promote
 from stages.quantize.proposers import Grid
 from stages.quantize.schemes import DEFAULT_SCHEMES, Scheme
 from stages.quantize.stage import Quantize
+from stages.runtime.workers import ComputeDtype, compute_dtype
 from stages.teach.stage import Teach, TopK
 from stages.train.objectives import CrossEntropy, Objective, SoftTarget
-from stages.train.stage import Continue, Smaller, Train
+from stages.train.stage import AdamW, Continue, Smaller, Train
 from workflows.engine.graph import Source, Workflow
 
 
@@ -83,7 +84,7 @@ class DataSettings(Config):
     validation_fraction: float = Field(0.05, gt=0, lt=1)
     """Share of the documents that models are compared on, unless `evaluation` is given."""
     calibration_fraction: float = Field(0.05, gt=0, lt=1)
-    """Share of the documents that quantization looks at."""
+    """Share of the documents that quantization looks at, and the best weights are chosen on."""
     max_documents: int | None = Field(None, ge=1)
     """Read at most so many documents."""
     text_field: str = "text"
@@ -145,6 +146,8 @@ class HardwareSettings(Config):
     """GPUs each worker takes."""
     micro_batch: int | None = Field(None, ge=1)
     """Rows in one forward pass; the stages choose if not given."""
+    dtype: ComputeDtype | None = None
+    """What models compute in; bfloat16 on GPUs and float32 on CPUs if not given. Trained weights are float32."""
     device: str | None = None
     """Name of the GPU or CPU whose speed is measured, e.g. 'NVIDIA H200'; this host's if not given."""
 
@@ -237,6 +240,7 @@ def compress(
     row_length = choose_row_length(data.sequence_length, {"teacher": given, **others})
     flow = Workflow("compress", base_model=teacher.rstrip("/").rsplit("/", 1)[-1])
     resources, spent = hardware.resources, PRESETS[preset]
+    dtype = compute_dtype(resources, hardware.dtype)
     big = flow.external("teacher", given)
     tokenizer = PretrainedTokenizer(source=teacher, revision=teacher_revision)
     prepare = Prepare(
@@ -252,7 +256,7 @@ def compress(
         judged_on = flow.step("evaluation", prepare.model_copy(update={"source": Files(paths=evaluation), **only}))
     signals = None
     if students and training.w_kd:
-        teach = Teach(method=TopK(k=training.k or spent.k, temperatures=training.temperatures))
+        teach = Teach(method=TopK(k=training.k or spent.k, temperatures=training.temperatures), dtype=dtype)
         signals = flow.step("signals", teach, teacher=big, data=corpus, resources=resources)
     models: dict[str, Source] = {"teacher": big}
     for student in students:
@@ -264,7 +268,9 @@ def compress(
                 objectives=training.objectives,
                 optimizer_steps=training.optimizer_steps or spent.optimizer_steps,
                 batch_rows=training.batch_rows,
-                learning_rate=training.learning_rate,
+                optimizer=AdamW(learning_rate=training.learning_rate),
+                keep="best",
+                dtype=dtype,
                 seed=seed,
             ),
             data=corpus,
@@ -292,7 +298,7 @@ def compress(
         models["champion"] = flow.external("champion", Checkpoint(source=champion))
     scores = flow.step(
         "scores",
-        Evaluate(seed=seed),
+        Evaluate(dtype=dtype, seed=seed),
         data=judged_on,
         training=corpus if evaluation else None,
         reference=big,

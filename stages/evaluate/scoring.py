@@ -120,7 +120,9 @@ def score_batches(
             others = {key: (ref.head, next(ref.states).to(states_NX.device)) for key, ref in references.items()}
             figures = _compare(head, states_NX, targets_N, others)
             if floor is not None and not floor.is_measured:
-                again_NX = torch.cat([head.states(model, *part) for part in _halves(input_ids_BT, chosen_BT)])
+                again_NX = torch.cat(
+                    [head.states(model, *part) for part in _halves(input_ids_BT, positions_BT, chosen_BT)]
+                )
                 floor.add(_compare(head, again_NX[: len(states_NX)], targets_N, {"self": (head, states_NX)}))
         for column, values_N in figures.items():
             if not np.isfinite(values_N).all():

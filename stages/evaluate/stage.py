@@ -28,7 +28,9 @@ class Evaluate(Stage):
     """Scores of each model on a dataset's split."""
 
     KIND: ClassVar[Kind] = "scores"
-    REVISION: ClassVar[str] = "2026-11-25 segments alone, n-grams, noise floor, bits per byte, 16-bit base"
+    REVISION: ClassVar[str] = (
+        "2026-11-25 each segment of a row alone, n-grams, noise floor, bits per byte, ties, compression against 16 bits"
+    )
     PLACES_WORKERS: ClassVar = True
     INPUTS: ClassVar[Mapping[str, Input]] = {
         "data": Input(("dataset",)),

@@ -8,12 +8,15 @@ The one rule: `observe_head` runs the model on real tokens, then its backbone, a
 Where these are the model's own logits bit for bit, the head is replayed; where not (a head that is no plain linear map,
 a factor that is not known here, a step, a projection or a cast between backbone and head, a backbone that cannot be run
 by itself), the states are the logits themselves. There is no tolerance:
-the replay does what the model does in the same shape and order, so that equal is equal (0 differing bits in float32,
-bfloat16 and float16 on CPU, for Llama, GPT-2, Gemma 2, Cohere, Granite and OPT), while a bound that leaves room for
-bfloat16's rounding (3 % of the largest logit) overlooks a soft cap that is four times as large as the logits.
+the observed replay does what the model does in the same shape and order, so that equal is equal (0 differing bits in
+float32, bfloat16 and float16 on CPU, for Llama, GPT-2, Gemma 2, Cohere, Granite and OPT), while a bound that leaves
+room for bfloat16's rounding (3 % of the largest logit) overlooks a soft cap that is four times as large as the logits.
+
+A head that is replayed then computes in float32, from states of whatever type: rounded to bfloat16, logits of 16 to 32
+err by 0.06 to 0.125, which is noise of a number format and no knowledge of a teacher, nor a loss of a candidate.
 
 Promises: every causal language model of transformers has a path that works; logits are over the dataset's vocabulary
-only, a padded head's other entries are cut off before anything is normalized; log-probabilities are float32. Products
+only, a padded head's other entries are cut off before anything is normalized; logits are float32. Products
 for other numbers of positions than the model's own pass round differently: by a unit or two in the last place.
 Memory: a state is `D` numbers of the model's dtype, or, where whole logits are kept, `V`.
 Rows are packed: each segment is run as if it were alone (`stages.models.segments`).
@@ -46,6 +49,8 @@ CHUNK_BYTES = 256 * 1024 * 1024
 """Memory for one chunk of positions: a float32 `[N, V]` of each model that is compared, and `WORK_TENSORS` besides."""
 WORK_TENSORS = 4
 """`[N, V]` float32 tensors that live at once: logits before their softmax, and the terms of a divergence."""
+UPCAST_BYTES = 64 * 1024 * 1024
+"""Memory for the part of a head's weight that is float32 for a moment, where no product of half types gives float32."""
 MIN_CHUNK_POSITIONS = 256
 """Positions of a chunk, whatever its memory: with fewer, each product with the head reads more than it computes."""
 
@@ -116,15 +121,25 @@ class Head:
         return states_NX, found.hidden_states
 
     def logits(self, states_NX: Tensor, out: Tensor | None = None) -> Tensor:
-        """Return logits `[N, V]` in the states' dtype; into `out` [N, V] where it is given and the head is replayed."""
+        """Return float32 logits `[N, V]`; into `out`, float32 [N, V], where it is given and the head is replayed."""
+        if self.weight_VD is None:
+            return states_NX.float()
+        if self.weight_VD.dtype in (torch.bfloat16, torch.float16):
+            logits_NV = _float32_product(states_NX, self.weight_VD, out)
+            return self._scaled(logits_NV if self.bias_V is None else logits_NV.add_(self.bias_V))
+        if out is None:
+            return self._scaled(functional.linear(states_NX, self.weight_VD, self.bias_V))
+        if self.bias_V is None:
+            return self._scaled(torch.mm(states_NX, self.weight_VD.t(), out=out))
+        return self._scaled(torch.addmm(self.bias_V, states_NX, self.weight_VD.t(), out=out))
+
+    def observed_logits(self, states_NX: Tensor) -> Tensor:
+        """Return logits `[N, V]` as the model itself makes them, in its own type."""
         if self.weight_VD is None:
             return states_NX
-        if out is None:
-            logits_NV = functional.linear(states_NX, self.weight_VD, self.bias_V)
-        elif self.bias_V is None:
-            logits_NV = torch.mm(states_NX, self.weight_VD.t(), out=out)
-        else:
-            logits_NV = torch.addmm(self.bias_V, states_NX, self.weight_VD.t(), out=out)
+        return self._scaled(functional.linear(states_NX, self.weight_VD, self.bias_V))
+
+    def _scaled(self, logits_NV: Tensor) -> Tensor:
         # In the order and in the operations of the models: a product with 1/6 is not a division by 6.
         if self.scale != 1.0:
             logits_NV *= self.scale
@@ -136,13 +151,26 @@ class Head:
 
     def log_probs(self, states_NX: Tensor) -> Tensor:
         """Return float32 log-probabilities `[N, V]`."""
-        return self.logits(states_NX).float().log_softmax(-1)
+        return self.logits(states_NX).log_softmax(-1)
 
     def pack(self) -> "PackedHead":
         """Return the head in a form that travels between processes."""
         weight = None if self.weight_VD is None else PackedTensor.of(self.weight_VD)
         bias = None if self.bias_V is None else PackedTensor.of(self.bias_V)
         return PackedHead(self.vocabulary_size, weight, bias, self.scale, self.divisor, self.softcap, self.whole_rows)
+
+
+def _float32_product(states_NX: Tensor, weight_VD: Tensor, out: Tensor | None) -> Tensor:
+    """Return float32 `states · weightᵀ` of half types, whose products are exact in float32."""
+    if states_NX.device.type == "cuda":
+        return torch.mm(states_NX, weight_VD.t(), out_dtype=torch.float32, out=out)
+    entries, width = weight_VD.shape
+    logits_NV = torch.empty(len(states_NX), entries, device=states_NX.device) if out is None else out
+    exact_ND, size = states_NX.float(), max(1, UPCAST_BYTES // (4 * width))
+    for start in range(0, entries, size):
+        part = slice(start, start + size)
+        logits_NV[:, part] = exact_ND @ weight_VD[part].float().t()
+    return logits_NV
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +228,7 @@ def _gives(head: Head, model: Any, input_ids_BT: Tensor, logits_NV: Tensor) -> b
     try:
         positions_BT = torch.arange(input_ids_BT.shape[1], device=input_ids_BT.device)[None]
         states_NX = head.states(model, input_ids_BT, positions_BT)
-        return torch.equal(head.logits(states_NX).to(logits_NV.dtype), logits_NV)
+        return torch.equal(head.observed_logits(states_NX).to(logits_NV.dtype), logits_NV)
     except Exception as error:  # any model's code runs here: what it cannot do by itself is not replayed
         if isinstance(translate(error), OutOfMemory | Transient) or isinstance(error, torch.AcceleratorError):
             raise

@@ -50,10 +50,18 @@ class RowOutputs:
     """Logits, or of a backbone the last hidden state."""
     hidden_states: tuple[Tensor, ...]
     """`[N, D]` each; empty where none were asked for."""
+    router_balance: Tensor | None = None
+    """A mixture's own load-balancing loss, a mean over tokens; None where it was not asked for."""
 
 
 def run_rows(
-    network: Any, input_ids_BT: Tensor, positions_BT: Tensor, *, whole: bool, hidden_states: bool = False
+    network: Any,
+    input_ids_BT: Tensor,
+    positions_BT: Tensor,
+    *,
+    whole: bool,
+    hidden_states: bool = False,
+    router_balance: bool = False,
 ) -> RowOutputs:
     """Run packed rows through a causal language model or its backbone, each segment as if it were alone.
 
@@ -63,26 +71,32 @@ def run_rows(
         positions_BT: of each token within its segment.
         whole: whether the network keeps segments apart by itself (`keeps_segments_apart`).
         hidden_states: whether hidden states are wanted too: the embeddings, then each layer's output.
+        router_balance: whether a mixture's load-balancing loss is wanted too.
     """
+    options = {"output_hidden_states": True} if hidden_states else {}
+    if router_balance:
+        options["output_router_logits"] = True
     if whole:
-        return _outputs(network, hidden_states, input_ids=input_ids_BT, position_ids=positions_BT.long())
-    parts, places = [], []
+        return _outputs(network, options, input_ids=input_ids_BT, position_ids=positions_BT.long())
+    parts, places, balances = [], [], []
     for place_SL in _places_of_segments(positions_BT):
-        found = _outputs(network, hidden_states, input_ids=input_ids_BT.flatten()[place_SL])
+        found = _outputs(network, options, input_ids=input_ids_BT.flatten()[place_SL])
+        if found.router_balance is not None:
+            balances.append(found.router_balance * (place_SL.numel() / positions_BT.numel()))
         parts.append([found.values_NX, *found.hidden_states])
         places.append(place_SL.flatten())
     order_N = torch.cat(places).argsort()
     values_NX, *hidden = (torch.cat(column).index_select(0, order_N) for column in zip(*parts, strict=True))
-    return RowOutputs(values_NX, tuple(hidden))
+    return RowOutputs(values_NX, tuple(hidden), torch.stack(balances).sum() if balances else None)
 
 
-def _outputs(network: Any, hidden_states: bool, **inputs: Tensor) -> RowOutputs:
-    options = {"output_hidden_states": True} if hidden_states else {}
+def _outputs(network: Any, options: dict[str, bool], **inputs: Tensor) -> RowOutputs:
     found = network(**inputs, use_cache=False, **options)
     logits_BTV = getattr(found, "logits", None)
     values_BTX = found.last_hidden_state if logits_BTV is None else logits_BTV
-    states = found.hidden_states if hidden_states else ()
-    return RowOutputs(values_BTX.flatten(0, 1), tuple(state_BTD.flatten(0, 1) for state_BTD in states))
+    states = found.hidden_states if "output_hidden_states" in options else ()
+    balance = found.aux_loss if "output_router_logits" in options else None
+    return RowOutputs(values_BTX.flatten(0, 1), tuple(state_BTD.flatten(0, 1) for state_BTD in states), balance)
 
 
 def _places_of_segments(positions_BT: Tensor) -> Iterator[Tensor]:

@@ -31,10 +31,11 @@ def _toys(evidence: Evidence) -> Iterator[str]:
         for name in losers:
             del perplexities[name]
         if losers:
-            listed = ", ".join(f"{name} {value:.4g}" for name, value in losers.items())
+            low, high = min(losers.values()), max(losers.values())
+            theirs = f"{low:.4g}" if low == high else f"{low:.4g} to {high:.4g}"
             yield (
                 f"toys: a Kneser-Ney {what} of the same training tokens predicts this text better (perplexity "
-                f"{reference.perplexity:.4g}) than {listed}; what is said of them holds for toys only"
+                f"{reference.perplexity:.4g}) than {', '.join(losers)} ({theirs}); what is said of them holds for toys"
             )
 
 

@@ -49,8 +49,9 @@ def _limits_kept(report: Report, name: str) -> str:
     checks = report.verdict.checks.get(name)
     if checks is None:
         return "teacher"
-    kept = f"{sum(check.passed for check in checks)} of {len(checks)}" if checks else "no limits"
-    return f"{kept}, beaten" if name in report.verdict.beaten_by else kept
+    if name in report.verdict.beaten_by:
+        return "beaten"
+    return f"{sum(check.passed for check in checks)} of {len(checks)}" if checks else "no limits"
 
 
 def write_markdown(report: Report) -> str:

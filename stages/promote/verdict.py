@@ -5,7 +5,7 @@ teacher) and that no other one beats in both size and KL. The teacher is the ref
 limit nothing is judged. Does not: change a registry; tracking applies it, and defends the champion that reigns there.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
 from stages.formats.report import Check, Verdict
@@ -83,28 +83,27 @@ def _reasons(
     if champion is not None:
         reasons.append(_promotion(evidence, champion))
     elif outcome == "unjudged":
-        reasons.append(
-            "unjudged: the gate has no limit, so that nothing is promoted. What may be lost depends on what the "
-            "model is "
-            "for: set limits that its use can bear, e.g. --gate.max-kl-to-base 0.01 --gate.min-compression-x 2"
-        )
+        return [
+            "unjudged: the gate has no limit, so that nothing is promoted. What may be lost depends on what the model "
+            "is for: set limits that its use can bear, e.g. --gate.max-kl-to-base 0.01 --gate.min-compression-x 2"
+        ]
     else:
         reasons.append(f"nothing promoted: none of {len(checks)} candidates keeps every limit")
     for name, found in checks.items():
-        out = [check.text for check in found if not check.passed]
-        if name in beaten_by:
-            out.append(_beaten(evidence, name, beaten_by[name]))
-        if out:
-            reasons.append(f"{name} is out: {'; '.join(out)}")
-    return reasons
+        if failed := [check.text for check in found if not check.passed]:
+            reasons.append(f"{name} is out: {'; '.join(failed)}")
+    return [*reasons, *_beaten(evidence, beaten_by)]
 
 
-def _beaten(evidence: Evidence, name: str, other: str) -> str:
-    this, that = evidence.models[name], evidence.models[other]
-    return (
-        f"{other} beats it in both size ({that.size_bytes:,} against {this.size_bytes:,} bytes) and KL to the teacher "
-        f"({that.kl_to_reference:.3g} against {this.kl_to_reference:.3g} nats/token)"
-    )
+def _beaten(evidence: Evidence, beaten_by: Mapping[str, str]) -> Iterator[str]:
+    """Say in a sentence for each candidate that beats others which ones it does."""
+    for other in dict.fromkeys(beaten_by.values()):
+        names = [name for name, by in beaten_by.items() if by == other]
+        size, kl = evidence.models[other].size_bytes, evidence.models[other].kl_to_reference
+        subject = f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} out"
+        yield (
+            f"{subject}: {other} is both smaller ({size:,} bytes) and closer to the teacher (KL {kl:.3g} nats/token)"
+        )
 
 
 def _promotion(evidence: Evidence, champion: str) -> str:

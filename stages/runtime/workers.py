@@ -14,8 +14,10 @@ from stages.contract import Context, Reporter, Resources
 from stages.runtime.translation import translate
 
 __all__ = [
+    "ComputeDtype",
     "RemoteTask",
     "WorkerSetup",
+    "compute_dtype",
     "device_of",
     "fetch_result",
     "num_threads",
@@ -54,6 +56,18 @@ def device_of(resources: Resources) -> Literal["cpu", "cuda"]:
     return "cuda" if resources.gpus_per_worker > 0 else "cpu"
 
 
+ComputeDtype = Literal["float32", "bfloat16"]
+"""What models compute in; losses, statistics and weights that are trained are float32 whatever it is."""
+
+
+def compute_dtype(resources: Resources, asked: ComputeDtype | None = None) -> ComputeDtype:
+    """Return what models compute in where nothing else is asked: bfloat16 on GPUs, float32 on CPUs.
+
+    It belongs in a stage's config, since results depend on it; so a workflow asks for it here as it makes its stages.
+    """
+    return asked or ("bfloat16" if device_of(resources) == "cuda" else "float32")
+
+
 def num_threads(resources: Resources) -> int:
     """Return how many threads of torch a worker computes with."""
     return max(1, int(resources.cpus_per_worker))
@@ -83,6 +97,9 @@ class WorkerSetup:
             import torch
 
             torch.set_num_threads(self.num_threads)
+            if self.device == "cuda":  # where float32 is asked for: products of TF32, which most of a GPU is made for
+                torch.backends.cuda.matmul.allow_tf32 = True
+                torch.backends.cudnn.allow_tf32 = True
 
 
 @dataclass(frozen=True, slots=True)

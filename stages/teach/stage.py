@@ -44,7 +44,7 @@ class Teach(Stage):
     """Teacher and dataset → signals."""
 
     KIND: ClassVar = "signals"
-    REVISION: ClassVar = "2026-11-25 each segment of a row alone"
+    REVISION: ClassVar = "2026-11-25 each segment of a row alone; heads of half types computed in float32"
     PLACES_WORKERS: ClassVar = True
     INPUTS: ClassVar = {"teacher": Input(("model",)), "data": Input(("dataset",))}
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from stages.models.heads import Head, observe_head
-from stages.models.segments import run_rows
+from stages.models.segments import RowOutputs, run_rows
 from stages.ops.divergences import chunked_sum
 from stages.train.batches import MicroBatch
 from stages.train.objectives.loss import Loss, Targets
@@ -55,9 +55,30 @@ class LiveTeacher:
         return TeacherOutputs(self._head, states_MX, tuple(hidden_MD))
 
 
+def student_outputs(
+    network: Any,
+    batch: MicroBatch,
+    dtype: str,
+    *,
+    whole_rows: bool,
+    hidden_states: bool = False,
+    router_balance: bool = False,
+) -> RowOutputs:
+    """Run a student over a micro-batch, in the type that the forward pass computes in; see `run_rows`."""
+    with torch.autocast(batch.input_ids_BT.device.type, dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
+        return run_rows(
+            network,
+            batch.input_ids_BT,
+            batch.position_ids_BT,
+            whole=whole_rows,
+            hidden_states=hidden_states,
+            router_balance=router_balance,
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class LossSum:
-    """The weighted sum of objectives, over the targets of a micro-batch."""
+    """The weighted sum of objectives, over the targets of a micro-batch, and what a model's own build adds to it."""
 
     objectives: Sequence[Loss]
     vocabulary: int
@@ -66,13 +87,22 @@ class LossSum:
     """What the student's forward pass computes in; losses are float32."""
     teacher: LiveTeacher | None = None
     """None where no objective asks one."""
+    is_padded: bool = False
+    """Whether the student's head has entries beyond the vocabulary. No objective sees them, and untrained they would
+    take part of what is sampled (10 % was seen); −log of the mass that they leave to the vocabulary is added, as
+    cross-entropy over all entries has it. So they are trained down, which holds for tied embeddings and in every
+    runtime, and leaves the checkpoint's shape as it was."""
+    router_weight: float = 0.0
+    """Weight of a mixture's own load-balancing loss (arXiv:2101.03961), 0 where it has none. It is a mean over the
+    tokens of a micro-batch, so that it alone depends on the micro-batch's size."""
     whole_rows: bool = True
     """Whether the student keeps the segments of a row apart by itself (`stages.models.segments`)."""
 
     @property
     def names(self) -> list[str]:
         """Names of the sums."""
-        return ["loss", *(objective.CURVE for objective in self.objectives)]
+        own = (("padding", self.is_padded), ("router_balance", self.router_weight))
+        return ["loss", *(objective.CURVE for objective in self.objectives), *(name for name, has in own if has)]
 
     def of(self, network: Any, batch: MicroBatch) -> tuple[Tensor, Tensor]:
         """Return the weighted sum of losses, and all sums (weighted first, then each objective's own).
@@ -83,19 +113,30 @@ class LossSum:
         """
         hidden = any(objective.NEEDS.hidden_states for objective in self.objectives)
         asked = self.teacher.outputs(batch, hidden_states=hidden) if self.teacher else None
-        device = batch.input_ids_BT.device.type
-        with torch.autocast(device, dtype=torch.bfloat16, enabled=self.dtype == "bfloat16"):
-            student = run_rows(
-                network, batch.input_ids_BT, batch.position_ids_BT, whole=self.whole_rows, hidden_states=hidden
-            )
+        student = student_outputs(
+            network,
+            batch,
+            self.dtype,
+            whole_rows=self.whole_rows,
+            hidden_states=hidden,
+            router_balance=bool(self.router_weight),
+        )
 
         def term(values: tuple[Tensor, ...], rows: slice) -> tuple[Tensor, ...]:
             seen = self._seen(values, asked, batch, rows)
             parts = [objective.losses(seen).sum() for objective in self.objectives]
             weighted = sum(o.scale * part for o, part in zip(self.objectives, parts, strict=True))
+            if self.is_padded:
+                parts.append((values[0].logsumexp(1) - seen.logits_NV.logsumexp(1)).sum())
+                weighted = weighted + parts[-1]
             return (weighted, *parts)  # type: ignore[arg-type]
 
-        return chunked_sum([student.values_NX, *student.hidden_states], batch.positions_M, term)
+        loss, sums = chunked_sum([student.values_NX, *student.hidden_states], batch.positions_M, term)
+        if student.router_balance is None:
+            return loss, sums
+        balance = student.router_balance.float() * len(batch.targets_M)
+        added = self.router_weight * balance.detach()
+        return loss + self.router_weight * balance, torch.cat([sums[:1] + added, sums[1:], balance.detach()[None]])
 
     def _seen(
         self, values: tuple[Tensor, ...], asked: TeacherOutputs | None, batch: MicroBatch, rows: slice
@@ -106,7 +147,7 @@ class LossSum:
             logits_NV=values[0][:, : self.vocabulary],
             tokens_N=batch.targets_M[rows],
             signals=batch.signals.at(rows) if batch.signals else None,
-            teacher_logits_NV=asked.head.logits(asked.states_MX[rows]).float() if asked else None,
+            teacher_logits_NV=asked.head.logits(asked.states_MX[rows]) if asked else None,
             hidden_states_ND=values[1:] or None,
             teacher_hidden_states_ND=tuple(state_MD[rows].float() for state_MD in hidden_MD) or None,
         )

@@ -47,6 +47,11 @@ class Reader:
     rank: int = 0
     world_size: int = 1
 
+    @property
+    def rows_per_epoch(self) -> int:
+        """Rows of the dataset, each of which comes once an epoch; reads the shards' footers."""
+        return num_rows(pair.tokens for pair in self.shards)
+
     def steps(self, first: int, last: int) -> Iterator[StepBatch]:
         """Yield the batches of the optimizer steps first … last − 1, made ready by a thread."""
         ready: Queue[Any] = Queue(maxsize=STEPS_AHEAD)

@@ -21,14 +21,21 @@ from stages.runtime.processes import environment, preserve_signal_handlers
 from stages.runtime.workarounds import TRAIN_ENVIRONMENT, trainer_class
 from stages.runtime.workers import device_of, train_resources, translated_errors
 from stages.train.objectives import Objective
+from stages.train.recipe import AdamW, Decay, Muon, OptimizerSettings, Recipe, Validation
 from stages.train.students import Continue, Llama, Smaller, Student, check_student
 
 if TYPE_CHECKING:
     from stages.train.work import TrainJob
 
-__all__ = ["Continue", "Llama", "Smaller", "Train"]
+__all__ = ["AdamW", "Continue", "Llama", "Muon", "Smaller", "Train", "Validation"]
 
 logger = logging.getLogger(__name__)
+
+FIGURES = (
+    *("final_loss", "seconds", "tokens_per_second", "parameters", "tokens"),
+    *("epochs", "optimizer_steps", "kept_step", "skipped_steps"),
+)
+"""Of `training.json`, in the step's metrics."""
 
 
 class Train(Stage):
@@ -38,7 +45,10 @@ class Train(Stage):
     """
 
     KIND: ClassVar = "model"
-    REVISION: ClassVar = "2026-11-25 each segment of a row alone; rows mixed over eight shards"
+    REVISION: ClassVar = (
+        "2026-11-25 AdamW or Muon; skipped steps; embeddings not decayed; fresh students in bfloat16; each segment of "
+        "a row alone; rows mixed over eight shards"
+    )
     PLACES_WORKERS: ClassVar = True
     FRESH_PROCESS: ClassVar = True
     INPUTS: ClassVar = {
@@ -56,16 +66,22 @@ class Train(Stage):
     """Updates of the weights."""
     batch_rows: int = Field(32, ge=1)
     """Rows of one update over all workers, whatever the micro-batch."""
-    learning_rate: float = Field(1e-3, gt=0)
-    """Peak rate of AdamW; 1e-3 suits fresh models of some million weights, 1e-5 to 1e-4 checkpoints of billions."""
+    optimizer: OptimizerSettings = AdamW()
+    """What moves the weights: `AdamW(…)`, or `Muon(…)`, which learns more in few steps from fresh weights."""
     warmup_fraction: float = Field(0.05, ge=0, le=1)
     """Share of the steps in which the rate rises linearly."""
+    decay: Decay = "cosine"
+    """How the rate falls after that."""
     final_fraction: float = Field(0.1, ge=0, le=1)
-    """Share of the peak rate at which the cosine ends (arXiv:2203.15556 uses 0.1)."""
-    weight_decay: float = Field(0.1, ge=0)
-    """AdamW's decay of matrices; vectors are not decayed (arXiv:2005.14165, B)."""
+    """Share of the peak rate at which it ends (arXiv:2203.15556 uses 0.1)."""
     gradient_clip: float = Field(1.0, ge=0)
     """Largest norm of the gradient; 0 does not clip."""
+    max_skipped_fraction: float = Field(0.01, ge=0, le=1)
+    """Share of the steps whose gradient may be other than finite: such a step changes nothing. More of them fail."""
+    validation: Validation | None = Validation()
+    """The loss on held-out text as training goes on: how often, on how much, and whether it ends training early."""
+    keep: Literal["last", "best"] = "last"
+    """Which weights are kept: the last, or those with the lowest loss on the held-out text."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """What the forward pass computes in; weights, optimizer and losses are float32."""
     split: Split = "train"
@@ -83,6 +99,7 @@ class Train(Stage):
             raise ConfigError("objectives is empty, expected at least one of stages.train.objectives")
         from stages.models.compatibility import check_planned
 
+        self._check_validation(sources)
         check_student(self.model, sources)
         check_planned(sources, self.INPUTS, unquantized=("teacher", "origin"))
         for objective in self.objectives:
@@ -93,10 +110,24 @@ class Train(Stage):
                 "the input 'signals', the checkpoint that a student starts from is the input 'origin')"
             )
 
+    def _check_validation(self, sources: Mapping[str, Any]) -> None:
+        if self.validation is None and self.keep == "best":
+            raise ConfigError("keep is 'best' and validation is None, so that no weights are the best; set one of them")
+        if self.validation is not None and self.split == "calibration":
+            raise ConfigError(
+                "split is 'calibration', which is the text that validation measures the loss on; set validation=None"
+            )
+        # The source is a Prepare, whose class no other stage may import; the run checks what has no fraction.
+        without = getattr(sources.get("data"), "calibration_fraction", None) == 0
+        if without and self.validation is not None and (self.keep == "best" or self.validation.patience):
+            raise ConfigError(
+                "keep='best' and validation.patience need held-out text, and the dataset's calibration_fraction is 0; "
+                "raise it, or set keep='last' and no patience"
+            )
+
     def run(self, context: Context) -> Outcome:
         """Train with Ray Train, going on from the newest snapshot; read back what rank 0 wrote."""
         from stages.train import snapshots
-        from stages.train.optimizer import Recipe
         from stages.train.work import TrainJob, check_inputs
 
         if context.resources.workers > self.batch_rows:
@@ -112,6 +143,8 @@ class Train(Stage):
             recipe=Recipe(**{field.name: getattr(self, field.name) for field in fields(Recipe)}),
             batch_rows=self.batch_rows,
             split=self.split,
+            validation=self.validation,
+            keeps_best=self.keep == "best",
             layout=check_inputs(self.objectives, context),
             snapshot=snapshot,
             started=time.time(),
@@ -122,8 +155,10 @@ class Train(Stage):
             )
         _fit(job)
         done = TrainingInfo.parse(context.out.get(TrainingInfo.FILE), where=TrainingInfo.FILE)
-        wanted = ("final_loss", "seconds", "tokens_per_second", "parameters", "tokens")
-        return Outcome({f"train/{name}": float(getattr(done, name)) for name in wanted})
+        found = {f"train/{name}": float(getattr(done, name)) for name in FIGURES}
+        if done.held_out_cross_entropy is not None:
+            found["validation/cross_entropy"] = done.held_out_cross_entropy
+        return Outcome(found)
 
 
 def _fit(job: "TrainJob") -> None:

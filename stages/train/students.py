@@ -1,8 +1,8 @@
 """Where a student's shape and first weights come from: fresh, or a checkpoint, its origin, made smaller or as it is.
 
 Promise: the returned model has float32 weights, reads the dataset's tokens, and is the same for the same config, seed
-and checkpoint; it is stored in the type of the checkpoint that it comes from. What does not fit is refused with the
-values that would.
+and checkpoint. It is stored in the type of the checkpoint that it comes from, a fresh one in bfloat16. What does not
+fit is refused with the values that would.
 """
 
 from collections.abc import Mapping

@@ -2,14 +2,14 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from stages.contract import Artifact, Context, Split
+from stages.contract import Context, Split
 from stages.errors import StageFailed
 from stages.formats import signal_shards
 from stages.formats.dataset import DatasetInfo
@@ -25,16 +25,20 @@ from stages.runtime.translation import within_memory
 from stages.runtime.workers import WorkerSetup
 from stages.train import snapshots
 from stages.train.forward import LiveTeacher, LossSum
-from stages.train.loop import Progress, Ranks, Training
+from stages.train.loop import Ranks, Training
 from stages.train.objectives import Objective
 from stages.train.objectives.loss import Loss
-from stages.train.optimizer import Recipe
+from stages.train.progress import Progress
 from stages.train.reader import Reader
+from stages.train.recipe import Recipe, Validation
 from stages.train.students import Llama, Smaller, Student, build_student
+from stages.train.validation import HeldOutText
 from stages.train.windows import ShardPair, SignalsLayout
 
 MICRO_BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
 """Tokens in one forward pass where `micro_batch` is not set."""
+HELD_OUT_SPLIT: Split = "calibration"
+"""The split that the loss is measured on as training goes on: see `stages.train.recipe.Validation`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +51,8 @@ class TrainJob:
     recipe: Recipe
     batch_rows: int
     split: Split
+    validation: Validation | None
+    keeps_best: bool
     layout: SignalsLayout | None
     """None where no objective learns from signals."""
     snapshot: snapshots.Snapshot | None
@@ -103,25 +109,60 @@ def train_rank(job: TrainJob, ranks: Ranks) -> None:
     whole_rows = keeps_segments_apart(model)
     if not whole_rows and ranks.rank == 0:
         context.reporter.note(SEGMENTS_ALONE.format("the student"))
+    reader = _reader(job, ranks, dataset.sequence_length)
     training = Training(
         model=model,
-        reader=_reader(job, ranks, dataset.sequence_length),
-        loss=LossSum(
-            job.objectives,
-            dataset.vocabulary_size,
-            dtype=job.recipe.dtype,
-            teacher=_teacher(job, ranks, dataset),
-            whole_rows=whole_rows,
-        ),
+        reader=reader,
+        loss=_losses(job, ranks, dataset, model, whole_rows=whole_rows),
         recipe=job.recipe,
         reporter=context.reporter,
         ranks=ranks,
         snapshot_writer=snapshots.SnapshotWriter(context.resume) if ranks.rank == 0 else None,
+        held_out=_held_out(job, ranks, dataset, reader, whole_rows=whole_rows),
+        validation=job.validation or Validation(),
+        keeps_best=job.keeps_best,
     )
     training.run(progress, tensors)
     if ranks.rank == 0:
-        stored = stored_dtype(origin) if origin else torch.float32
-        write_artifact(context, model.to(stored), progress, data, time.time() - job.started)
+        stored = stored_dtype(origin) if origin else torch.bfloat16
+        write_artifact(job, model.to(stored), progress, rows_per_epoch=reader.rows_per_epoch)
+
+
+def _losses(job: TrainJob, ranks: Ranks, dataset: DatasetInfo, model: Any, *, whole_rows: bool) -> LossSum:
+    return LossSum(
+        job.objectives,
+        dataset.vocabulary_size,
+        dtype=job.recipe.dtype,
+        teacher=_teacher(job, ranks, dataset),
+        whole_rows=whole_rows,
+        is_padded=model.config.get_text_config().vocab_size > dataset.vocabulary_size,
+        # Mixtures that add this loss by themselves, where they are given labels, keep its weight here.
+        router_weight=float(getattr(model, "router_aux_loss_coef", 0.0) or 0.0),
+    )
+
+
+def _held_out(
+    job: TrainJob, ranks: Ranks, dataset: DatasetInfo, reader: Reader, *, whole_rows: bool
+) -> HeldOutText | None:
+    """Return the text that the loss is measured on as training goes on, None where there is none or none is wanted."""
+    if job.validation is None:
+        return None
+    paths = job.context.one("data").paths(shard_pattern(HELD_OUT_SPLIT))
+    shards = tuple(ShardPair(path, None) for path in paths)
+    rows = num_rows(paths)
+    if not rows:
+        if job.keeps_best or job.validation.patience:
+            raise StageFailed(
+                f"the dataset has no text of split {HELD_OUT_SPLIT!r}, on which the best weights are told and training "
+                "is ended early; raise Prepare.calibration_fraction, or set keep='last' and no patience"
+            )
+        if ranks.rank == 0:
+            job.context.reporter.note(f"no validation loss: the dataset has no text of split {HELD_OUT_SPLIT!r}")
+        return None
+    wanted = min(rows, max(ranks.world_size, job.validation.max_tokens // dataset.sequence_length))
+    batch_rows = min(wanted, reader.batch_rows)
+    held_out = replace(reader, shards=shards, layout=None, batch_rows=batch_rows)
+    return HeldOutText(held_out, wanted // batch_rows, dataset.vocabulary_size, job.recipe.dtype, whole_rows)
 
 
 def _origin(job: TrainJob) -> Path | None:
@@ -199,17 +240,31 @@ def _reader(job: TrainJob, ranks: Ranks, length: int) -> Reader:
     )
 
 
-def write_artifact(context: Context, model: Any, progress: Progress, data: Artifact, wall_seconds: float) -> None:
+def write_artifact(job: TrainJob, model: Any, progress: Progress, *, rows_per_epoch: int) -> None:
     """Write the artifact's files."""
+    context, data = job.context, job.context.one("data")
     save_checkpoint(model.eval(), data.folder("tokenizer"), context.out, "model")
-    TrainingInfo(
+    done = TrainingInfo(
         optimizer_steps=progress.step,
+        skipped_steps=progress.skipped,
+        kept_step=progress.best_step if job.keeps_best else progress.step,
+        stopped_early=progress.is_stopped,
+        epochs=progress.step * job.batch_rows / rows_per_epoch,
         tokens=progress.tokens,
         targets=progress.targets,
         final_loss=progress.last["train/loss"],
         final=dict(progress.last),
+        held_out_cross_entropy=progress.best_held_out if job.keeps_best else progress.held_out,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         seconds=progress.seconds,
         tokens_per_second=progress.tokens / max(progress.seconds, 1e-9),
-        wall_seconds=wall_seconds,
-    ).write(context.out)
+        wall_seconds=time.time() - job.started,
+    )
+    done.write(context.out)
+    if done.held_out_cross_entropy is not None:
+        context.reporter.note(
+            f"loss on held-out text {done.held_out_cross_entropy:.4f} nats/token after {done.kept_step} steps; "
+            f"trained for {done.epochs:.2f} epochs"
+        )
+    if done.skipped_steps:
+        context.reporter.note(f"{done.skipped_steps} of {done.optimizer_steps} steps skipped: no finite gradient")

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from stages.contract import Artifact
+from stages.contract import Artifact, Split
 from stages.formats.dataset import DatasetInfo, RejectedRows, SplitCounts
 from stages.formats.tokens import TokenRows, shard_name, to_parquet
 from stages.storage import Folder
@@ -42,10 +42,14 @@ def write_dataset(
     vocabulary: int = 96,
     length: int = 16,
     shards: tuple[int, ...] = (5, 7, 6),
+    num_calibration: int = 0,
     segments: int = 1,
     seed: int = 0,
 ) -> Artifact:
-    """Write a dataset artifact of random rows of equal segments, some padded at the end; return it."""
+    """Write a dataset artifact of random rows of equal segments, some padded at the end; return it.
+
+    The last `num_calibration` shards are of the calibration split, the others of that to train on.
+    """
     rng = np.random.default_rng(seed)
     digest = write_tokenizer(folder / "tokenizer", vocabulary)
     (folder / "tokens").mkdir()
@@ -64,7 +68,8 @@ def write_dataset(
         targets += int(mask.sum())
         owners = np.where(mask, part, -1).astype(np.int64)
         shard = to_parquet(TokenRows(input_ids, owners, mask, positions))
-        (folder / shard_name("train", part)).write_bytes(shard)
+        split: Split = "train" if part < len(shards) - num_calibration else "calibration"
+        (folder / shard_name(split, part)).write_bytes(shard)
     counts = SplitCounts(shards=len(shards), rows=sum(shards), tokens=targets, documents=len(shards))
     info = dataset_info(
         tokenizer_digest=digest, vocabulary_size=vocabulary, sequence_length=length, splits={"train": counts}

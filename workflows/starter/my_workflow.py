@@ -16,7 +16,7 @@ from stages.prepare.stage import ByteLevelBPE, Prepare
 from stages.promote.stage import Gate, Promote
 from stages.teach.stage import Teach, TopK
 from stages.train.objectives import CrossEntropy, SoftTarget
-from stages.train.stage import Llama, Train
+from stages.train.stage import AdamW, Llama, Train
 from workflows.engine.graph import Workflow
 
 
@@ -55,7 +55,7 @@ def my_workflow(
             objectives=(CrossEntropy(),),
             optimizer_steps=optimizer_steps,
             batch_rows=32,
-            learning_rate=3e-3,
+            optimizer=AdamW(learning_rate=3e-3),
             seed=seed,
         ),
         data=corpus,
@@ -73,7 +73,7 @@ def my_workflow(
                 objectives=(CrossEntropy(weight=0.1), SoftTarget(weight=0.9, temperature=2.0)),
                 optimizer_steps=optimizer_steps,
                 batch_rows=32,
-                learning_rate=3e-3,
+                optimizer=AdamW(learning_rate=3e-3),
                 seed=seed,
             ),
             data=corpus,

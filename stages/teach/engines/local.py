@@ -65,7 +65,9 @@ class LocalTeacher:
         outer = max(rows, HEAD_TOKENS)
         if self._work is None:
             self._work = torch.empty(2, rows, self.vocabulary, device=self.device)
-            self._logits_NV = states_NX.new_empty(outer, self.vocabulary) if head.is_replayed else None
+            self._logits_NV = (
+                states_NX.new_empty(outer, self.vocabulary, dtype=torch.float32) if head.is_replayed else None
+            )
         parts = []
         for first in range(0, len(states_NX), outer):
             part_NX = states_NX[first : first + outer]

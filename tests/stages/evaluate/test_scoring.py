@@ -13,7 +13,8 @@ def rows_of(num: int) -> TokenRows:
     ids = np.random.default_rng(0).integers(0, 96, (num, 16), dtype=np.int32)
     mask = np.ones((num, 16), bool)
     mask[:, 0] = False
-    return TokenRows(ids, np.zeros((num, 16), np.int64), mask)
+    places = np.tile(np.arange(16, dtype=np.int32), (num, 1))
+    return TokenRows(ids, np.zeros((num, 16), np.int64), mask, places)
 
 
 def score(batch: TokenRows, *, ties: bool = False, **options):

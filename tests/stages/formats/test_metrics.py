@@ -21,7 +21,7 @@ def test_known_columns_are_those_of_the_table_that_any_candidate_has() -> None:
 def test_droppable_labels_leave_out_the_detail_first_and_what_decides_never() -> None:
     labels = droppable_labels()
     assert labels[0] == "bits/byte"
-    assert not {"size MB", "perplexity", "KL to teacher", "agreement %"} & set(labels)
+    assert not {"size MB", "bits/weight", "perplexity", "KL to teacher"} & set(labels)
 
 
 def test_cell_writes_values_in_their_unit_and_a_dash_for_none() -> None:

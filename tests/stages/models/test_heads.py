@@ -142,9 +142,48 @@ def test_head_of_any_family_gives_the_models_own_logits_bit_for_bit_also_in_anot
         head = observe_head(model, ids_BT, expected_NV.shape[1])
         states_NX = head.states(model, ids_BT, places(ids_BT))
         assert head.is_replayed is FAMILIES[family][1]
-        assert torch.equal(head.logits(states_NX), expected_NV)
+        assert torch.equal(head.observed_logits(states_NX), expected_NV)
+        logits_NV = head.logits(states_NX)
+        assert logits_NV.dtype == torch.float32
+        if dtype == torch.float32 or not head.is_replayed:
+            assert torch.equal(logits_NV, expected_NV.float())
         again = head.pack().unpack("cpu")
-        assert torch.equal(again.logits(PackedTensor.of(states_NX).tensor("cpu")), expected_NV)
+        assert torch.equal(again.logits(PackedTensor.of(states_NX).tensor("cpu")), logits_NV)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("family", [family for family, (_, is_replayed) in FAMILIES.items() if is_replayed])
+def test_head_of_a_half_type_gives_logits_that_are_not_rounded_to_it(
+    family: str, dtype: torch.dtype, ids_BT: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build(family, dtype)
+    monkeypatch.setattr("stages.models.heads.UPCAST_BYTES", 4 * 16 * 7)  # 7 entries of the vocabulary at a time
+    with torch.inference_mode():
+        rounded_NV = model(input_ids=ids_BT).logits.flatten(0, 1)
+        head = observe_head(model, ids_BT, VOCABULARY)
+        states_NX = head.states(model, ids_BT, places(ids_BT))
+        assert head.weight_VD is not None
+        exact_NV = states_NX.double() @ head.weight_VD.double().t() + (0 if head.bias_V is None else head.bias_V)
+        exact_NV = exact_NV * head.scale / head.divisor
+        exact_NV = exact_NV if head.softcap is None else head.softcap * (exact_NV / head.softcap).tanh()
+        out_NV = torch.empty(len(states_NX), VOCABULARY)
+        for logits_NV in (head.logits(states_NX), head.logits(states_NX, out_NV)):
+            torch.testing.assert_close(logits_NV.double(), exact_NV, rtol=1e-5, atol=1e-5)
+    assert (rounded_NV[:, :VOCABULARY].double() - exact_NV).abs().max() > 5 * (logits_NV - exact_NV).abs().max()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_head_of_a_half_type_on_a_gpu_gives_logits_that_are_not_rounded_to_it(ids_BT: torch.Tensor) -> None:
+    model = build("llama", torch.bfloat16).to("cuda")
+    with torch.inference_mode():
+        head = observe_head(model, ids_BT.cuda(), VOCABULARY)
+        states_NX = head.states(model, ids_BT.cuda(), places(ids_BT).cuda())
+        out_NV = torch.empty(ids_BT.numel(), VOCABULARY, device="cuda")
+        assert head.weight_VD is not None
+        exact_NV = states_NX.double() @ head.weight_VD.double().t()
+        for logits_NV in (head.logits(states_NX), head.logits(states_NX, out_NV)):
+            torch.testing.assert_close(logits_NV.double(), exact_NV, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

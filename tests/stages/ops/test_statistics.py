@@ -6,59 +6,9 @@ import numpy as np
 import pytest
 from scipy.stats import false_discovery_control, permutation_test
 
+from benchmarks.verdict_coverage import LENGTHS, estimate_planted, planted
 from stages.ops import statistics
-from stages.ops.statistics import Interval, Resamples, effective_number, holm
-
-# Tokens of the Python docs' validation documents, as the quickstart packs them.
-LENGTHS = np.array(
-    [
-        "14776",
-        "7797",
-        "6349",
-        "6337",
-        "4904",
-        "3926",
-        "2602",
-        "1518",
-        "1478",
-        "1378",
-        "1357",
-        "1128",
-        "969",
-        "931",
-        "915",
-        "898",
-        "778",
-        "742",
-        "736",
-        "672",
-        "430",
-        "388",
-        "367",
-        "356",
-        "298",
-        "266",
-        "211",
-        "194",
-        "161",
-        "131",
-        "129",
-        "126",
-        "124",
-        "113",
-        "104",
-        "87",
-        "84",
-        "80",
-        "56",
-        "49",
-        "44",
-        "19",
-    ],
-    dtype=int,
-)
-DOCUMENT_SPREAD, TOKEN_SPREAD = 0.062, 0.71
-"""Standard deviations, in nats, of the gain of one student over another: of a document's mean, and of its tokens."""
+from stages.ops.statistics import Estimate, Interval, Resamples, effective_number, holm
 
 
 def documents(num_documents: int, *, seed: int, shift: float = 0.0) -> dict[str, np.ndarray]:
@@ -78,20 +28,9 @@ def resample(columns: dict[str, np.ndarray], **options: int) -> Resamples:
     return Resamples({key: value for key, value in columns.items() if key != "tokens"}, columns["tokens"], **options)
 
 
-def planted(gain: float, *, seed: int, num_seeds: int = 1, seed_spread: float = 0.0):
+def gain_of(gain: float, *, seed: int, num_seeds: int = 1, seed_spread: float = 0.0) -> Estimate:
     """Compare two methods on documents of the corpus's lengths, one of which is better by `gain`."""
-    rng = np.random.default_rng(seed)
-    tokens, shape = LENGTHS.astype(float), (num_seeds, len(LENGTHS))
-    difficulty = rng.normal(5, 0.5, len(LENGTHS))
-    nature = rng.normal(0, DOCUMENT_SPREAD, len(LENGTHS)) + rng.normal(0, TOKEN_SPREAD, len(LENGTHS)) / np.sqrt(tokens)
-    of_seed = rng.normal(0, seed_spread / np.sqrt(2), (2, num_seeds, 1))
-    plain = tokens * (difficulty + nature + of_seed[0] + np.zeros(shape))
-    better = tokens * (difficulty - gain + of_seed[1] + np.zeros(shape))
-    columns = {f"plain{s}": each for s, each in enumerate(plain)} | {
-        f"better{s}": each for s, each in enumerate(better)
-    }
-    drawn = Resamples(columns, tokens, num_resamples=1000, seed=seed)
-    return drawn.gain([f"plain{s}" for s in range(num_seeds)], [f"better{s}" for s in range(num_seeds)])
+    return estimate_planted(*planted(gain, seed=seed, num_seeds=num_seeds, seed_spread=seed_spread), seed=seed)
 
 
 def difference(sums):
@@ -122,26 +61,26 @@ def test_p_value_is_that_of_scipys_test_with_flipped_signs():
 
 
 def test_claim_between_equally_good_models_is_made_rarely_with_the_corpus_own_lengths():
-    false_claims = sum(planted(0.0, seed=seed).interval().low > 0 for seed in range(200))
+    false_claims = sum(gain_of(0.0, seed=seed).interval().low > 0 for seed in range(200))
     assert false_claims / 200 <= 0.05
 
 
 def test_gain_as_large_as_the_minimum_detectable_one_is_found_four_times_of_five():
-    smallest = [planted(0.0, seed=seed).minimum_detectable() for seed in range(200)]
-    found = sum(planted(gain, seed=1000 + seed).interval().low > 0 for seed, gain in enumerate(smallest))
+    smallest = [gain_of(0.0, seed=seed).minimum_detectable() for seed in range(200)]
+    found = sum(gain_of(gain, seed=1000 + seed).interval().low > 0 for seed, gain in enumerate(smallest))
     assert found / 200 >= 0.8
 
 
 def test_claim_of_a_method_is_made_rarely_where_only_the_seeds_differ():
     """Three seeds a side: drawing them with replacement would make the claim in 11 to 15 % of trials."""
-    claims = [planted(0.0, seed=seed, num_seeds=3, seed_spread=0.09).interval().low > 0 for seed in range(200)]
+    claims = [gain_of(0.0, seed=seed, num_seeds=3, seed_spread=0.09).interval().low > 0 for seed in range(200)]
     assert sum(claims) / 200 <= 0.05
 
 
 def test_gain_over_seeds_is_wider_than_over_documents_alone_and_the_same_figure():
-    three, one = (planted(0.1, seed=3, num_seeds=number, seed_spread=0.0) for number in (3, 1))
+    three, one = (gain_of(0.1, seed=3, num_seeds=number, seed_spread=0.0) for number in (3, 1))
     assert three.interval().high - three.interval().low == pytest.approx(one.interval().high - one.interval().low)
-    apart = planted(0.1, seed=3, num_seeds=3, seed_spread=0.09)
+    apart = gain_of(0.1, seed=3, num_seeds=3, seed_spread=0.09)
     assert apart.interval().high - apart.interval().low > 2 * (one.interval().high - one.interval().low)
 
 

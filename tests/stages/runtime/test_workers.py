@@ -8,6 +8,7 @@ from stages.contract import Resources
 from stages.errors import StageFailed
 from stages.runtime.workers import (
     WorkerSetup,
+    compute_dtype,
     device_of,
     fetch_result,
     num_threads,
@@ -63,6 +64,27 @@ def test_worker_setup_begins_by_reporting_and_setting_threads(tmp_path: Path) ->
         torch.set_num_threads(before)
     assert isinstance(context.reporter, RecordingReporter)
     assert context.reporter.has_begun
+
+
+def test_worker_setup_on_a_gpu_computes_float32_products_in_tf32(tmp_path: Path) -> None:
+    flags = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [flag.allow_tf32 for flag in flags]
+    try:
+        for gpus, expected in ((0, False), (1, True)):
+            for flag in flags:
+                flag.allow_tf32 = False
+            context = fake_context(tmp_path, cpus_per_worker=torch.get_num_threads(), gpus_per_worker=gpus)
+            WorkerSetup.of(context).begin()
+            assert [flag.allow_tf32 for flag in flags] == [expected, expected]
+    finally:
+        for flag, value in zip(flags, before, strict=True):
+            flag.allow_tf32 = value
+
+
+def test_compute_dtype_follows_the_device_unless_asked() -> None:
+    assert compute_dtype(Resources()) == "float32"
+    assert compute_dtype(Resources(gpus_per_worker=0.5)) == "bfloat16"
+    assert compute_dtype(Resources(gpus_per_worker=1), "float32") == "float32"
 
 
 def _started_and_threads(path: Path) -> tuple[bool, int]:

@@ -16,89 +16,20 @@ from stages.errors import OutOfMemory, StageFailed
 from stages.ops.divergences import cross_entropy
 from stages.storage import Folder
 from stages.train import loop, snapshots
-from stages.train.forward import LiveTeacher, LossSum
-from stages.train.loop import Progress, Training
 from stages.train.objectives import CrossEntropy, ReverseKL, SoftTarget
 from stages.train.objectives.loss import Loss, Needs, Targets
-from stages.train.optimizer import Recipe
-from stages.train.reader import Reader
-from stages.train.windows import ShardPair, SignalsLayout
-from tests.fakes import RecordingReporter
-from tests.stages.tiny import tiny_llama, write_dataset
-from tests.stages.train.signals import write_signals
-
-RECIPE = Recipe(
-    optimizer_steps=12,
-    learning_rate=3e-3,
-    warmup_fraction=0.2,
-    final_fraction=0.1,
-    weight_decay=0.1,
-    gradient_clip=1.0,
-    dtype="float32",
-    seed=5,
-)
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Artifact, Artifact]:
-    data = write_dataset(tmp_path_factory.mktemp("data"))
-    return data, write_signals(tmp_path_factory.mktemp("signals"), data, tiny_llama(seed=1))
-
-
-class _Memory:
-    """Keeps every snapshot, in memory."""
-
-    def __init__(self, at: int = -1) -> None:
-        self.at, self.calls, self.kept = at, 0, {}
-
-    def due(self) -> bool:
-        self.calls += 1
-        return self.calls == self.at
-
-    def keep(self, step: int, tensors: Any, facts: Any) -> None:
-        self.kept[step] = ({name: tensor.detach().clone() for name, tensor in tensors.items()}, dict(facts))
-
-
-def _training(
-    inputs: tuple[Artifact, Artifact],
-    *,
-    micro_batch: int = 4,
-    recipe: Recipe = RECIPE,
-    objectives: tuple[Loss, ...] = (CrossEntropy(weight=0.5), SoftTarget(weight=0.5, temperature=2.0)),
-    teacher: Any = None,
-    **options: Any,
-) -> Training:
-    data, signals = inputs
-    pairs = zip(data.paths("tokens/*.parquet"), signals.paths("signals/*.parquet"), strict=True)
-    reader = Reader(
-        tuple(ShardPair(*pair) for pair in pairs),
-        SignalsLayout(8, (1.0, 2.0)),
-        batch_rows=4,
-        micro_batch=micro_batch,
-        seed=recipe.seed,
-    )
-    settings = {
-        "model": tiny_llama(vocabulary=100, attention_dropout=0.1),  # dropout, and a head wider than the vocabulary
-        "loss": LossSum(objectives, 96, teacher=LiveTeacher(teacher, 96) if teacher else None),
-        "reporter": RecordingReporter(),
-    }
-    return Training(reader=reader, recipe=recipe, **{**settings, **options})
-
-
-def _losses(points: list[tuple[int, dict[str, float]]]) -> list[tuple[int, float]]:
-    return [(step, metrics["train/loss"]) for step, metrics in points]
-
-
-def _weights(training: Training) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in training.model.state_dict().items()}
+from stages.train.progress import Progress
+from stages.train.recipe import AdamW
+from tests.stages.tiny import tiny_llama
+from tests.stages.train.loops import RATES, RECIPE, MemorySnapshots, build_training, losses_of, weights_of
 
 
 def test_training_in_smaller_micro_batches_gives_the_same_weights(inputs: tuple[Artifact, Artifact]) -> None:
     models = []
     for micro_batch in (4, 3, 1):
-        training = _training(inputs, micro_batch=micro_batch, model=tiny_llama())
+        training = build_training(inputs, micro_batch=micro_batch, model=tiny_llama())
         training.run(Progress())
-        models.append(_weights(training))
+        models.append(weights_of(training))
     for other in models[1:]:
         for name, expected in models[0].items():
             torch.testing.assert_close(other[name], expected, rtol=1e-4, atol=1e-5)
@@ -108,45 +39,43 @@ def test_training_from_a_snapshot_ends_with_the_very_weights_and_curve(
     inputs: tuple[Artifact, Artifact], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loop, "CURVE_POINTS", 2)  # points at steps 6 and 12, the snapshot within the first
-    whole = _training(inputs)
+    whole = build_training(inputs)
     done = whole.run(Progress())
 
-    memory = _Memory(at=5)
-    _training(inputs, snapshot_writer=memory).run(Progress())
+    memory = MemorySnapshots(at=5)
+    build_training(inputs, snapshot_writer=memory).run(Progress())
     tensors, facts = memory.kept[5]
     snapshots.write(Folder.at(tmp_path), 5, tensors, facts)
     found = snapshots.newest(Folder.at(tmp_path))
     assert found is not None
-    again = _training(inputs, model=tiny_llama(vocabulary=100, seed=9, attention_dropout=0.1))
+    again = build_training(inputs, model=tiny_llama(vocabulary=100, seed=9, attention_dropout=0.1))
     resumed = again.run(Progress(step=found.step, **found.facts), snapshots.read(Folder.at(tmp_path), found))
 
     assert (resumed.step, resumed.tokens, resumed.targets) == (done.step, done.tokens, done.targets)
     assert resumed.last == done.last
     assert [point for point, _ in again.reporter.points] == [6, 12]
-    assert _losses(again.reporter.points) == _losses(whole.reporter.points)
-    expected = _weights(whole)
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in _weights(again).items())
+    assert losses_of(again.reporter.points) == losses_of(whole.reporter.points)
+    expected = weights_of(whole)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights_of(again).items())
 
 
 def test_training_at_its_end_leaves_a_snapshot_from_which_nothing_is_left_to_do(
     inputs: tuple[Artifact, Artifact],
 ) -> None:
-    memory = _Memory()
-    first = _training(inputs, snapshot_writer=memory)
+    memory = MemorySnapshots()
+    first = build_training(inputs, snapshot_writer=memory)
     first.run(Progress())
     assert list(memory.kept) == [12]
-    again = _training(inputs, model=tiny_llama(vocabulary=100, seed=9))
+    again = build_training(inputs, model=tiny_llama(vocabulary=100, seed=9))
     done = again.run(Progress(step=12, **memory.kept[12][1]), memory.kept[12][0])
     assert done.step == 12
-    assert all(torch.equal(tensor, _weights(first)[name]) for name, tensor in _weights(again).items())
+    assert all(torch.equal(tensor, weights_of(first)[name]) for name, tensor in weights_of(again).items())
 
 
 def test_training_minimizes_the_weighted_objective_over_the_global_batch(inputs: tuple[Artifact, Artifact]) -> None:
     """The first gradient equals that of the formula, written out over the rows of the batch at once."""
-    training = _training(inputs, micro_batch=1, model=tiny_llama(), objectives=(CrossEntropy(weight=0.5),))
+    training = build_training(inputs, micro_batch=1, model=tiny_llama(), objectives=(CrossEntropy(weight=0.5),))
     seen: list[torch.Tensor] = []
-    recipe = RECIPE.learning_rate_at
-    assert recipe(0) > 0
     (step,) = training.reader.steps(0, 1)
     network = training._replicated()
     for batch in step.micro_batches:
@@ -165,12 +94,12 @@ def test_training_minimizes_the_weighted_objective_over_the_global_batch(inputs:
 
 
 def test_training_reports_a_curve_and_its_progress(inputs: tuple[Artifact, Artifact]) -> None:
-    training = _training(inputs)
+    training = build_training(inputs)
     done = training.run(Progress())
     report = training.reporter
     assert [step for step, _ in report.points] == list(range(1, 13))
     first, last = report.points[0][1], report.points[-1][1]
-    assert set(first) == {f"train/{n}" for n in ("loss", "cross_entropy", "kl", "learning_rate", "tokens_per_second")}
+    assert set(first) == {f"train/{n}" for n in ("loss", "cross_entropy", "kl", *RATES)}
     assert first["train/loss"] == pytest.approx(
         0.5 * first["train/cross_entropy"] + 0.5 * 4 * first["train/kl"], rel=1e-5
     )
@@ -181,7 +110,7 @@ def test_training_reports_a_curve_and_its_progress(inputs: tuple[Artifact, Artif
 
 def test_training_towards_its_own_signals_has_no_divergence(inputs: tuple[Artifact, Artifact]) -> None:
     recipe = replace(RECIPE, optimizer_steps=1)
-    training = _training(inputs, model=tiny_llama(seed=1), objectives=(SoftTarget(),), recipe=recipe)
+    training = build_training(inputs, model=tiny_llama(seed=1), objectives=(SoftTarget(),), recipe=recipe)
     assert training.run(Progress()).last["train/kl"] == pytest.approx(0, abs=1e-4)
 
 
@@ -190,8 +119,8 @@ def test_training_towards_a_live_teacher_lowers_the_divergence_and_leaves_the_te
 ) -> None:
     teacher = tiny_llama(vocabulary=112, seed=1, attention_dropout=0.5).train()  # its head and the student's are wider
     before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
-    recipe = replace(RECIPE, optimizer_steps=60, learning_rate=1e-2)
-    training = _training(inputs, objectives=(ReverseKL(),), teacher=teacher, recipe=recipe)
+    recipe = replace(RECIPE, optimizer_steps=60, optimizer=AdamW(learning_rate=1e-2))
+    training = build_training(inputs, objectives=(ReverseKL(),), teacher=teacher, recipe=recipe)
     training.run(Progress())
     curve = [metrics["train/reverse_kl"] for _, metrics in training.reporter.points]
     assert curve[-1] < 0.5 * curve[0]
@@ -201,7 +130,7 @@ def test_training_towards_a_live_teacher_lowers_the_divergence_and_leaves_the_te
 
 def test_training_towards_itself_as_live_teacher_has_no_divergence(inputs: tuple[Artifact, Artifact]) -> None:
     recipe = replace(RECIPE, optimizer_steps=1)
-    training = _training(
+    training = build_training(
         inputs, model=tiny_llama(seed=1), teacher=tiny_llama(seed=1), objectives=(ReverseKL(),), recipe=recipe
     )
     assert training.run(Progress()).last["train/reverse_kl"] == pytest.approx(0, abs=1e-5)
@@ -212,7 +141,7 @@ def test_first_gradient_of_reverse_kl_is_that_of_the_formula_whatever_the_micro_
     inputs: tuple[Artifact, Artifact], micro_batch: int
 ) -> None:
     teacher, student, reference = tiny_llama(seed=1), tiny_llama(), tiny_llama()
-    training = _training(
+    training = build_training(
         inputs, model=student, teacher=teacher, objectives=(ReverseKL(temperature=2.0),), micro_batch=micro_batch
     )
     (step,) = training.reader.steps(0, 1)
@@ -255,7 +184,7 @@ def test_objectives_see_the_live_teachers_own_logits_and_hidden_states_at_their_
 
     torch.manual_seed(0)
     teacher = build().eval()
-    training = _training(inputs, objectives=(Spy(),), teacher=teacher)
+    training = build_training(inputs, objectives=(Spy(),), teacher=teacher)
     (step,) = training.reader.steps(0, 1)
     (batch,) = step.micro_batches
     torch.autograd.backward(training.loss.of(training.model, batch)[0])
@@ -276,7 +205,7 @@ def test_live_teacher_makes_no_logits_of_a_whole_micro_batch(inputs: tuple[Artif
     teacher = tiny_llama(vocabulary=112, seed=1)
     rows: list[int] = []
     teacher.lm_head.register_forward_hook(lambda _, __, logits: rows.append(logits.shape[0]))
-    training = _training(inputs, objectives=(ReverseKL(),), teacher=teacher)
+    training = build_training(inputs, objectives=(ReverseKL(),), teacher=teacher)
     training.run(Progress())
     assert max(rows) <= 2  # the observation of its head, and of segments in two rows; a micro-batch has four
 
@@ -295,9 +224,9 @@ class _HiddenMatch(Loss):
 
 
 def test_training_by_an_objective_on_hidden_states_learns_them(inputs: tuple[Artifact, Artifact]) -> None:
-    recipe = replace(RECIPE, optimizer_steps=40, learning_rate=1e-2)
+    recipe = replace(RECIPE, optimizer_steps=40, optimizer=AdamW(learning_rate=1e-2))
     options = {"objectives": (_HiddenMatch(),), "teacher": tiny_llama(seed=1), "recipe": recipe}
-    training = _training(inputs, model=tiny_llama(), **options)
+    training = build_training(inputs, model=tiny_llama(), **options)
     training.run(Progress())
     curve = [metrics["train/hidden"] for _, metrics in training.reporter.points]
     assert curve[-1] < 0.5 * curve[0]
@@ -311,7 +240,7 @@ def test_objectives_see_only_what_they_need(inputs: tuple[Artifact, Artifact]) -
             seen.append(targets)
             return super().losses(targets)
 
-    _training(inputs, objectives=(Spy(),), recipe=replace(RECIPE, optimizer_steps=1)).run(Progress())
+    build_training(inputs, objectives=(Spy(),), recipe=replace(RECIPE, optimizer_steps=1)).run(Progress())
     assert seen
     assert all(
         each.teacher_logits_NV is each.hidden_states_ND is each.teacher_hidden_states_ND is None for each in seen
@@ -323,9 +252,11 @@ def test_training_with_a_broken_model_fails_naming_the_step(inputs: tuple[Artifa
     model = tiny_llama()
     with torch.no_grad():
         model.model.norm.weight[0] = float("nan")
-    memory = _Memory(at=1)
-    with pytest.raises(StageFailed, match=r"the loss is nan at optimizer step 0, .* lower learning_rate"):
-        _training(inputs, model=model, snapshot_writer=memory).run(Progress())
+    memory = MemorySnapshots(at=1)
+    with pytest.raises(
+        StageFailed, match=r"the loss is nan .* at optimizer step 1, .* 2 such steps .* learning_rate \(now 0.003"
+    ):
+        build_training(inputs, model=model, snapshot_writer=memory).run(Progress())
     assert memory.kept == {}
 
 
@@ -337,15 +268,19 @@ def test_training_that_the_host_has_no_memory_for_names_step_and_micro_batch(inp
 
     model.model.norm.register_forward_pre_hook(refuse)
     with pytest.raises(OutOfMemory, match=r"training at step 0 .*; set resources.micro_batch below 2") as caught:
-        _training(inputs, model=model, micro_batch=2).run(Progress())
+        build_training(inputs, model=model, micro_batch=2).run(Progress())
     assert caught.value.micro_batch == 2
 
 
 def test_learning_rate_rises_then_falls_along_a_cosine() -> None:
-    rates = [RECIPE.learning_rate_at(step) for step in range(12)]
-    assert rates[:3] == pytest.approx([1e-3, 2e-3, 3e-3])
-    assert rates[3] == pytest.approx(3e-3)
+    rates = [3 * RECIPE.rate_fraction_at(step) for step in range(12)]
+    assert rates[:4] == pytest.approx([1, 2, 3, 3])
     assert all(a > b for a, b in pairwise(rates[3:]))
-    assert rates[-1] == pytest.approx(3e-4)
-    middle = 3e-3 * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * 4 / 8)))
-    assert rates[7] == pytest.approx(middle)
+    assert rates[-1] == pytest.approx(0.3)
+    assert rates[7] == pytest.approx(3 * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * 4 / 8))))
+
+
+def test_learning_rate_rises_then_falls_along_a_line_whose_last_step_still_learns() -> None:
+    recipe = replace(RECIPE, decay="linear", final_fraction=0.0)
+    rates = [9 * recipe.rate_fraction_at(step) for step in range(12)]
+    assert rates == pytest.approx([3, 6, 9, 9, 8, 7, 6, 5, 4, 3, 2, 1])
