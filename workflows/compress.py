@@ -154,12 +154,7 @@ class HardwareSettings(Config):
     @property
     def resources(self) -> Resources:
         """What a step takes that computes with models."""
-        return Resources(
-            workers=self.workers,
-            cpus_per_worker=self.cpus_per_worker,
-            gpus_per_worker=self.gpus_per_worker,
-            micro_batch=self.micro_batch,
-        )
+        return Resources(**self.model_dump(exclude={"dtype", "device"}))
 
     @property
     def measured_device(self) -> str:
@@ -186,8 +181,9 @@ class Preset(NamedTuple):
     schemes: tuple[Scheme, ...]
 
 
+QUICK_SCHEMES = (Scheme(weight_bits=8), Scheme(weight_bits=4, group_size=128, algorithm="gptq"))
 PRESETS = {
-    "quick": Preset(optimizer_steps=200, k=32, schemes=DEFAULT_SCHEMES[:2]),
+    "quick": Preset(optimizer_steps=200, k=32, schemes=QUICK_SCHEMES),
     "standard": Preset(optimizer_steps=1_000, k=64, schemes=DEFAULT_SCHEMES),
     "thorough": Preset(optimizer_steps=10_000, k=128, schemes=DEFAULT_SCHEMES),
 }
@@ -243,12 +239,8 @@ def compress(
     dtype = compute_dtype(resources, hardware.dtype)
     big = flow.external("teacher", given)
     tokenizer = PretrainedTokenizer(source=teacher, revision=teacher_revision)
-    prepare = Prepare(
-        source=Files(paths=documents),
-        tokenizer=tokenizer,
-        seed=seed,
-        **{**dict(data), "sequence_length": row_length},
-    )
+    rows = {**dict(data), "sequence_length": row_length}
+    prepare = Prepare(source=Files(paths=documents), tokenizer=tokenizer, seed=seed, **rows)
     corpus = flow.step("corpus", prepare, resources=resources.model_copy(update={"gpus_per_worker": 0.0}))
     judged_on = corpus
     if evaluation:
@@ -288,12 +280,11 @@ def compress(
         min_done=0,
         seed=seed,
     )
-    searches = {
+    models |= {
         f"{name}-quantized": flow.step(f"quantize.{name}", quantize, model=model, data=corpus, resources=resources)
         for name, model in models.items()
         if quantize_teacher or name != "teacher"
     }
-    models |= searches
     if champion is not None:
         models["champion"] = flow.external("champion", Checkpoint(source=champion))
     scores = flow.step(
