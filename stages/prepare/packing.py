@@ -9,7 +9,7 @@ first, a target has at least `context_fraction` of the window before it. The sam
 Does not: read, tokenize, or write.
 
 Rows are filled by best fit decreasing (Johnson et al. 1974) over the segments of two shards, of which the fuller rows
-leave and the others wait for more: 99.6 % of positions are filled with chats of log-normal length, at some 10^7 tokens
+leave and the others wait for more: 99.7 % of positions are filled with chats of log-normal length, at some 10^7 tokens
 a second (`benchmarks/packing.py`).
 """
 
