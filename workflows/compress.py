@@ -18,7 +18,7 @@ from stages.external.documents import Files
 from stages.measure.device import describe_cpu, describe_gpu
 from stages.measure.stage import Measure
 from stages.models.context_length import longest_context
-from stages.prepare.stage import Prepare
+from stages.prepare.stage import Overlong, Prepare
 from stages.promote.stage import Gate, Promote
 from stages.quantize.proposers import Grid
 from stages.quantize.schemes import DEFAULT_SCHEMES, Scheme
@@ -67,6 +67,7 @@ def compress(
     teacher_revision: str | None = None,
     evaluation: tuple[str, ...] = (),
     sequence_length: Annotated[int, Field(ge=16)] | None = None,
+    overlong: Overlong = "reject",
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05,
     calibration_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05,
     max_documents: Annotated[int, Field(ge=1)] | None = None,
@@ -98,6 +99,7 @@ def compress(
         teacher_revision: the teacher's revision on the hub.
         evaluation: texts to compare models on; a part of the documents if not given.
         sequence_length: tokens in one packed row; if not given, what teacher and students can read, and at most 2048.
+        overlong: whether a chat or labelled row that is longer than a row is left out, or loses its end.
         validation_fraction: share of the documents that models are compared on, unless evaluation is given.
         calibration_fraction: share of the documents that quantization looks at.
         max_documents: read at most so many documents.
@@ -134,6 +136,7 @@ def compress(
             source=Files(paths=documents),
             tokenizer=words,
             sequence_length=sequence_length,
+            overlong=overlong,
             validation_fraction=validation_fraction,
             calibration_fraction=calibration_fraction,
             max_documents=max_documents,
@@ -149,6 +152,7 @@ def compress(
             source=Files(paths=evaluation),
             tokenizer=words,
             sequence_length=sequence_length,
+            overlong=overlong,
             validation_fraction=1.0,
             calibration_fraction=0.0,
             text_field=text_field,

@@ -25,10 +25,7 @@ from numpy.typing import NDArray
 from stages.formats.tokens import TokenRows
 from stages.prepare.encoding import Encoded
 
-__all__ = ["Cutting", "Overlong", "Packer", "Segment"]
-
-Overlong = Literal["reject", "truncate"]
-"""What becomes of a chat or labelled row that is longer than a row."""
+__all__ = ["Cutting", "Packer", "Segment", "best_fit"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +46,8 @@ class Cutting:
     """Tokens of a row: what a segment has at most."""
     prefix: tuple[int, ...]
     """What the tokenizer puts before a text; every document begins with it."""
-    overlong: Overlong
+    overlong: Literal["reject", "truncate"]
+    """What becomes of a chat or labelled row that is longer than a row."""
     context_fraction: float
     """Share of a long text's window, but of the first, that is context: tokens of the window before, no targets."""
 

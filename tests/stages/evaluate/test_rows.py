@@ -19,7 +19,7 @@ def test_rows_are_drawn_by_seed_without_replacement():
 
 def test_rows_of_split_are_counted_over_its_shards(tmp_path):
     paths, rows = rows_of_split(make_dataset(tmp_path, rows=(5, 1, 4)), "validation", max_rows=None, seed=0)
-    assert [path.name for path in paths] == [f"validation-0000{part}.parquet" for part in range(3)]
+    assert [path.name for path in paths] == [f"validation-0000{part}-00000.parquet" for part in range(3)]
     assert rows.tolist() == list(range(10))
 
 

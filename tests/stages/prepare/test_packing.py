@@ -8,7 +8,8 @@ import pytest
 
 from stages.formats.tokens import TokenRows
 from stages.prepare.encoding import Encoded
-from stages.prepare.packing import Cutting, Overlong, Packer, Segment, best_fit
+from stages.prepare.packing import Cutting, Packer, Segment, best_fit
+from stages.prepare.stage import Overlong
 
 BEGIN = 9
 PAD = -7
