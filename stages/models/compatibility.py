@@ -9,7 +9,7 @@ what would fit. Planning imports transformers (seconds) only where nothing else 
 nested config, and tokenizers whose files differ.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -86,17 +86,26 @@ def check_compatible(what: str, folder: Path, dataset: "DatasetInfo") -> None:
         )
 
 
-def check_planned(sources: Mapping[str, Any], inputs: Mapping[str, Input], *, unquantized: tuple[str, ...]) -> None:
+def check_planned(
+    sources: Mapping[str, Any],
+    inputs: Mapping[str, Input],
+    *,
+    unquantized: tuple[str, ...],
+    schemes: Sequence[Any] = (),
+) -> None:
     """Refuse, before anything runs, checkpoints among a stage's sources that do not fit its input `data`.
 
     Args:
         sources: what feeds the stage; of models only checkpoints from outside can be judged.
         inputs: the stage's inputs.
         unquantized: those whose weights must be plain numbers, to be taught by, trained or quantized.
+        schemes: of quantization, each with a `name` and a `group_size`; all of what a search tries.
 
     Raises:
         ConfigError: one does not fit; says what would.
     """
+    if schemes:
+        check_groups(sources["model"], {scheme.name: scheme.group_size for scheme in schemes})
     data = sources.get("data")
     for name, spec in inputs.items():
         given = sources.get(name)

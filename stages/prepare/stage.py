@@ -19,6 +19,8 @@ from stages.runtime.workarounds import deprecated_options
 from stages.runtime.workers import WorkerSetup, translated_errors, worker_options
 
 if TYPE_CHECKING:
+    from stages.formats.dataset import Duplicates
+    from stages.prepare.division import Division
     from stages.prepare.packing import Cutting
     from stages.prepare.summary import Summary
 
@@ -121,7 +123,6 @@ class Prepare(Stage):
         """
         from stages.models.checkpoints import upload_folder
         from stages.prepare import summary, work
-        from stages.prepare.division import Division
         from stages.prepare.documents import detect_schema
         from stages.prepare.encoding import set_tokenizer_threads
         from stages.prepare.parts import plan_parts
@@ -130,16 +131,13 @@ class Prepare(Stage):
         set_tokenizer_threads(context.resources.total_cpus)
         if isinstance(self.source, HubDataset):
             context.reporter.started()  # downloading is work, and needs none of the workers' resources
-        for note in self.source.notes() if isinstance(self.source, Files) else ():
-            context.reporter.note(note)
         parts = plan_parts(self.source, self.part_bytes)
         schema = detect_schema(parts, self.text_field) if self.row_schema == "auto" else self.row_schema
         rows: dict[str, Any] = {"schema": schema, "text_field": self.text_field}
         if self.max_documents is not None:
             context.reporter.started()  # counting documents reads them, here, before any worker is asked for
             parts = work.limit_documents(parts, **rows, max_documents=self.max_documents)
-        division = Division(self.seed, self.validation_fraction, self.calibration_fraction)
-        division, duplicates = self._keep_duplicates_together(context, parts, rows, division)
+        division, duplicates = self._divide(context, parts, rows)
         with tempfile.TemporaryDirectory(prefix="tokenizer-") as temporary:
             folder = Path(temporary)
             tokenizer = self._make_tokenizer(context, parts, rows | {"division": division}, folder)
@@ -177,10 +175,14 @@ class Prepare(Stage):
         metrics = total.metrics | (duplicates.metrics if duplicates else {})
         return Outcome({**metrics, "vocabulary_size": float(facts.vocabulary_size)})
 
-    def _keep_duplicates_together(self, context: Context, parts: list[Any], rows: dict[str, Any], division: Any) -> Any:
-        """Return the division with near duplicates on one side, and how many there are; None where none is wanted."""
+    def _divide(self, context: Context, parts: list[Any], rows: dict[str, Any]) -> "tuple[Division, Duplicates | None]":
+        """Say what is read, and return the division, near duplicates on one side of it, and how many there are."""
         from stages.prepare import duplicates
+        from stages.prepare.division import Division
 
+        for note in self.source.notes() if isinstance(self.source, Files) else ():
+            context.reporter.note(note)
+        division = Division(self.seed, self.validation_fraction, self.calibration_fraction)
         if self.duplicate_similarity is None:
             return division, None
         folder = context.resume / duplicates.FOLDER

@@ -25,6 +25,7 @@ from pydantic import Field, SerializeAsAny
 from stages.contract import Artifact, Context, Input, Kind, Outcome, Stage
 from stages.errors import OutOfMemory, StageFailed
 from stages.formats.search import FailedTrial, Trial
+from stages.models.compatibility import check_planned
 from stages.models.serving import RuntimeChoice
 from stages.quantize.finalists import publish
 from stages.quantize.imports import import_for_measuring, import_for_quantizing
@@ -98,12 +99,8 @@ class Quantize(Stage):
     """Chooses the rows; torch's seed in every trial."""
 
     def check(self, sources: Mapping[str, Any]) -> None:
-        """Check a checkpoint that is wired against the dataset, and the groups against its layers."""
-        from stages.models.compatibility import check_groups, check_planned
-
-        check_planned(sources, self.INPUTS, unquantized=("model",))
-        if isinstance(self.proposer, Grid):
-            check_groups(sources["model"], {scheme.name: scheme.group_size for scheme in self.proposer.schemes})
+        """Check a checkpoint that is wired against the dataset, and the schemes' groups against its layers."""
+        check_planned(sources, self.INPUTS, unquantized=("model",), schemes=getattr(self.proposer, "schemes", ()))
 
     def run(self, context: Context) -> Outcome:
         """Search, verify and write `search.json` and the finalists' checkpoints.
@@ -132,10 +129,7 @@ class Quantize(Stage):
         survey_ref, base = survey_task.remote(job, evaluation)
         survey = fetch_result(survey_ref)
         if not survey.replays_head:
-            context.reporter.note(
-                "the model's output head cannot be replayed, so all logits of the measured tokens are kept; "
-                "evaluation_tokens bounds them"
-            )
+            context.reporter.note("the head cannot be replayed, so all logits are kept; evaluation_tokens bounds them")
         if not survey.whole_rows:
             from stages.models.segments import SEGMENTS_ALONE
 
