@@ -6,6 +6,7 @@ Does not: save, or measure. `oneshot` keeps a global session, so that one proces
 """
 
 import contextlib
+import gc
 import io
 import logging
 import os
@@ -126,3 +127,4 @@ def forget_session() -> None:
     from llmcompressor import reset_session
 
     reset_session()
+    gc.collect()  # hooks refer to the model in circles

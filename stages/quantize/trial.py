@@ -18,7 +18,7 @@ from uuid import uuid4
 import torch
 
 from stages.contract import Artifact
-from stages.errors import OutOfMemory, Transient
+from stages.errors import OutOfMemory, StageFailed, Transient
 from stages.formats.search import DoneTrial
 from stages.formats.tokens import TokenRows
 from stages.models.checkpoints import bytes_in_16_bits, dtype_in_16_bits, load_model, save_checkpoint, stored_dtype
@@ -142,7 +142,7 @@ def _quantize_and_save(
     del model
     forget_session()
     fidelity = measure_fidelity(
-        load_model(written, dtype="auto", device=job.device), base, micro_batch=survey.micro_batch, device=job.device
+        _load_written(written, job.device), base, micro_batch=survey.micro_batch, device=job.device
     )
     size_bytes = sum(path.stat().st_size for path in written.glob("*.safetensors"))
     num_linear = survey.layers.num_weights
@@ -156,6 +156,21 @@ def _quantize_and_save(
         linear_bits_per_weight=8 * linear_bytes / num_linear if num_linear else CAST_BITS,
         kept_layers=plan.kept,
     )
+
+
+def _load_written(folder: Path, device: str) -> Any:
+    """Load what a trial wrote, as anybody would.
+
+    Raises:
+        StageFailed: plain transformers does not; the reason is the same wherever the files lie.
+    """
+    try:
+        return load_model(folder, dtype="auto", device=device)
+    except StageFailed as error:
+        if type(error) is not StageFailed:
+            raise
+        reason = str(error).replace(str(folder), "its folder")
+        raise StageFailed(f"plain transformers does not load what was written: {reason}") from error
 
 
 def _upload(scratch: Path, scheme: str, resume: Folder) -> tuple[str, tuple[ReceiptFile, ...]]:

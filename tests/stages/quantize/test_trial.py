@@ -221,6 +221,7 @@ def test_bits_of_mixture_models_count_their_experts(family: str, data: Artifact,
         assert survey.layers.num_expert_weights == in_experts
         assert isinstance(receipt.trial, FailedTrial)
         assert "mlp.experts.down_proj" in receipt.trial.error
+        assert "plain transformers does not load what was written: the weights in its folder" in receipt.trial.error
     else:
         assert isinstance(receipt.trial, DoneTrial), receipt.trial
         assert 4.5 <= receipt.trial.linear_bits_per_weight < 4.7
