@@ -249,10 +249,11 @@ class Checkpoint(ExternalData):
         Of what lies elsewhere these files are fetched, less than 50 MB; None where the hub gives none of them for now.
 
         Raises:
-            ExternalDataError: the checkpoint is missing or out of reach.
+            ExternalDataError: the checkpoint is missing, out of reach, or has no weights that may be read.
         """
         found = _Repository(self.source, self.revision)
-        return found.local(found.names & (TOKENIZER_FILES | MODEL_FILES | {WEIGHTS_INDEX}))
+        names = _checkpoint_names(found.names, found.read_json, self.source)
+        return found.local(names & (TOKENIZER_FILES | MODEL_FILES | {WEIGHTS_INDEX}))
 
     def config(self, *, ask_hub: bool = False) -> dict[str, Any] | None:
         """Return its `config.json`; None where there is none, or only the hub has it, unless the hub is to be asked.
