@@ -123,20 +123,9 @@ class Prepare(Stage):
         """
         from stages.models.checkpoints import upload_folder
         from stages.prepare import summary, work
-        from stages.prepare.documents import detect_schema
-        from stages.prepare.encoding import set_tokenizer_threads
-        from stages.prepare.parts import plan_parts
         from stages.prepare.tokenizer import describe_tokenizer
 
-        set_tokenizer_threads(context.resources.total_cpus)
-        if isinstance(self.source, HubDataset):
-            context.reporter.started()  # downloading is work, and needs none of the workers' resources
-        parts = plan_parts(self.source, self.part_bytes)
-        schema = detect_schema(parts, self.text_field) if self.row_schema == "auto" else self.row_schema
-        rows: dict[str, Any] = {"schema": schema, "text_field": self.text_field}
-        if self.max_documents is not None:
-            context.reporter.started()  # counting documents reads them, here, before any worker is asked for
-            parts = work.limit_documents(parts, **rows, max_documents=self.max_documents)
+        parts, rows = self._parts(context)
         division, duplicates = self._divide(context, parts, rows)
         with tempfile.TemporaryDirectory(prefix="tokenizer-") as temporary:
             folder = Path(temporary)
@@ -156,7 +145,7 @@ class Prepare(Stage):
         overlong = self._overlong(total)
         for note in summary.notes(total, overlong, duplicates):
             context.reporter.note(note)
-        summary.check(total, schema=schema, division=division, max_rejected_fraction=self.max_rejected_fraction)
+        summary.check(total, schema=rows["schema"], division=division, max_rejected_fraction=self.max_rejected_fraction)
         DatasetInfo(
             tokenizer_digest=facts.digest,
             vocabulary_size=facts.vocabulary_size,
@@ -172,8 +161,26 @@ class Prepare(Stage):
             duplicates=duplicates,
             sources=(self.source.identity(),),
         ).write(context.out)
-        metrics = total.metrics | (duplicates.metrics if duplicates else {})
-        return Outcome({**metrics, "vocabulary_size": float(facts.vocabulary_size)})
+        more = duplicates.metrics if duplicates else {}
+        return Outcome({**total.metrics, **more, "vocabulary_size": float(facts.vocabulary_size)})
+
+    def _parts(self, context: Context) -> tuple[list[Any], dict[str, Any]]:
+        """Return the parts of the source, and how their rows are read."""
+        from stages.prepare.documents import detect_schema
+        from stages.prepare.encoding import set_tokenizer_threads
+        from stages.prepare.parts import plan_parts
+        from stages.prepare.work import limit_documents
+
+        set_tokenizer_threads(context.resources.total_cpus)
+        if isinstance(self.source, HubDataset):
+            context.reporter.started()  # downloading is work, and needs none of the workers' resources
+        parts = plan_parts(self.source, self.part_bytes)
+        schema = detect_schema(parts, self.text_field) if self.row_schema == "auto" else self.row_schema
+        rows = {"schema": schema, "text_field": self.text_field}
+        if self.max_documents is not None:
+            context.reporter.started()  # counting documents reads them, here, before any worker is asked for
+            parts = limit_documents(parts, **rows, max_documents=self.max_documents)
+        return parts, rows
 
     def _divide(self, context: Context, parts: list[Any], rows: dict[str, Any]) -> "tuple[Division, Duplicates | None]":
         """Say what is read, and return the division, near duplicates on one side of it, and how many there are."""
@@ -257,10 +264,8 @@ def _prepare_parts(parts: list[Any], job: Any, context: Context) -> "list[Summar
     written = frozenset(job.shards.done())
     found = summary.finished(job.shards, written)
     missing = [part for part in parts if part.index not in found]
-    items = [(part, written) for part in missing]
-    for num_done, (index, made) in enumerate(
-        _map_parts(_prepare, items, {"job": job}, context), len(parts) - len(missing) + 1
-    ):
+    made_now = _map_parts(_prepare, [(part, written) for part in missing], {"job": job}, context)
+    for num_done, (index, made) in enumerate(made_now, len(parts) - len(missing) + 1):
         context.reporter.progress(num_done, len(parts), "parts")
         found[index] = made
     return [found[part.index] for part in parts]

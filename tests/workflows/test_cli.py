@@ -278,7 +278,7 @@ def test_run_compress_pickled_teacher_is_refused(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "teacher").mkdir()
-    (tmp_path / "teacher" / "config.json").write_text("{}")
+    (tmp_path / "teacher" / "config.json").write_text('{"model_type": "gpt2", "n_layer": 4, "n_head": 4, "n_embd": 64}')
     (tmp_path / "teacher" / "pytorch_model.bin").write_bytes(b"pickle")
     (tmp_path / "x.txt").write_text("text")
     request = ("--teacher", "teacher", "--documents", "x.txt", "--students", '{"name": "a", "layers": 1}')

@@ -7,7 +7,7 @@ import pytest
 
 from stages.errors import ConfigError
 from stages.prepare.stage import Prepare
-from workflows.compress import StudentSpec, compress
+from workflows.compress import DataSettings, HardwareSettings, StudentSpec, compress
 
 
 def checkpoint(folder: Path, **config: int) -> str:
@@ -22,8 +22,8 @@ def row_length(teacher: str, *others: str, sequence_length: int | None = None) -
         teacher=teacher,
         documents=("a.txt",),
         students=(StudentSpec(name="half", layers=2), *students),
-        sequence_length=sequence_length,
-        device="a CPU",
+        data=DataSettings(sequence_length=sequence_length),
+        hardware=HardwareSettings(device="a CPU"),
     )
     stage = flow.steps["corpus"].stage
     assert isinstance(stage, Prepare)
@@ -43,7 +43,7 @@ def test_row_has_what_teacher_and_students_can_read_and_no_more_than_2048_tokens
 
 def test_row_longer_than_a_checkpoint_can_read_is_refused_before_anything_runs(tmp_path: Path) -> None:
     gpt2, long = checkpoint(tmp_path / "gpt2", n_positions=256), checkpoint(tmp_path / "long", n_positions=4096)
-    with pytest.raises(ConfigError, match=r"sequence_length is 512, and the teacher \(.*\) reads at most 256 tokens"):
+    with pytest.raises(ConfigError, match=r"sequence_length is 512, and teacher \(.*\) reads at most 256 tokens"):
         row_length(gpt2, sequence_length=512)
-    with pytest.raises(ConfigError, match=r"512, and the student 'other0' .* reads at most 256 tokens; set it to 256"):
+    with pytest.raises(ConfigError, match=r"512, and other0 \(.*\) reads at most 256 tokens; set it to 256"):
         row_length(long, gpt2, sequence_length=512)

@@ -1,6 +1,7 @@
 """From sums over documents to scores and documents."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,9 +14,18 @@ from stages.formats.scores import REFERENCE, Scores
 from stages.storage import File
 
 
+@pytest.fixture(autouse=True)
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each checkpoint's `config.json`, which scores hold."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+
+
 def candidate(name: str, base: str | None = None) -> Candidate:
-    names = ("model/config.json", "model/model.safetensors")
-    artifact = Artifact("model", name, tuple(File(each, f"/store/{name}/{each}", 100, "0") for each in names))
+    names = ("config.json", "model.safetensors")
+    artifact = Artifact(
+        "model", name, tuple(File(f"model/{each}", str(Path(each).absolute()), 100, "0") for each in names)
+    )
     return Candidate(name, artifact, "model", "pruned" if base else "model", base and f"of {base}", base)
 
 

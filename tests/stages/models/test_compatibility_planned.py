@@ -58,7 +58,7 @@ def texts(of: Checkpoint, sequence_length: int = 64, **changes: Any) -> Prepare:
 
 
 def train(model: Any) -> Train:
-    return Train(model=model, objectives=(CrossEntropy(),), optimizer_steps=1, batch_rows=1, learning_rate=1e-3)
+    return Train(model=model, objectives=(CrossEntropy(),), optimizer_steps=1, batch_rows=1)
 
 
 def test_checkpoints_that_fit_are_planned(tmp_path: Path) -> None:

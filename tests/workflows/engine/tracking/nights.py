@@ -78,7 +78,10 @@ def judged(*candidates: ReportedCandidate, at_ms: int, champion: str | None = No
         outcome="accepted" if champion else "rejected", champion=champion, registered_name="llama-6l",
         reasons=reasons, claims=(), checks={},
     )  # fmt: skip
-    report = Report(verdict=verdict, reference=None, split="validation", tokens=10, documents=1, candidates=candidates)
+    report = Report(
+        verdict=verdict, reference=None, split="validation", tokens=10, documents=1, effective_documents=1.0,
+        dtype="float32", minimum_detectable_nats=0.1, candidates=candidates,
+    )  # fmt: skip
     return ReportMade(at_ms=at_ms, scores=scores, made_by_run="r", report=report)
 
 
