@@ -176,7 +176,7 @@ class Prepare(Stage):
             context.reporter.started()  # downloading is work, and needs none of the workers' resources
         parts = plan_parts(self.source, self.part_bytes)
         schema = detect_schema(parts, self.text_field) if self.row_schema == "auto" else self.row_schema
-        rows = {"schema": schema, "text_field": self.text_field}
+        rows: dict[str, Any] = {"schema": schema, "text_field": self.text_field}
         if self.max_documents is not None:
             context.reporter.started()  # counting documents reads them, here, before any worker is asked for
             parts = limit_documents(parts, **rows, max_documents=self.max_documents)
