@@ -11,7 +11,7 @@ quickstart: $(VENV)/.run
 
 # Unit tests first: they tell most within 90 seconds.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -q -m "not ($(INTEGRATION) or vllm)"
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadfile -m "not ($(INTEGRATION) or vllm)"
 	$(BIN)/python -m pytest -q -m "$(INTEGRATION)"
 	$(MAKE) vllm
 
