@@ -8,8 +8,11 @@ import pytest
 
 from stages.errors import ConfigError
 from stages.measure.device import describe_gpu
+from tests.mlflow_stub import USER_LOGIN, mlflow_stub
+from tests.workflows.engine.tracking.nights import started
 from workflows.cli import run_command
 from workflows.commands.find import find_workflow
+from workflows.engine.events import EventLog
 from workflows.engine.heartbeat import Holder
 from workflows.engine.plan import PlanInterrupted
 from workflows.engine.store import ArtifactStore
@@ -450,6 +453,33 @@ def test_doctor_finds_what_is_wrong_with_a_tracking_uri_and_never_prints_its_pas
     assert message in found["text"]
     assert run_command(["doctor", *options]) == 1
     assert "hunter2" not in json.dumps(findings) + capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("login", "state", "message"),
+    [(USER_LOGIN, "wrong", "MLFLOW_TRACKING_USERNAME"), (None, "note", "--serve-artifacts")],
+    ids=["no credentials", "no proxy"],
+)
+def test_doctor_finds_what_a_tracking_server_does_not_take(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, login: str | None, state: str, message: str
+) -> None:
+    with mlflow_stub(login=login, locations={"other": "/srv/mlruns/0"}) as uri:
+        run_command(["doctor", "--store", str(tmp_path), "--tracking-uri", uri, "--json"])
+    findings = {finding["subject"]: finding for finding in json.loads(capsys.readouterr().out)["findings"]}
+    assert findings["MLflow"]["state"] == state
+    assert message in findings["MLflow"]["text"]
+
+
+@pytest.mark.parametrize("command", [["compare"], ["runs", "publish"]], ids=" ".join)
+def test_command_that_needs_mlflow_says_which_credentials_to_set(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, command: list[str]
+) -> None:
+    root = ArtifactStore(str(tmp_path)).root
+    EventLog(root / "runs" / "r" / "events").append([started("r")])
+    with mlflow_stub(login=USER_LOGIN) as uri:
+        assert run_command([*command, "--store", str(tmp_path), "--tracking-uri", uri, "--json"]) != 0
+    error = json.loads(capsys.readouterr().out)["error"]
+    assert (error["kind"], "MLFLOW_TRACKING_USERNAME" in error["message"]) == ("TrackingUnavailable", True)
 
 
 def test_doctor_of_a_store_in_s3_without_a_tracking_uri_says_to_pass_one(

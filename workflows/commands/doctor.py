@@ -131,12 +131,12 @@ def _store(store: ArtifactStore) -> Finding:
 def _tracking(settings: Settings, store: ArtifactStore) -> Finding:
     uri = settings.tracking(store)
     try:
-        check_tracking_uri(uri)
+        problem = check_tracking_uri(uri)
     except TrackingUnavailable as error:
-        remedy = "work goes on without it and its events are published later; start it to see runs now"
+        remedy = "work goes on without it and its events are published later; put it right to see runs now"
         return Finding("wrong", str(error), remedy)
     kind = "a server answers at " if is_server(uri) else "" if sqlite_path(uri) else "a database answers at "
-    return Finding("fine", kind + redacted(uri))
+    return Finding("note" if problem else "fine", kind + redacted(uri) + (problem and f"; {problem}"))
 
 
 def _hub() -> Finding:

@@ -93,6 +93,7 @@ def execution_json(execution: Execution) -> dict[str, Any]:
         "verdict": reports[-1].verdict.model_dump(mode="json") if reports else None,
         "seconds": round(execution.seconds, 3),
         "tracking_uri": redacted(execution.tracking_uri),
+        "tracking_problem": execution.tracking.error or execution.not_sent or None,
     }
 
 
@@ -119,6 +120,8 @@ def print_execution(out: Console, execution: Execution, options: RunOptions) -> 
             f"{execution.tracking.error}; a later run publishes those that the store has"
         )
         out.print(Text(text, style="yellow"))
+    elif execution.not_sent:
+        out.print(Text(execution.not_sent, style="yellow"))
     where = "" if options.store == DEFAULT_STORE else f" --store {shlex.quote(options.store)}"
     uri = options.tracking_uri
     tracking = where + (f" --tracking-uri {shlex.quote(redacted(uri))}" if uri else "")

@@ -93,6 +93,11 @@ class Workflow:
         self.base_model = base_model
         self.steps: dict[str, Step] = {}
 
+    @property
+    def experiment(self) -> str:
+        """Return the name of its MLflow experiment."""
+        return f"{self.name}/{self.base_model}" if self.base_model else self.name
+
     def step(
         self,
         name: str,

@@ -1,11 +1,12 @@
 """One run from its plan to MLflow: announces itself, plans, starts what is needed, drives, records what came out."""
 
 import getpass
+import logging
 import os
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, closing, contextmanager, suppress
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from threading import Event as Flag
@@ -26,6 +27,7 @@ from workflows.engine.ray_executor import RayExecutor
 from workflows.engine.results import RunResult, Watcher
 from workflows.engine.retrying import persist
 from workflows.engine.store import ArtifactStore, cost_seconds
+from workflows.engine.tracking.publisher import WORK_GOES_ON
 from workflows.engine.tracking.tracker import RunTracker, TrackerState
 from workflows.engine.tracking.tracking_uri import (
     TrackingUnavailable,
@@ -33,6 +35,8 @@ from workflows.engine.tracking.tracking_uri import (
     default_tracking_uri,
     remember_tracking_uri,
 )
+
+logger = logging.getLogger(__name__)
 
 TRACKING_SECONDS = 60.0
 """How long the end of a run waits for MLflow; what it does not have by then waits for a later run's publisher."""
@@ -70,6 +74,8 @@ class Execution:
     """Step → the report that it left."""
     tracking: TrackerState
     tracking_uri: str
+    not_sent: str
+    """Why MLflow got no files, or ""."""
     seconds: float
 
 
@@ -110,8 +116,7 @@ def execute(
     store.check_writable()
     run = f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(3)}"  # sorts by time
     runs, tracking_uri = store.root / "runs", settings.tracking(store)
-    with suppress(TrackingUnavailable):  # the publisher says so, and goes on asking
-        check_tracking_uri(tracking_uri)
+    told, not_sent = _told_of_mlflow(tracking_uri, workflow.experiment)
     executor = RayExecutor(address=settings.address, verbose=settings.verbose, by_value=by_value)
     with _announced(runs, run), closing(executor):
 
@@ -126,7 +131,7 @@ def execute(
                 executor.check_store_is_shared(store.root)
                 plan = plan_for(executor.cluster_resources())
         persist("remember the tracking URI", partial(remember_tracking_uri, store.root, tracking_uri), interrupt)
-        tracker = RunTracker(tracking_uri=tracking_uri, runs=runs, run=run)
+        tracker = RunTracker(tracking_uri=tracking_uri, runs=runs, run=run, told=told)
         try:
             tracker.record(run_started(run, workflow, params, command, store))
             with watch(plan) as watcher:
@@ -141,7 +146,18 @@ def execute(
         finally:
             executor.close()
             state = tracker.close(TRACKING_SECONDS)
-    return Execution(plan, result, store.root, reports, state, tracking_uri, time.monotonic() - began)
+    return Execution(plan, result, store.root, reports, state, tracking_uri, not_sent, time.monotonic() - began)
+
+
+def _told_of_mlflow(uri: str, experiment: str) -> tuple[str, str]:
+    """Tell people what MLflow will not get; return what they were told, and of it why files are left out for good."""
+    try:
+        told = not_sent = check_tracking_uri(uri, experiment)
+    except TrackingUnavailable as error:
+        told, not_sent = WORK_GOES_ON % error, ""
+    if told:
+        logger.warning("%s", told)
+    return told, not_sent
 
 
 def _unblocked(plan: Plan) -> Plan:
@@ -172,7 +188,7 @@ def run_started(
     return RunStarted(
         run=run,
         workflow=workflow.name,
-        experiment=f"{workflow.name}/{workflow.base_model}" if workflow.base_model else workflow.name,
+        experiment=workflow.experiment,
         params=params,
         command=command,
         commit=git_commit(),

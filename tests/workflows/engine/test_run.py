@@ -2,10 +2,11 @@
 
 import getpass
 import os
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from stages.errors import ConfigError
 from stages.formats.report import Report, ReportedCandidate, Verdict
 from stages.storage import cache_root
 from tests.fakes import InlineTasks, SilentWatcher, unwatched
+from tests.mlflow_stub import USER_LOGIN, mlflow_stub
 from tests.stages_for_tests import Join, Write
 from workflows.engine import retrying
 from workflows.engine import run as run_module
@@ -25,6 +27,7 @@ from workflows.engine.heartbeat import Holder
 from workflows.engine.plan import Plan
 from workflows.engine.run import Execution, Settings, execute
 from workflows.engine.store import ArtifactStore
+from workflows.engine.tracking.tracker import TrackerState
 from workflows.engine.tracking.tracking_uri import known_tracking_uris
 
 
@@ -137,6 +140,53 @@ def test_execute_tracking_uri_that_is_refused_is_not_remembered(tmp_path: Path, 
     with pytest.raises(ConfigError, match="htp://mlflow:5000"):
         run_it(tmp_path / "store", tracking_uri="htp://mlflow:5000")
     assert known_tracking_uris(ArtifactStore(str(tmp_path / "store")).root) == []
+
+
+@dataclass
+class Recording:
+    """A tracker that no MLflow is behind."""
+
+    told: str
+    events: list[RunEvent]
+
+    def record(self, event: RunEvent) -> None:
+        self.events.append(event)
+
+    def close(self, _: float) -> TrackerState:
+        return TrackerState()
+
+
+@pytest.mark.parametrize("login", [None, USER_LOGIN], ids=["no proxy", "no credentials"])
+def test_execute_tells_before_its_plan_what_mlflow_will_not_get_and_goes_on(
+    tmp_path: Path,
+    tasks: InlineTasks,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    login: str | None,
+) -> None:
+    told, plan, trackers = list[str](), run_module.make_plan, list[Recording]()
+
+    def planning(*args: Any, **options: Any) -> Plan:
+        told[:] = caplog.messages
+        return plan(*args, **options)
+
+    def tracker(*, told: str, **_: object) -> Recording:
+        trackers.append(Recording(told, []))
+        return trackers[0]
+
+    monkeypatch.setattr(run_module, "make_plan", planning)
+    monkeypatch.setattr(run_module, "RunTracker", tracker)
+    with mlflow_stub(login=login, locations={"other": "file:///srv/mlruns/0"}) as uri:
+        execution = run_it(tmp_path / "store", tracking_uri=uri)
+    assert execution.result.succeeded
+    assert told == [trackers[0].told]
+    assert trackers[0].events
+    if login is None:
+        assert execution.not_sent == told[0]
+        assert "--serve-artifacts" in told[0]
+    else:
+        assert execution.not_sent == ""
+        assert re.search("answered 401 .*MLFLOW_TRACKING_USERNAME.*work goes on", told[0])
 
 
 def fail_to_read_reports(monkeypatch: pytest.MonkeyPatch, *, times: int) -> None:

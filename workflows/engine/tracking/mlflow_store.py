@@ -23,7 +23,7 @@ from stages.formats.metrics import PRIMARY_METRIC
 from stages.storage import Folder
 from workflows.engine.redaction import redacted
 from workflows.engine.tracking.connection import batches, connect, is_refusal, link, pages, unless_made_already
-from workflows.engine.tracking.tracking_uri import is_server
+from workflows.engine.tracking.tracking_uri import files_left_out, is_server
 from workflows.engine.tracking.ui_view import VIEW, view_state
 from workflows.engine.tracking.view import KEY, RUN, CandidateRow, Row, RunView, legal_name
 
@@ -60,6 +60,8 @@ class MlflowStore:
     """The run that was published last; what follows is known of it only."""
     _experiment: str = field(init=False, default="")
     """Id of its experiment."""
+    _left_out: str = field(init=False, default="")
+    """Why MLflow can take no files of it."""
     _looked: bool = field(init=False, default=False)
     """Whether its rows were looked for, so that MLflow has none beside `_sent`."""
     _sent: dict[str, _Sent] = field(init=False, default_factory=dict)
@@ -134,7 +136,11 @@ class MlflowStore:
             parent = self._sent.get(row.parent or "")
             tags = {"mlflow.parentRunId": parent.run.info.run_id} if parent else {}
             sent = self._sent[row.key] = _Sent(self._create(row, row.tags | tags))
-        self._put_files(row, sent)
+        if not self._left_out:
+            self._put_files(row, sent)
+        elif row.texts or row.files:
+            note = "\n\n".join([*filter(None, [row.tags.get("mlflow.note.content")]), self._left_out])
+            row = replace(row, tags=row.tags | {"mlflow.note.content": note})
         self._write(row, sent)
 
     def _put_files(self, row: Row, sent: _Sent) -> None:
@@ -189,6 +195,10 @@ class MlflowStore:
             with unless_made_already():
                 self._client.create_experiment(name, artifact_location=location, tags=tags)
             found = self._client.get_experiment_by_name(name)
+        left_out = files_left_out(found.artifact_location) if is_server(self.uri) else ""
+        if left_out and left_out != self._left_out:
+            logger.warning("%s", left_out)
+        self._left_out = left_out
         if found.lifecycle_stage == "deleted":
             self._client.restore_experiment(found.experiment_id)
         if found.tags.get(VIEW) != view_state():

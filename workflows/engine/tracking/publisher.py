@@ -44,6 +44,7 @@ PAUSES_SECONDS = (POLL_SECONDS, 1.0, 2.0, 5.0, 15.0, 60.0)
 CLOSING_TRIES = 3
 CLOSING_PAUSE_SECONDS = 1.0
 """Tries, and the pause between them, once the run is over: longer outages are for a later run's publisher."""
+WORK_GOES_ON = "MLflow cannot be written (%s); work goes on, and the store keeps the events"
 PUBLISHED = "published.json"
 """Object of a run that is over and wholly in MLflow: nothing is left to do for it."""
 
@@ -168,7 +169,7 @@ def follow(run: str, runs: Folder, store: MlflowStore, over: threading.Event) ->
         except Exception as caught:  # noqa: BLE001  the border of the publisher's process: the store keeps everything
             error = redacted(str(caught)) or type(caught).__name__
         if error and not failures:
-            logger.warning("MLflow cannot be written (%s); work goes on, and the store keeps the events", error)
+            logger.warning(WORK_GOES_ON, error)
         failures = failures + 1 if error else 0
         tries += ended
         if ended and (not error or tries == CLOSING_TRIES):

@@ -44,7 +44,8 @@ class RunTracker:
     a thread it took the driver's interpreter for that long.
     """
 
-    def __init__(self, *, tracking_uri: str, runs: Folder, run: str) -> None:
+    def __init__(self, *, tracking_uri: str, runs: Folder, run: str, told: str = "") -> None:
+        self._told = {told}  # warnings that people have read
         self._folder, self._log = runs / run, EventLog(runs / run / "events")
         self._inbox: deque[RunEvent] = deque()
         self._num_events = 0
@@ -108,10 +109,14 @@ class RunTracker:
                     self._inbox.popleft()
 
     def _listen(self) -> None:
-        """Log the publisher's warnings; the last other line that it writes is why it gave up, or crashed."""
+        """Log the publisher's warnings, each once; the last other line that it writes is why it gave up, or crashed."""
         assert self._child.stdout is not None
         for line in self._child.stdout:
             try:
-                logger.warning("%s", json.loads(line))
+                warning = json.loads(line)
             except ValueError:
                 self._error = line.strip() or self._error
+                continue
+            if warning not in self._told:
+                logger.warning("%s", warning)
+            self._told.add(warning)

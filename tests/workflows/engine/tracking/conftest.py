@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,10 @@ from workflows.engine.tracking.tracking_uri import default_tracking_uri
 
 START_SECONDS = 120.0
 """How long the server may take on a loaded machine; alone it takes some 9 s."""
+
+
+Served = tuple[str, Path]
+"""(tracking URI, the folder of its artifacts)."""
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -33,9 +38,25 @@ def sqlite(tmp_path: Path) -> Place:
 def server_uri(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A real MLflow server on loopback."""
     folder = tmp_path_factory.mktemp("server")
+    with serving(folder, "--artifacts-destination", str(folder / "artifacts")) as uri:
+        yield uri
+
+
+@pytest.fixture(scope="session")
+def server_without_proxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """A real MLflow server that has its clients write artifacts themselves, below a path."""
+    folder = tmp_path_factory.mktemp("without-proxy")
+    root = folder / "of-another-machine"
+    with serving(folder, "--no-serve-artifacts", "--default-artifact-root", root.as_uri()) as uri:
+        yield uri, root
+
+
+@contextmanager
+def serving(folder: Path, *options: str) -> Iterator[str]:
+    """Start a server whose database is in a folder, and yield its URI."""
     port = free_port()
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", f"sqlite:///{folder}/db", "--artifacts-destination", str(folder / "artifacts")]
+    command += ["--backend-store-uri", f"sqlite:///{folder}/db", *options]
     with (folder / "log").open("w") as log:
         environ = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"}
         server = subprocess.Popen(command, stdout=log, stderr=log, env=environ, cwd=folder, start_new_session=True)

@@ -23,6 +23,7 @@ from tests.workflows.engine.tracking.test_champion import keep_scores
 from workflows.engine.events import CurvePoints
 from workflows.engine.tracking.mlflow_store import MlflowStore
 from workflows.engine.tracking.queries import query_candidates, registered_fingerprints
+from workflows.engine.tracking.tracking_uri import check_tracking_uri
 from workflows.engine.tracking.view import fold
 
 
@@ -186,6 +187,42 @@ def test_publish_runs_that_end_at_once_share_their_candidates(sqlite: Place) -> 
         assert (len(history), len(row.outputs.model_outputs)) == (1, 1)
     assert {tuple(found["runs"]) for found in query_candidates(sqlite.uri)} == {tuple(nights)}
     assert len(sqlite.client.search_model_versions("name = 'llama-6l'")) == 1
+
+
+# A server whose disk is not ours ------------------------------------------------------------------------------------
+
+
+@pytest.mark.server
+def test_publish_to_a_server_without_a_proxy_writes_nothing_below_its_path(
+    server_without_proxy: tuple[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    uri, root = server_without_proxy
+    place = Place(tmp_path, uri)
+    (tmp_path / "leaderboard.md").write_text("| candidate |")
+    told = check_tracking_uri(uri, EXPERIMENT)
+    assert f"at {root.as_uri()}, a path of its own disk" in told
+    for run, said, at_ms in (("night-1", "", 1000), ("night-2", told, 50_000)):
+        tracker = place.tracker(run, told=said)
+        for event in night(run, at_ms=at_ms, files=(tmp_path / "leaderboard.md",)):
+            tracker.record(event)
+        state = tracker.close(60)
+        assert (state.waiting, state.error) == (0, None)
+        assert caplog.messages == [told]  # once a run, and not again where it was said before
+    assert not root.exists()
+    run, teacher = (
+        by_name(place.mlflow_runs(f"tags.kind = '{kind}' and tags.`stillhouse.run` = 'night-1'"))[name]
+        for kind, name in (("workflow", "night-1"), ("step", "teacher"))
+    )
+    assert run.data.tags["mlflow.note.content"] == f"**finished**: all is well\n\n{told}"
+    assert teacher.data.tags["mlflow.note.content"] == told
+    assert (teacher.data.metrics["train/loss"], teacher.data.params["seed"]) == (3.0, "0")
+    assert len(query_candidates(uri)) == 4
+    assert_champion(place, {"1": "student-w8a8"}, "1")
+    before = place.picture()
+    store, _ = counting_store(place)
+    store.publish(fold(night("night-1", files=(tmp_path / "leaderboard.md",))))
+    assert place.picture() == before
+    assert not root.exists()
 
 
 # What is sent -------------------------------------------------------------------------------------------------------
