@@ -1,6 +1,6 @@
 """The `stillhouse` command: its subcommands, exit codes, and the border at which errors become messages.
 
-Exit codes: 0 every required step is committed; 1 a step failed; 2 the request is wrong; 130 interrupted by Ctrl-C.
+Exit codes: 0 every required step is committed; 1 a step failed; 2 the request is wrong; 130 interrupted by Ctrl-C, 143 by SIGTERM.
 With `--json`, standard output is one JSON document and nothing else.
 """
 
@@ -67,8 +67,9 @@ def run_command(argv: Sequence[str]) -> int:
         if isinstance(cause, ValidationError) and argument is not None:
             return _fail("ConfigError", format_validation_error(cause, argument.name), WRONG, as_json)
         return _fail("ConfigError", str(error), WRONG, as_json)
-    except (KeyboardInterrupt, PlanInterrupted):
-        return _fail("Interrupted", "interrupted; run the same command again to go on", INTERRUPTED, as_json)
+    except (KeyboardInterrupt, PlanInterrupted) as error:
+        code = getattr(error, "exit_code", INTERRUPTED)
+        return _fail("Interrupted", "interrupted; run the same command again to go on", code, as_json)
     except ConfigError as error:
         return _fail(type(error).__name__, str(error), WRONG, as_json)
     except StillhouseError as error:

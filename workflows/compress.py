@@ -241,11 +241,13 @@ def compress(
     tokenizer = PretrainedTokenizer(source=teacher, revision=teacher_revision)
     rows = {**dict(data), "sequence_length": row_length}
     prepare = Prepare(source=Files(paths=documents), tokenizer=tokenizer, seed=seed, **rows)
-    corpus = flow.step("corpus", prepare, resources=resources.model_copy(update={"gpus_per_worker": 0.0}))
+    readers = resources.model_copy(update={"gpus_per_worker": 0.0})
+    corpus = flow.step("corpus", prepare, resources=readers)
     judged_on = corpus
     if evaluation:
-        only = {"validation_fraction": 1.0, "calibration_fraction": 0.0, "max_documents": None}
-        judged_on = flow.step("evaluation", prepare.model_copy(update={"source": Files(paths=evaluation), **only}))
+        only: dict[str, Any] = {"validation_fraction": 1.0, "calibration_fraction": 0.0, "max_documents": None}
+        only |= {"source": Files(paths=evaluation), "duplicate_similarity": None}  # there is one split only
+        judged_on = flow.step("evaluation", prepare.model_copy(update=only), resources=readers)
     signals = None
     if students and training.w_kd:
         teach = Teach(method=TopK(k=training.k or spent.k, temperatures=training.temperatures), dtype=dtype)
@@ -273,13 +275,8 @@ def compress(
     target = on_device(gate.runtime, "cuda" if hardware.gpus_per_worker else "cpu")
     gate = gate.model_copy(update={"runtime": target})
     # A model that cannot be quantized is still a candidate: `search.json` says why of each scheme.
-    quantize = Quantize(
-        proposer=Grid(schemes=schemes or spent.schemes),
-        max_kl=gate.max_kl_to_base or Quantize.model_fields["max_kl"].default,
-        runtime=target,
-        min_done=0,
-        seed=seed,
-    )
+    # Limits stay out of its config: who sets one after the figures are there must not search again.
+    quantize = Quantize(proposer=Grid(schemes=schemes or spent.schemes), runtime=target, min_done=0, seed=seed)
     models |= {
         f"{name}-quantized": flow.step(f"quantize.{name}", quantize, model=model, data=corpus, resources=resources)
         for name, model in models.items()

@@ -1,8 +1,8 @@
 """Whether a newly accepted model may take the place of the one that reigns in the registry.
 
-On the same text only: the newcomer must be smaller, within the limits that its gate sets anyway, or else not worse. Not
-worse is a claim of non-inferiority: the upper end of the 95 % interval of its perplexity over the champion's, paired by
-document, is at most `MARGIN`. What cannot be compared changes nothing.
+On the same text only: the newcomer must be smaller, within the limits that its gate sets anyway, or of equal size and
+not worse, or larger and better. Not worse is a claim of non-inferiority: the upper end of the 95 % interval of its
+perplexity over the champion's, paired by document, is below `MARGIN`. What cannot be compared changes nothing.
 
 The champion is found among the scores that the newcomer was judged by, where it was scored again beside it, and else in
 those that it was judged by itself: scores are a function of model and text, so that on one text both say the same.
@@ -75,14 +75,13 @@ def defend(champion: ScoredModel, newcomer: ScoredModel, artifact: str | None = 
     )
     if newcomer.entry.size_bytes < champion.entry.size_bytes:
         return Defense(False, f"{newcomer.name} is smaller ({sizes}) and keeps its limits, at {quality}")
-    if found.high <= MARGIN and increase.p_above(MARGIN) <= ALPHA:
-        return Defense(
-            False, f"{newcomer.name} is not worse by more than {MARGIN:.0%} of perplexity: {quality}; {sizes}"
-        )
+    is_larger = newcomer.entry.size_bytes > champion.entry.size_bytes
+    bound = 0.0 if is_larger else MARGIN  # what is larger and only about as good would be a step back
+    needed = "better" if is_larger else f"not worse by more than {MARGIN:.0%} of perplexity"
+    if found.high < bound and increase.p_above(bound) <= ALPHA:
+        return Defense(False, f"{newcomer.name} is {needed}: {quality}; {sizes}")
     return Defense(
-        True,
-        f"{newcomer.name} is neither smaller than the champion ({sizes}) nor shown to be at most {MARGIN:.0%} of "
-        f"perplexity worse: {quality}",
+        True, f"{newcomer.name} is not smaller than the champion ({sizes}), nor shown to be {needed}: {quality}"
     )
 
 

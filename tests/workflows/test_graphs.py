@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from stages.promote.stage import Gate
 from workflows.compress import HardwareSettings, StudentSpec, compress
 from workflows.quickstart import quickstart
 
@@ -57,3 +58,13 @@ def test_quickstarts_students_are_trained_as_long_as_their_teacher_by_the_same_r
     flow = quickstart()
     teacher, plain = flow.steps["teacher"].stage, flow.steps["train.plain"].stage
     assert plain.model_copy(update={"model": teacher.model}) == teacher
+
+
+def test_limits_of_the_gate_change_no_search_and_no_scores() -> None:
+    """Who sets a limit once the figures are there, as `unjudged` asks, has only the verdict made anew."""
+
+    def stages(gate: Gate) -> dict[str, Any]:
+        flow = compress(teacher="teacher", documents=("texts",), gate=gate, hardware=HardwareSettings(device="a CPU"))
+        return {name: step.stage for name, step in flow.steps.items() if name != "verdict"}
+
+    assert stages(Gate()) == stages(Gate(max_kl_to_base=0.01, min_compression_x=2.0))

@@ -19,7 +19,7 @@ from workflows.commands.output import console, duration, print_json, print_table
 from workflows.commands.parameters import changed_parameters, with_parameters
 from workflows.commands.terminal import progress_line, watching
 from workflows.engine.interrupts import interruptible
-from workflows.engine.plan import Plan
+from workflows.engine.plan import Plan, PlanInterrupted
 from workflows.engine.redaction import redacted
 from workflows.engine.results import Watcher
 from workflows.engine.run import Execution, execute
@@ -47,16 +47,20 @@ def _run(command: str, found: FoundWorkflow, parameters: Mapping[str, Any], opti
             stack.close()
             return watching(out, plan)
 
-        execution = execute(
-            graph,
-            options.settings,
-            watch=watch,
-            interrupt=interrupt,
-            params=changed_parameters(found, parameters),
-            command=command,
-            by_value=found.by_value,
-            progress=progress,
-        )
+        try:
+            execution = execute(
+                graph,
+                options.settings,
+                watch=watch,
+                interrupt=interrupt,
+                params=changed_parameters(found, parameters),
+                command=command,
+                by_value=found.by_value,
+                progress=progress,
+            )
+        except PlanInterrupted as error:
+            error.exit_code = interrupt.exit_code
+            raise
     if options.json:
         print_json(execution_json(execution))
     else:

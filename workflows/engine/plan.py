@@ -104,7 +104,9 @@ class _Found:
 
 
 class PlanInterrupted(StillhouseError):
-    """A person pressed Ctrl-C while a run was planned: nothing was started."""
+    """A signal came while a run was planned: nothing was started."""
+
+    exit_code: int = 130
 
 
 def make_plan(

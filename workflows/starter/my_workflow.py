@@ -14,6 +14,7 @@ from stages.evaluate.stage import Evaluate
 from stages.external.documents import PythonDocs  # or Files(paths=("my/texts/*.jsonl",))
 from stages.prepare.stage import ByteLevelBPE, Prepare
 from stages.promote.stage import Gate, Promote
+from stages.runtime.workers import compute_dtype
 from stages.teach.stage import Teach, TopK
 from stages.train.objectives import CrossEntropy, SoftTarget
 from stages.train.stage import AdamW, Llama, Train
@@ -37,6 +38,7 @@ def my_workflow(
 
     # Everything that a result depends on is in a stage's config; where and how fast it runs is in `resources`.
     two = Resources(workers=2, cpus_per_worker=1)
+    dtype = compute_dtype(two)  # bfloat16 where they have GPUs, float32 on CPUs
     corpus = flow.step(
         "corpus",
         Prepare(
@@ -56,13 +58,14 @@ def my_workflow(
             optimizer_steps=optimizer_steps,
             batch_rows=32,
             optimizer=AdamW(learning_rate=3e-3),
+            dtype=dtype,
             seed=seed,
         ),
         data=corpus,
         resources=two,
     )
     # The teacher's distribution is computed once and kept; every student learns from the same signals.
-    signals = flow.step("signals", Teach(method=TopK(k=16)), teacher=teacher, data=corpus)
+    signals = flow.step("signals", Teach(method=TopK(k=16), dtype=dtype), teacher=teacher, data=corpus)
 
     models = {"teacher": teacher}
     for depth in layers:
@@ -74,13 +77,14 @@ def my_workflow(
                 optimizer_steps=optimizer_steps,
                 batch_rows=32,
                 optimizer=AdamW(learning_rate=3e-3),
+                dtype=dtype,
                 seed=seed,
             ),
             data=corpus,
             signals=signals,
             resources=two,
         )
-    scores = flow.step("scores", Evaluate(seed=seed), data=corpus, reference=teacher, models=models)
+    scores = flow.step("scores", Evaluate(dtype=dtype, seed=seed), data=corpus, reference=teacher, models=models)
     # Without a limit nothing is promoted. These let a student pass that is smaller than the teacher, and whose
     # perplexity is up to half as large again, which a tutorial can bear; set what your use can.
     limits = Gate(max_perplexity_ratio_to_teacher=1.5, min_compression_x=1.0)

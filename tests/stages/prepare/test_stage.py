@@ -48,15 +48,17 @@ def prepare(tmp_path: Path, source: Any, **fields: Any) -> Prepare:
 
 
 def run(stage: Prepare, context: Context) -> Outcome:
-    """Run a stage as the engine does: in a Ray task without resources."""
+    """Run a stage as the engine does: in a Ray task without resources; what it noted stands in the context's reporter."""
     import ray
 
-    task = ray.remote(num_cpus=0, max_retries=0)(lambda: stage.run(context))
+    task = ray.remote(num_cpus=0, max_retries=0)(lambda: (stage.run(context), context.reporter))
     try:
-        outcome: Outcome = ray.get(task.remote())
+        found: tuple[Outcome, RecordingReporter] = ray.get(task.remote())
     except ray.exceptions.RayTaskError as error:
         raise error.cause from None
-    return outcome
+    assert isinstance(context.reporter, RecordingReporter)
+    context.reporter.notes += found[1].notes
+    return found[0]
 
 
 def description(context: Context) -> DatasetInfo:

@@ -21,11 +21,22 @@ def scored(folder, **options) -> dict[str, ScoredModel]:
     return {name: ScoredModel(name, Scores.read(scores), read_documents(scores)) for name in MODELS}
 
 
-def test_newcomer_that_is_better_takes_the_place(tmp_path):
+def test_newcomer_that_is_larger_and_better_takes_the_place(tmp_path):
     models = scored(tmp_path)
     found = defend(models["champion"], models["better"])
     assert not found.stays
-    assert found.text.startswith("better is not worse by more than 1% of perplexity: perplexity ")
+    assert found.text.startswith("better is better: perplexity ")
+
+
+def test_newcomer_that_is_larger_and_only_about_as_good_does_not(tmp_path):
+    models = scored(tmp_path)
+    champion = models["champion"]
+    entry = champion.entry.model_copy(update={"size_bytes": 8_000_000})
+    scores = champion.scores.model_copy(update={"models": {**champion.scores.models, "champion": entry}})
+    found = defend(champion, replace(champion, scores=scores))
+    assert found.stays
+    assert "is not smaller than the champion (8,000,000 bytes against 2,000,000), nor shown to be better" in found.text
+    assert not defend(champion, champion).stays
 
 
 def test_newcomer_that_is_smaller_takes_the_place_at_a_loss_that_is_stated(tmp_path):
