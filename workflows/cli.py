@@ -1,6 +1,7 @@
 """The `stillhouse` command: its subcommands, exit codes, and the border at which errors become messages.
 
-Exit codes: 0 every required step is committed; 1 a step failed; 2 the request is wrong; 130 interrupted by Ctrl-C, 143 by SIGTERM.
+Exit codes: 0 every required step is committed; 1 a step failed; 2 the request is wrong; 130 interrupted by Ctrl-C, 143
+by SIGTERM.
 With `--json`, standard output is one JSON document and nothing else.
 """
 

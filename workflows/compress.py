@@ -245,6 +245,7 @@ def compress(
     corpus = flow.step("corpus", prepare, resources=readers)
     judged_on = corpus
     if evaluation:
+        Files(paths=documents).check_apart(Files(paths=evaluation))
         only: dict[str, Any] = {"validation_fraction": 1.0, "calibration_fraction": 0.0, "max_documents": None}
         only |= {"source": Files(paths=evaluation), "duplicate_similarity": None}  # there is one split only
         judged_on = flow.step("evaluation", prepare.model_copy(update=only), resources=readers)

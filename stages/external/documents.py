@@ -7,6 +7,7 @@ Does not: read documents (that is `stages.prepare`).
 
 import json
 import platform
+from contextlib import suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
 from glob import glob, has_magic
@@ -16,7 +17,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field
 
 from stages.contract import ExternalData
-from stages.errors import ExternalDataError
+from stages.errors import ConfigError, ExternalDataError
 from stages.external.checkpoints import COMMIT, hub_info
 from stages.external.digests import digest_files, digest_objects, list_objects, nearest_path
 from stages.external.layout import CARD, Selection, glob_regex, is_no_data, select
@@ -63,6 +64,21 @@ class Files(ExternalData):
             for file in self._found(path).digested():
                 found.setdefault(file.uri, file)
         return tuple(sorted(found.values(), key=lambda file: (file.name, file.sha256)))
+
+    def check_apart(self, held_out: "Files") -> None:
+        """Refuse texts to compare models on that are among those to train on.
+
+        Raises:
+            ConfigError: a file is among both, by what it holds.
+        """
+        with suppress(ExternalDataError):  # raised where their identity is asked for
+            ours = {file.sha256: file for file in self.files()}
+            for file in held_out.files():
+                if file.sha256 in ours:
+                    raise ConfigError(
+                        f"{file.uri!r} is among the texts to compare models on, and {ours[file.sha256].uri!r}, which "
+                        "holds the same, among those to train on: take it out of one of them"
+                    )
 
     def notes(self) -> list[str]:
         """Say of each folder and glob which files are left out, and why.

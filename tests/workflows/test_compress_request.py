@@ -47,3 +47,17 @@ def test_row_longer_than_a_checkpoint_can_read_is_refused_before_anything_runs(t
         row_length(gpt2, sequence_length=512)
     with pytest.raises(ConfigError, match=r"512, and other0 \(.*\) reads at most 256 tokens; set it to 256"):
         row_length(long, gpt2, sequence_length=512)
+
+
+def test_texts_to_train_on_and_to_compare_on_that_are_the_same_are_refused(tmp_path: Path) -> None:
+    for name in ("one.txt", "copy.txt", "other.txt"):
+        (tmp_path / name).write_text("other" if name == "other.txt" else "one")
+    teacher, hardware = checkpoint(tmp_path / "teacher"), HardwareSettings(device="a CPU")
+    documents = (str(tmp_path / "one.txt"),)
+
+    def graph(held_out: str) -> None:
+        compress(teacher=teacher, documents=documents, evaluation=(str(tmp_path / held_out),), hardware=hardware)
+
+    graph("other.txt")
+    with pytest.raises(ConfigError, match=r"copy.txt' is among the texts to compare models on, and '.*one.txt', which"):
+        graph("copy.txt")
