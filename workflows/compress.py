@@ -27,7 +27,7 @@ from stages.quantize.stage import Quantize
 from stages.runtime.workers import ComputeDtype, compute_dtype
 from stages.teach.stage import Teach, TopK
 from stages.train.objectives import CrossEntropy, Objective, SoftTarget
-from stages.train.stage import AdamW, Continue, Smaller, Train
+from stages.train.stage import AdamW, Continue, Smaller, Train, Validation
 from workflows.engine.graph import Source, Workflow
 
 
@@ -83,8 +83,8 @@ class DataSettings(Config):
     """Whether a chat or labelled row that is longer than a row is left out, or loses its end."""
     validation_fraction: float = Field(0.05, gt=0, lt=1)
     """Share of the documents that models are compared on, unless `evaluation` is given."""
-    calibration_fraction: float = Field(0.05, gt=0, lt=1)
-    """Share of the documents that quantization looks at, and the best weights are chosen on."""
+    calibration_fraction: float | None = Field(None, gt=0, lt=1)
+    """Share of the documents to calibrate on; if not given 0.05, and 0.5 where nothing is trained."""
     max_documents: int | None = Field(None, ge=1)
     """Read at most so many documents."""
     text_field: str = "text"
@@ -100,8 +100,8 @@ class TrainingSettings(Config):
     """Of each student; the preset's if not given."""
     batch_rows: int = Field(32, ge=1)
     """Packed rows in one optimizer step, over all workers."""
-    learning_rate: float = Field(1e-4, gt=0)
-    """Peak rate."""
+    learning_rate: float | None = Field(None, gt=0)
+    """Peak rate; if not given 1e-4 for students that are cut, and 2e-5 for those that are a checkpoint already."""
     w_ce: float = Field(0.1, ge=0)
     """Weight of the cross-entropy against the text."""
     w_kd: float = Field(0.9, ge=0)
@@ -240,6 +240,8 @@ def compress(
     big = flow.external("teacher", given)
     tokenizer = PretrainedTokenizer(source=teacher, revision=teacher_revision)
     rows = {**dict(data), "sequence_length": row_length}
+    rows["calibration_fraction"] = data.calibration_fraction or (0.05 if students else 0.5)
+    rows["train_context_fraction"] = 0.0  # a student sees each token once, not again as the context of others
     prepare = Prepare(source=Files(paths=documents), tokenizer=tokenizer, seed=seed, **rows)
     readers = resources.model_copy(update={"gpus_per_worker": 0.0})
     corpus = flow.step("corpus", prepare, resources=readers)
@@ -263,7 +265,8 @@ def compress(
                 objectives=training.objectives,
                 optimizer_steps=training.optimizer_steps or spent.optimizer_steps,
                 batch_rows=training.batch_rows,
-                optimizer=AdamW(learning_rate=training.learning_rate),
+                optimizer=AdamW(learning_rate=training.learning_rate or (2e-5 if student.checkpoint else 1e-4)),
+                validation=Validation(times=20, patience=5),
                 keep="best",
                 dtype=dtype,
                 seed=seed,

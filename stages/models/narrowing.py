@@ -111,7 +111,7 @@ def choose(config: Any, size: Size, importance: Importance | None = None) -> Cut
     """
     layers, heads, width = _layers(config, size, importance), *_heads_and_width(config, size)
     all_heads, inner = _num_heads(config), _inner(config)
-    kept_inner = size.ffn_width or (inner * width // config.hidden_size if inner else 0)
+    kept_inner = size.ffn_width or _inner_like(inner, width, config.hidden_size)
     if inner and kept_inner > inner:
         raise StageFailed(f"Smaller.ffn_width is {kept_inner}, expected at most the origin's {inner}")
     if size.ffn_width and not inner:
@@ -217,6 +217,12 @@ def _inner(config: Any) -> int:
     """Return the neurons of a feed-forward block; 0 where the config names none."""
     of_gpt2 = 4 * config.hidden_size if hasattr(config, "n_inner") else 0
     return getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or of_gpt2
+
+
+def _inner_like(inner: int, width: int, all_width: int) -> int:
+    """Return the neurons that go with a width: the same share, rounded up to what groups of quantization divide."""
+    step = next(step for step in (128, 64, 32, 1) if inner % step == 0)
+    return min(inner, -(-(inner * width // all_width) // step) * step)
 
 
 def narrow_config(config: Any, cut: Cut) -> Any:

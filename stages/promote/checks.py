@@ -125,9 +125,26 @@ def _check_candidate(gate: Gate, name: str, evidence: Evidence) -> tuple[Check, 
                 f"({scores.base_fingerprint[:12]}) is not among the models that were scored"
             )
             checks.append(Check(limit=limit, bound=bound, value=None, interval=None, passed=False, text=text))
+    if limits_quality(gate) and not _is_bound(gate, name, evidence):
+        text = (
+            "its distance to the teacher has no limit: the gate limits that to the base only, and it was not derived "
+            "from the teacher; set one, e.g. max_perplexity_ratio_to_teacher or max_kl_to_teacher"
+        )
+        checks.append(Check(limit="quality", bound=0.0, value=None, interval=None, passed=False, text=text))
     if gate.runtime is not None:
         checks.append(check_runtime(gate.runtime, scores, speed))
     return tuple(checks)
+
+
+def _is_bound(gate: Gate, name: str, evidence: Evidence) -> bool:
+    """Return whether some limit holds a candidate's distance to the teacher, perhaps by way of its bases."""
+    if any(limit in _QUALITY and not _QUALITY[limit].against_base for limit in gate.limits):
+        return True
+    seen: list[str] = []
+    while name != evidence.teacher and name in evidence.models and name not in seen:
+        seen.append(name)
+        name = evidence.models[name].base or ""
+    return name == evidence.teacher
 
 
 def _check_quality(limit: str, bound: float, resamples: Resamples, name: str, other: str) -> Check:

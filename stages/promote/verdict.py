@@ -85,7 +85,8 @@ def _reasons(
     elif outcome == "unjudged":
         return [
             "unjudged: the gate has no limit, so that nothing is promoted. What may be lost depends on what the model "
-            "is for: set limits that its use can bear, e.g. --gate.max-kl-to-base 0.01 --gate.min-compression-x 2"
+            "is for: set limits that its use can bear, e.g. --gate.max-perplexity-ratio-to-teacher 1.05 "
+            "--gate.min-compression-x 2"
         ]
     else:
         reasons.append(f"nothing promoted: none of {len(checks)} candidates keeps every limit")

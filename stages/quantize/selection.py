@@ -4,14 +4,18 @@ Promises: no point on the front is beaten in both numbers by any trial; the chos
 KL is within the limit; equal inputs give equal answers in any order.
 
 The rule. The front is sorted by size. The *favorite* is its smallest point with `kl <= max_kl`, or the point with the
-lowest KL where none is within the limit. Finalists are the favorite, then its neighbors on the front outwards, the
-larger (safer) one before the smaller (bolder) one: a reader sees what a little more or less size would have given, and
-where the favorite does not survive its reload, the next safer one stands ready.
+lowest KL where none is within the limit. Finalists are the favorite, then the *faithful* one, the smallest with a tenth
+of that KL (8-bit formats, as a rule, which are what is left where a verdict is stricter than `max_kl`), then the
+favorite's neighbors on the front outwards, the larger (safer) one before the smaller (bolder) one: a reader sees what a
+little more or less size would have given, and where the favorite does not survive its reload, a safer one stands ready.
 """
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+
+FAITHFUL = 10
+"""Part of `max_kl` that the faithful finalist may have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,10 +43,11 @@ def preference(front: tuple[TrialPoint, ...], max_kl: float) -> tuple[TrialPoint
     if not front:
         return ()
     favorite = next((i for i, point in enumerate(front) if point.kl <= max_kl), len(front) - 1)
-    order = [favorite]
+    faithful = next((i for i, point in enumerate(front) if point.kl <= max_kl / FAITHFUL), len(front) - 1)
+    order = [favorite, faithful]
     for distance in range(1, len(front)):
         order += [i for i in (favorite + distance, favorite - distance) if 0 <= i < len(front)]
-    return tuple(front[i] for i in order)
+    return tuple(front[i] for i in dict.fromkeys(order))
 
 
 def choose(points: Iterable[TrialPoint], max_kl: float) -> TrialPoint | None:

@@ -103,6 +103,9 @@ class Training:
         every = max(1, total // CURVE_POINTS)
         started, before = self.clock(), progress.seconds
         since_point = (started, progress.tokens)
+        if not progress.step:  # the weights that it starts from may be the best
+            self._validate(progress)
+            started, since_point = self.clock(), (self.clock(), progress.tokens)
         for step, batch in enumerate(self.reader.steps(progress.step, total), progress.step):
             sums, norm = self._step(network, optimizers, batch, step)
             self._count(progress, batch, sums, norm)
@@ -129,11 +132,18 @@ class Training:
                 "calibration split, or set keep='last'"
             )
         self.model.load_state_dict(self._best, strict=False)  # names no tied tensors and no buffers
+        if not progress.best_step:
+            self.reporter.note(
+                f"no step lowered the loss on held-out text ({progress.best_held_out:.4f} nats): the weights that it "
+                "started from are kept; lower the learning rate, or give more text"
+            )
 
     def _replicated(self) -> Any:
         if self.ranks.world_size == 1:
             return self.model
-        return nn.parallel.DistributedDataParallel(self.model, gradient_as_bucket_view=True)
+        # Buffers are alike on all ranks. Sent at each forward pass, as by default, they would be waited for by ranks
+        # that have fewer passes, where each segment is one: their rows hold segments of other lengths.
+        return nn.parallel.DistributedDataParallel(self.model, gradient_as_bucket_view=True, broadcast_buffers=False)
 
     def _step(
         self, network: Any, optimizers: Sequence[torch.optim.Optimizer], batch: StepBatch, step: int

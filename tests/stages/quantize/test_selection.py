@@ -66,6 +66,12 @@ def test_preference_takes_the_safer_neighbor_before_the_bolder_one() -> None:
     assert preference((), 0.1) == ()
 
 
+def test_preference_has_a_faithful_point_beside_the_smallest_that_will_do() -> None:
+    kls = {"int3": 0.11, "mxfp4": 0.045, "g128": 0.03, "g32": 0.018, "fp8": 0.002, "int8": 0.0002}
+    front = tuple(TrialPoint(name, kl, size) for size, (name, kl) in enumerate(kls.items()))
+    assert [p.name for p in preference(front, 0.05)] == ["mxfp4", "fp8", "g128", "int3", "g32", "int8"]
+
+
 ORDER = [TrialPoint("a", 0.1, 1), TrialPoint("b", 0.05, 2), TrialPoint("c", 0.01, 3)]
 
 

@@ -225,19 +225,22 @@ def test_train_of_a_dataset_without_held_out_text_says_so_and_counts_its_epochs(
     assert stored_dtype(made.folder("model")) == torch.bfloat16  # fresh weights
 
 
+@pytest.mark.parametrize("rate", [0.01, 10.0], ids=["some steps help", "none does"])
 def test_train_tells_the_loss_on_held_out_text_of_the_weights_that_it_keeps(
-    tmp_path: Path, inputs: dict[str, Artifact]
+    tmp_path: Path, inputs: dict[str, Artifact], rate: float
 ) -> None:
     context = fake_context(tmp_path, {"data": inputs["data"]})
     eager = _train(
         model=FRESH, objectives=(CrossEntropy(),), keep="best", optimizer_steps=8, validation=Validation(times=8),
-        optimizer=AdamW(learning_rate=0.3),
+        optimizer=AdamW(learning_rate=rate),
     )  # fmt: skip
     train_rank(_job(eager, context), Ranks())
     points = context.reporter.points  # type: ignore[attr-defined]
     losses = {step: m["validation/cross_entropy"] for step, m in points if "validation/cross_entropy" in m}
     best = min(losses, key=lambda step: losses[step])
-    (note,) = context.reporter.notes  # type: ignore[attr-defined]
+    assert (best == 0) is (rate == 10)
+    *more, note = context.reporter.notes  # type: ignore[attr-defined]
+    assert [each.startswith("no step lowered the loss on held-out text") for each in more] == [True] * (best == 0)
     assert note.startswith(f"loss on held-out text {losses[best]:.4f} nats/token after {best} steps")
     done = TrainingInfo.read(artifact_of("model", Path(context.out.uri)))
     assert (done.kept_step, done.held_out_cross_entropy) == (best, losses[best])

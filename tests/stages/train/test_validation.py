@@ -64,7 +64,7 @@ def test_held_out_loss_is_reported_evenly_and_changes_nothing_of_the_training(
     plain.run(Progress())
     training = build_training(inputs, held_out=held_out(shards), validation=Validation(times=3))
     done = training.run(Progress())
-    assert list(curve(training)) == [4, 8, 12]
+    assert list(curve(training)) == [0, 4, 8, 12]
     assert done.held_out == curve(training)[12]
     assert all(torch.equal(tensor, weights_of(plain)[name]) for name, tensor in weights_of(training).items())
 
