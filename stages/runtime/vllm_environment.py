@@ -175,7 +175,8 @@ def install(device: Device, *, say: Callable[[str], None]) -> tuple[InstalledVLL
 def _pip_for_cpu(python: str, packages: list[str], say: Callable[[str], None]) -> None:
     """Install with the indexes that are set up, and, where those lack torch's build for CPUs, with torch's own besides.
 
-    Not at first: where a mirror has everything and torch's index is out of reach, pip asks it for each package anew.
+    Not at first: where a mirror has everything and torch's index is out of reach, pip tries that anew for each of 150
+    packages, for 8 s each (measured with three; with one retry 0.1 s).
     """
     arguments = ["install", "--progress-bar", "off", "-c", str(CONSTRAINTS)]
     try:

@@ -6,8 +6,12 @@ from pathlib import Path
 import pytest
 
 from stages.errors import ConfigError
+from stages.measure.stage import Measure
+from stages.models.serving import RuntimeChoice
 from stages.prepare.stage import Prepare
+from stages.promote.stage import Gate
 from workflows.compress import DataSettings, HardwareSettings, StudentSpec, compress
+from workflows.quickstart import quickstart
 
 
 def checkpoint(folder: Path, **config: int) -> str:
@@ -47,3 +51,26 @@ def test_row_longer_than_a_checkpoint_can_read_is_refused_before_anything_runs(t
         row_length(gpt2, sequence_length=512)
     with pytest.raises(ConfigError, match=r"512, and other0 \(.*\) reads at most 256 tokens; set it to 256"):
         row_length(long, gpt2, sequence_length=512)
+
+
+@pytest.mark.parametrize("cpus", [0.5, 1.0, 2.5])
+def test_step_that_measures_takes_a_cpu_for_each_of_its_threads(tmp_path: Path, cpus: float) -> None:
+    teacher = checkpoint(tmp_path / "gpt2", n_positions=256)
+    hardware = HardwareSettings(device="a CPU", cpus_per_worker=cpus)
+    step = compress(teacher=teacher, documents=("a.txt",), hardware=hardware).steps["speed"]
+    assert isinstance(step.stage, Measure)
+    assert step.stage.threads == max(1, int(cpus))
+    assert step.stage.threads <= step.resources.cpus_per_worker == max(1.0, cpus)
+
+
+@pytest.mark.parametrize(("runtime", "gpus"), [("vllm-cuda", 0.0), ("vllm-cpu", 1.0)])
+def test_runtime_for_another_device_is_refused_before_anything_runs(
+    tmp_path: Path, runtime: RuntimeChoice, gpus: float
+) -> None:
+    teacher = checkpoint(tmp_path / "gpt2", n_positions=256)
+    hardware = HardwareSettings(device="a device", gpus_per_worker=gpus)
+    with pytest.raises(ConfigError, match=f"'{runtime}', but speed is measured on"):
+        compress(teacher=teacher, documents=("a.txt",), gate=Gate(runtime=runtime), hardware=hardware)
+    if not gpus:
+        with pytest.raises(ConfigError, match="'vllm-cuda', but speed is measured on CPUs"):
+            quickstart(gate=Gate(runtime=runtime))

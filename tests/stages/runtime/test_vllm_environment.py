@@ -7,6 +7,9 @@ import pytest
 
 from stages.errors import ExternalDataError, StageFailed
 from stages.measure.runtimes import VLLM, Transformers, measured_runtime, on_device
+from stages.models.serving_rules import VERSION
+from stages.promote.stage import Promote
+from stages.quantize.stage import Quantize
 from stages.runtime import vllm_environment
 from stages.runtime.vllm_environment import PINNED, find_installed, install, locate, version_of, vllm_variables
 from workflows.engine.identity import canonical
@@ -31,6 +34,12 @@ def make_installed(cache, version=PINNED, device="cpu"):
 def test_vllm_that_is_not_installed_is_named_with_the_command():
     with pytest.raises(ExternalDataError, match="stillhouse runtimes install vllm --device cuda"):
         locate(None, None, "cuda")
+
+
+def test_version_that_is_installed_is_that_of_the_rules_and_results_that_depend_on_them_say_so():
+    assert PINNED.startswith(f"{VERSION}.")
+    for stage in (Quantize, Promote):
+        assert f"rules of vLLM {VERSION}" in stage.REVISION
 
 
 def test_python_without_vllm_and_what_is_no_python_are_refused():
