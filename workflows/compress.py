@@ -305,7 +305,7 @@ def compress(
         new_tokens=min(32, row_length // 4),
         seed=seed,
     )
-    alone = resources.model_copy(update={"workers": 1})
+    alone = resources.model_copy(update={"workers": 1, "cpus_per_worker": max(1.0, resources.cpus_per_worker)})
     speed = flow.step("speed", measure, models=models, resources=alone)
     flow.step("verdict", Promote(gate=gate, registered_name=registered_name, seed=seed), scores=scores, speed=speed)
     return flow

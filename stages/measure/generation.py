@@ -23,7 +23,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from stages.runtime.translation import within_memory
+from stages.errors import OutOfMemory, Transient
+from stages.runtime.translation import one_line, within_memory
 from stages.runtime.workarounds import allocations
 
 CACHES = ("past_key_values", "cache_params")
@@ -99,23 +100,39 @@ def time_interleaved(
     repeats: int,
     seed: int,
     progress: Callable[[int, int], None],
-) -> dict[str, list[Timings]]:
-    """Run every model in each round, `warmup` rounds unrecorded and `repeats` recorded."""
+) -> tuple[dict[str, list[Timings]], dict[str, str]]:
+    """Run every model in each round, `warmup` rounds unrecorded and `repeats` recorded.
+
+    Returns:
+        the runs of each model, and of one that failed the reason instead.
+
+    Raises:
+        OutOfMemory: the models do not fit a run together.
+    """
     vocab_size = min((model.config.get_text_config().vocab_size for model in models.values()), default=0)
     found: dict[str, list[Timings]] = {name: [] for name in models}
+    failed: dict[str, str] = {}
     gc.collect()
     gc.disable()  # a collection in the middle of a step shows as a false p95
     try:
         for index in range(warmup + repeats if models else 0):
             for name, model in models.items():
+                if name in failed:
+                    continue
                 prompt_BP = load.prompt(vocab_size, seed=seed + index, device=model.device)
-                timings = generate(model, prompt_BP, load.new_tokens)
+                try:
+                    timings = generate(model, prompt_BP, load.new_tokens)
+                except (OutOfMemory, Transient):
+                    raise
+                except Exception as error:  # noqa: BLE001  a family of its own; the others are timed
+                    failed[name] = one_line(error)
+                    continue
                 if index >= warmup:
                     found[name].append(timings)
             progress(index + 1, warmup + repeats)
     finally:
         gc.enable()
-    return found
+    return {name: runs for name, runs in found.items() if name not in failed}, failed
 
 
 def summarize(runs: list[Timings], load: Load) -> dict[str, float]:

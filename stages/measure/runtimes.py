@@ -5,7 +5,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from stages.contract import Config, ExternalData
-from stages.errors import ExternalDataError
+from stages.errors import ConfigError, ExternalDataError
 from stages.models.serving import RuntimeChoice
 from stages.runtime.vllm_environment import locate
 
@@ -50,10 +50,19 @@ MeasuredRuntime = Transformers | VLLM
 
 
 def on_device(runtime: RuntimeChoice | None, device: Literal["cpu", "cuda"]) -> RuntimeChoice | None:
-    """Return a runtime with its device: `vllm` on a CPU is `vllm-cpu`."""
-    if runtime != "vllm":
-        return runtime
-    return "vllm-cpu" if device == "cpu" else "vllm-cuda"
+    """Return a runtime with its device: `vllm` on a CPU is `vllm-cpu`.
+
+    Raises:
+        ConfigError: it is for another device than speed is measured on.
+    """
+    here: RuntimeChoice = "vllm-cpu" if device == "cpu" else "vllm-cuda"
+    if runtime in ("vllm-cpu", "vllm-cuda") and runtime != here:
+        place = "CPUs, since no step takes GPUs" if device == "cpu" else "GPUs, since steps take them"
+        raise ConfigError(
+            f"gate.runtime is {runtime!r}, but speed is measured on {place}; expected 'vllm' or {here!r}: change it, "
+            "or what a step takes (--hardware.gpus-per-worker, where the workflow has it)"
+        )
+    return here if runtime == "vllm" else runtime
 
 
 def measured_runtime(runtime: RuntimeChoice | None) -> MeasuredRuntime:

@@ -8,6 +8,7 @@ logit: two logits in each of two runtimes err. That error is measured: the same 
 Letters: P prompt tokens, N generated tokens, V vocabulary.
 """
 
+import gc
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from stages.formats.speed import SameText
 from stages.models.checkpoints import load_model
 from stages.models.tokenization import has_tokenizer, load_tokenizer
 
-__all__ = ["NUM_PROMPTS", "compare_text", "text_prompts"]
+__all__ = ["NUM_PROMPTS", "compare_text", "release_memory", "text_prompts"]
 
 SENTENCES = (
     "The following is a list of the most important",
@@ -84,6 +85,12 @@ def compare_text(
         rounding=rounding,
         holds=max(gaps) <= ERRORS_OF_A_GAP * rounding,
     )
+
+
+def release_memory() -> None:
+    """Give the memory of models that are no longer used back to the device: another process needs it."""
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def _logits(model: "torch.nn.Module", prompt: Sequence[int], tokens: Sequence[int]) -> torch.Tensor:

@@ -36,7 +36,7 @@ class Measure(Stage):
     """Speed and memory of each model on one kind of machine."""
 
     KIND: ClassVar[Kind] = "speed"
-    REVISION: ClassVar[str] = "2026-11-25 runtimes, stored number formats, larger batches"
+    REVISION: ClassVar[str] = "2026-11-25 runtimes, stored number formats, larger batches; a loss is no verdict"
     PLACES_WORKERS: ClassVar = True
     INPUTS: ClassVar[Mapping[str, Input]] = {"models": Input(("model", "search"), many=True)}
 
@@ -126,7 +126,8 @@ def measure(
     config: Measure, candidates: "list[Candidate]", setup: WorkerSetup
 ) -> tuple[dict[str, CandidateSpeed], dict[str, list[str]]]:
     """Measure the models in a worker; return what each has, or why not, and what its runtime said where it failed."""
-    from stages.errors import StillhouseError, Transient
+    from stages.errors import Transient
+    from stages.runtime.translation import one_line
 
     _check_device(config, setup.device)
     found, fitting = {}, []
@@ -134,8 +135,8 @@ def measure(
         try:
             _check_context(config, candidate)
             fitting.append(candidate)
-        except StillhouseError as error:
-            found[candidate.name] = CandidateSpeed(reason=str(error))
+        except Exception as error:  # noqa: BLE001  see below
+            found[candidate.name] = CandidateSpeed(reason=one_line(error))
     if isinstance(config.runtime, VLLM):
         from stages.measure.vllm_runs import measure_in_vllm
 
@@ -150,9 +151,9 @@ def measure(
             loaded[candidate.name] = _load(config, candidate, setup.device)
         except Transient:
             raise
-        except (StillhouseError, RuntimeError, TypeError, ValueError, AttributeError) as error:
+        except Exception as error:  # noqa: BLE001
             # A family may take or return what no other does; that must not cost the other models their figures.
-            found[candidate.name] = CandidateSpeed(reason=f"it could not be measured: {type(error).__name__}: {error}")
+            found[candidate.name] = CandidateSpeed(reason=f"it could not be measured: {one_line(error)}")
     return found | _time(config, loaded, setup), {}
 
 
@@ -175,7 +176,7 @@ def _time(config: Measure, loaded: Mapping[str, Any], setup: WorkerSetup) -> dic
 
     models = {name: model for name, (model, _, _) in loaded.items()}
     load = config.load(config.batch_size)
-    runs = time_interleaved(
+    runs, failed = time_interleaved(
         models,
         load,
         warmup=config.warmup,
@@ -183,28 +184,36 @@ def _time(config: Measure, loaded: Mapping[str, Any], setup: WorkerSetup) -> dic
         seed=config.seed,
         progress=lambda done, total: setup.reporter.progress(done, total, "rounds"),
     )
-    figures = {name: summarize(runs[name], load) for name in models}
-    by_batch = {name: {str(config.batch_size): figures[name]["tokens_per_second"]} for name in models}
+    found = {name: CandidateSpeed(reason=f"it could not be measured: {text}") for name, text in failed.items()}
+    figures = {name: summarize(timed, load) for name, timed in runs.items()}
+    by_batch = {name: {str(config.batch_size): figures[name]["tokens_per_second"]} for name in figures}
+    reasons: dict[str, list[str]] = {name: [] for name in figures}
+    models = {name: models[name] for name in figures}
     for batch_size in config.throughput_batch_sizes:
         load, repeats, seed = config.load(batch_size), config.throughput_repeats, config.seed
         try:
-            runs = time_interleaved(models, load, warmup=1, repeats=repeats, seed=seed, progress=lambda *_: None)
+            runs, failed = time_interleaved(
+                models, load, warmup=1, repeats=repeats, seed=seed, progress=lambda *_: None
+            )
         except OutOfMemory as error:
             setup.reporter.note(f"{batch_size} sequences at once are not measured: {error}")
             continue
-        for name in models:
-            by_batch[name][str(batch_size)] = throughput(runs[name], load)
-    return {
+        for name, timed in runs.items():
+            by_batch[name][str(batch_size)] = throughput(timed, load)
+        for name, text in failed.items():
+            reasons[name].append(f"{batch_size} sequences at once were not measured: {text}")
+    return found | {
         name: CandidateSpeed(
             **figures[name],
             throughput_tokens_per_second=by_batch[name].get(config.largest_batch),
             by_batch=by_batch[name],
-            peak_memory_bytes=memory,
-            dtype=dtype,
+            peak_memory_bytes=loaded[name][1],
+            dtype=loaded[name][2],
             runtime="transformers",
             served=True,
+            reason="; ".join(reasons[name]) or None,
         )
-        for name, (_, memory, dtype) in loaded.items()
+        for name in figures
     }
 
 
@@ -229,11 +238,12 @@ def _check_device(config: Measure, device: str) -> None:
 def _check_context(config: Measure, candidate: "Candidate") -> None:
     """Check that a model with a table of positions has enough; rotary ones compute any length, equally fast."""
     from stages.errors import StageFailed
+    from stages.models.context_length import longest_context, text_part
 
-    values = candidate.config.get("text_config") or candidate.config
-    longest = values.get("max_position_embeddings") or values.get("n_positions")
+    longest = longest_context(candidate.config)
     wanted = config.prompt_tokens + config.new_tokens
-    if longest is not None and wanted > longest and not any(key.startswith("rope") for key in values):
+    rotary = any(key.startswith("rope") for key in text_part(candidate.config))
+    if longest is not None and wanted > longest and not rotary:
         raise StageFailed(
             f"{candidate.name!r} reads {longest} tokens at most, prompt_tokens + new_tokens = {wanted}; expected no "
             "more: lower one of them"

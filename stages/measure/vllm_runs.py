@@ -1,11 +1,15 @@
 """Measure checkpoints in the real vLLM: each in a process of its own, loaded, compared with transformers, timed.
 
 One after the other, since an engine takes the memory of a device for itself; within a model, batches take turns.
-What vLLM refuses is that candidate's reason, and the others go on. Compilation and graphs are left out on a CPU
+What vLLM refuses is that candidate's reason, and the others go on. A verdict is only what loading or the first text
+raises by itself: a process that is lost or takes too long is started once more and then judges nothing, and what fails
+after the first text is one missing figure. Compilation and graphs are left out on a CPU
 (they take minutes there), and are on with CUDA, as vLLM serves by default.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,11 +17,13 @@ from safetensors import safe_open
 
 import stages.runtime
 from stages.candidates import Candidate
-from stages.errors import OutOfMemory, StageFailed, StillhouseError, Transient
+from stages.errors import OutOfMemory, StageFailed, Transient
 from stages.formats.speed import CandidateSpeed, SameText
 from stages.measure.generation import Load, Timings, summarize, throughput
-from stages.measure.same_text import NUM_PROMPTS, compare_text, text_prompts
+from stages.measure.same_text import NUM_PROMPTS, compare_text, release_memory, text_prompts
+from stages.models.context_length import text_part
 from stages.runtime.serving_process import ServingProcess
+from stages.runtime.translation import one_line
 from stages.runtime.vllm_environment import InstalledVLLM, locate, vllm_variables
 from stages.runtime.workers import WorkerSetup
 
@@ -33,6 +39,10 @@ LOAD_SECONDS, CALL_SECONDS = 1800.0, 600.0
 LEAST_CACHE_BYTES = 256 * 1024 * 1024
 UNKNOWN_CACHE_BYTES = 1024 * 1024 * 1024
 """Of a model whose config does not say how large a token's keys and values are."""
+MARGIN_BYTES = 4 * 1024 * 1024 * 1024
+"""Of a GPU, beside weights and cache: CUDA's context, activations while vLLM profiles a run, captured graphs."""
+MOST_OF_A_GPU = 0.92
+"""vLLM's own choice."""
 
 
 def measure_in_vllm(
@@ -49,9 +59,10 @@ def measure_in_vllm(
         runtime: which vLLM.
         candidates: those whose context suffices.
         setup: of the worker.
-        logs: gets what vLLM said of each candidate that failed.
+        logs: gets what vLLM said of each candidate that failed or lacks a figure.
 
     Raises:
+        Transient: vLLM was lost with every candidate, or a checkpoint is out of reach.
         StageFailed: vLLM's environment is not here, or has another version.
         ExternalDataError: the same, where nothing is installed.
     """
@@ -61,52 +72,104 @@ def measure_in_vllm(
             "change it, or gpus_per_worker"
         )
     installed = locate(runtime.python, runtime.version, runtime.device)
-    vocab_size = min((_text(c)["vocab_size"] for c in candidates if "vocab_size" in _text(c)), default=2)
-    found = {}
+    vocab_size = min((size for c in candidates if (size := text_part(c.config).get("vocab_size"))), default=2)
+    found, lost = {}, []
     for index, candidate in enumerate(candidates):
-        found[candidate.name] = _measure(config, installed, candidate, vocab_size, logs)
+        answer = _measure(config, installed, candidate, vocab_size, logs)
+        found[candidate.name] = answer.speed
+        if answer.lost:
+            lost.append(answer.speed.reason)
+        release_memory()
         setup.reporter.progress(index + 1, len(candidates), "models")
+    if lost and len(lost) == len(candidates):
+        raise Transient(f"vLLM was lost with every model, so this machine is in question: {lost[0]}")
     return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """What came of one process."""
+
+    speed: CandidateSpeed
+    written: list[list[int]] | None = None
+    """Its tokens after each prompt, if it is served."""
+    lost: bool = False
+    """Whether it took too long or went away before it was known whether it serves the candidate."""
 
 
 def _measure(
     config: "Measure", installed: InstalledVLLM, candidate: Candidate, vocab_size: int, logs: dict[str, list[str]]
-) -> CandidateSpeed:
-    """Measure one candidate, or say why not."""
-    name = f"vLLM {installed.version} on {'a CPU' if installed.device == 'cpu' else 'CUDA'}"
-    runtime = f"vllm-{installed.device}"
+) -> _Answer:
+    """Measure one candidate, or say why not; a process that is lost is started once more.
+
+    Raises:
+        Transient: the checkpoint is out of reach.
+    """
     try:
         folder = candidate.artifact.folder(candidate.folder)
-        dtype = "auto" if config.dtype == "stored" else config.dtype  # of float32 weights vLLM makes bfloat16 itself
         prompts = text_prompts(folder, max_tokens=config.prompt_tokens, vocab_size=vocab_size, seed=config.seed)
-        variables = vllm_variables(installed.python, installed.device, num_threads=config.threads)
-        with ServingProcess(installed.python, SCRIPT, environment=variables) as process:
-            try:
-                run = _Run(config, process, vocab_size)
-                facts = run.load(folder, dtype, candidate, eager=installed.device == "cpu")
-                written = run.generate(prompts)["tokens"]
-                dtype = facts["dtype"]
-                figures = run.figures(max(facts["weights_bytes"], _stored_bytes(folder, dtype)))
-            except OutOfMemory as error:
-                return CandidateSpeed(runtime=runtime, reason=f"{name} has no memory for it: {error}")
-            except StageFailed as error:
-                logs[candidate.name] = process.log
-                return CandidateSpeed(runtime=runtime, served=False, reason=f"{name} does not serve it: {error}")
-        same, reason = _compare(folder, prompts, written, dtype, installed.device)
-        return CandidateSpeed(runtime=runtime, served=True, dtype=dtype, same_text=same, reason=reason, **figures)
+        answer = _serve(config, installed, candidate, (folder, prompts, vocab_size), logs)
+        if answer.lost:
+            answer = _serve(config, installed, candidate, (folder, prompts, vocab_size), logs)
+        if answer.written is None:
+            return answer
+        speed = answer.speed
+        assert speed.dtype is not None
+        same, reason = _compare(folder, prompts, answer.written, speed.dtype, installed.device)
+        reasons = "; ".join(filter(None, (speed.reason, reason))) or None
+        return _Answer(speed.model_copy(update={"same_text": same, "reason": reasons}), answer.written)
     except Transient:
         raise
-    except StillhouseError as error:
-        return CandidateSpeed(runtime=runtime, reason=str(error))
+    except Exception as error:  # noqa: BLE001  one family's trouble must not cost the other models their figures
+        return _Answer(CandidateSpeed(runtime=_runtime(installed), reason=f"it was not measured: {one_line(error)}"))
+
+
+def _serve(
+    config: "Measure",
+    installed: InstalledVLLM,
+    candidate: Candidate,
+    given: tuple[Path, list[list[int]], int],
+    logs: dict[str, list[str]],
+) -> _Answer:
+    """Ask a process: whether it serves a candidate, as its loading and first generation say, and then how fast."""
+    folder, prompts, vocab_size = given
+    dtype = "auto" if config.dtype == "stored" else config.dtype  # of float32 weights vLLM makes bfloat16 itself
+    variables = vllm_variables(installed.python, installed.device, num_threads=config.threads)
+    speed = CandidateSpeed(runtime=_runtime(installed))
+    name = f"vLLM {installed.version} on {'a CPU' if installed.device == 'cpu' else 'CUDA'}"
+    with ServingProcess(installed.python, SCRIPT, environment=variables) as process:
+        run = _Run(config, process, vocab_size)
+        try:
+            facts = run.load(folder, dtype, candidate, device=installed.device)
+            written = run.generate(prompts)["tokens"]
+        except StageFailed as error:
+            logs[candidate.name] = process.log
+            if isinstance(error, OutOfMemory):
+                return _Answer(speed.model_copy(update={"reason": f"{name} has no memory for it: {error}"}))
+            if isinstance(error, Transient):
+                return _Answer(speed.model_copy(update={"reason": f"{name} was lost, twice: {error}"}), lost=True)
+            return _Answer(speed.model_copy(update={"served": False, "reason": f"{name} does not serve it: {error}"}))
+        figures, missing = run.figures(folder, facts)
+        if missing:
+            logs[candidate.name] = process.log
+    found = {"served": True, "dtype": facts["dtype"], "reason": "; ".join(missing) or None, **figures}
+    return _Answer(speed.model_copy(update=found), written)
+
+
+def _runtime(installed: InstalledVLLM) -> str:
+    return f"vllm-{installed.device}"
 
 
 def _compare(
     folder: Path, prompts: list[list[int]], written: list[list[int]], dtype: str, device: str
 ) -> tuple[SameText | None, str | None]:
+    """Compare with transformers, or say why not; another process may have the device's memory afterwards."""
     try:
         return compare_text(folder, prompts, written, dtype=dtype, device=device), None
-    except (StillhouseError, RuntimeError) as error:
-        return None, f"its text could not be compared with transformers': {error}"
+    except Transient:
+        raise
+    except Exception as error:  # noqa: BLE001  a family of its own; what was measured stays
+        return None, f"its text could not be compared with transformers': {one_line(error)}"
 
 
 class _Run:
@@ -115,10 +178,11 @@ class _Run:
     def __init__(self, config: "Measure", process: ServingProcess, vocab_size: int) -> None:
         self._config, self._process, self._vocab_size = config, process, vocab_size
 
-    def load(self, folder: Path, dtype: str, candidate: Candidate, *, eager: bool) -> dict[str, Any]:
+    def load(self, folder: Path, dtype: str, candidate: Candidate, *, device: str) -> dict[str, Any]:
         config = self._config
         context = config.prompt_tokens + config.new_tokens
         largest = max(int(config.largest_batch), NUM_PROMPTS)
+        cache_bytes = _cache_bytes(text_part(candidate.config), largest * context)
         facts: dict[str, Any] = self._process.call(
             "load",
             timeout_seconds=LOAD_SECONDS,
@@ -126,8 +190,9 @@ class _Run:
             dtype=dtype,
             context=context,
             batch_size=largest,
-            cache_bytes=_cache_bytes(_text(candidate), largest * context),
-            eager=eager,
+            cache_bytes=cache_bytes,
+            memory_fraction=_fraction(folder, config.dtype, cache_bytes) if device == "cuda" else None,
+            eager=device == "cpu",
         )
         return facts
 
@@ -137,26 +202,42 @@ class _Run:
         )
         return found
 
-    def figures(self, weights_bytes: int) -> dict[str, Any]:
-        """Return a candidate's figures by their names."""
-        config = self._config
-        load = config.load(config.batch_size)
-        found: dict[str, Any] = summarize(self._time(load, config.warmup, config.repeats), load)
-        by_batch = {str(config.batch_size): found["tokens_per_second"]}
-        for batch_size in config.throughput_batch_sizes:
+    def figures(self, folder: Path, facts: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+        """Return a candidate's figures by their names, and why others are missing."""
+        config, found, missing = self._config, dict[str, Any](), []
+        by_batch: dict[str, float] = {}
+
+        def latency() -> None:
+            load = config.load(config.batch_size)
+            found.update(summarize(self._time(load, config.warmup, config.repeats), load))
+            by_batch[str(config.batch_size)] = found["tokens_per_second"]
+
+        def batch(batch_size: int) -> None:
             load = config.load(batch_size)
             by_batch[str(batch_size)] = throughput(self._time(load, 1, config.throughput_repeats), load)
+
+        def memory() -> None:
+            found["peak_memory_bytes"] = self._peak_memory(folder, facts)
+
+        cells = {"its latency": latency}
+        cells |= {f"a batch of {size}": partial(batch, size) for size in config.throughput_batch_sizes}
+        cells |= {"its peak memory": memory}
+        for what, measure in cells.items():
+            try:
+                measure()
+            except Exception as error:  # noqa: BLE001  the other cells stay
+                missing.append(f"{what} was not measured: {one_line(error)}")
+        largest = by_batch.get(config.largest_batch)
+        return found | {"by_batch": by_batch, "throughput_tokens_per_second": largest}, missing
+
+    def _peak_memory(self, folder: Path, facts: Mapping[str, Any]) -> int:
+        """Return the bytes of the weights, of the cache that the batch fills, and of what a run allocates beside."""
+        prompts = self._prompts(self._config.load(self._config.batch_size), self._config.seed)
         memory = self._process.call(
-            "memory",
-            timeout_seconds=CALL_SECONDS,
-            prompts=self._prompts(config.load(config.batch_size), config.seed),
-            new_tokens=config.new_tokens,
+            "memory", timeout_seconds=CALL_SECONDS, prompts=prompts, new_tokens=self._config.new_tokens
         )
-        return found | {
-            "by_batch": by_batch,
-            "throughput_tokens_per_second": by_batch[config.largest_batch],
-            "peak_memory_bytes": weights_bytes + memory["cache_bytes"] + memory["peak_bytes"],
-        }
+        weights_bytes: int = max(facts["weights_bytes"], _stored_bytes(folder, facts["dtype"]))
+        return weights_bytes + int(memory["cache_bytes"]) + int(memory["peak_bytes"])
 
     def _time(self, load: Load, warmup: int, repeats: int) -> list[Timings]:
         runs = [self.generate(self._prompts(load, self._config.seed + index)) for index in range(warmup + repeats)]
@@ -167,9 +248,20 @@ class _Run:
         return prompts
 
 
-def _text(candidate: Candidate) -> Mapping[str, Any]:
-    text: Mapping[str, Any] = candidate.config.get("text_config") or candidate.config
-    return text
+def _fraction(folder: Path, dtype: str, cache_bytes: int) -> float:
+    """Return the share of the GPU's memory that vLLM finds free, or does not start.
+
+    Its own is 0.92, however small the model: another program on the card, or this process, would keep it from starting.
+    """
+    import torch
+
+    weights = _stored_bytes(folder, "float32") if dtype == "float32" else _file_bytes(folder)
+    total = torch.cuda.get_device_properties(0).total_memory
+    return min(MOST_OF_A_GPU, (weights + cache_bytes + MARGIN_BYTES) / total)
+
+
+def _file_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
 def _cache_bytes(text: Mapping[str, Any], tokens: int) -> int:

@@ -25,13 +25,26 @@ from stages.models.serving_rules import (
     worst_of,
 )
 
-__all__ = ["RUNTIMES", "Answer", "Runtime", "RuntimeChoice", "Served", "describe", "is_served", "served_by", "worst_of"]
+__all__ = [
+    "RULES",
+    "RUNTIMES",
+    "Answer",
+    "Runtime",
+    "RuntimeChoice",
+    "Served",
+    "describe",
+    "is_served",
+    "served_by",
+    "worst_of",
+]
 
 Runtime = Literal["vllm-cpu", "vllm-cuda", "transformers", "torchao"]
 """A runtime on one kind of device: transformers and torchao load a checkpoint on any that torch knows."""
 RuntimeChoice = Literal["vllm", "vllm-cpu", "vllm-cuda", "transformers", "torchao"]
 """What a config may name: `vllm` is vLLM on the device that is measured, or on both kinds where none is."""
 RUNTIMES: tuple[Runtime, ...] = get_args(Runtime)
+RULES = f"the rules of vLLM {VERSION}"
+"""Part of the `REVISION` of each stage whose results depend on them."""
 
 _COMPRESSED = "compressed-tensors"
 _DISPATCH = f"{PACKAGE}/compressed_tensors/compressed_tensors.py"

@@ -9,6 +9,7 @@ from typing import ClassVar, Self
 from pydantic import Field, model_validator
 
 from stages.contract import Context, Input, Kind, Outcome, Stage
+from stages.models.serving import RULES
 from stages.promote.gate import Gate
 from stages.promote.method import Method
 
@@ -20,7 +21,8 @@ class Promote(Stage):
 
     KIND: ClassVar[Kind] = "report"
     REVISION: ClassVar[str] = (
-        "2026-11-25 intervals that cover, claims over seeds, no default limits, nothing that is beaten or not served"
+        "2026-11-25 intervals that cover, claims over seeds, no default limits, nothing that is beaten or not served, "
+        f"by {RULES}"
     )
     INPUTS: ClassVar[Mapping[str, Input]] = {
         "scores": Input(("scores",)),

@@ -26,7 +26,7 @@ from stages.contract import Artifact, Context, Input, Kind, Outcome, Stage
 from stages.errors import OutOfMemory, StageFailed
 from stages.formats.search import FailedTrial, Trial
 from stages.models.compatibility import check_planned
-from stages.models.serving import RuntimeChoice
+from stages.models.serving import RULES, RuntimeChoice
 from stages.quantize.finalists import publish
 from stages.quantize.imports import import_for_measuring, import_for_quantizing
 from stages.quantize.proposers import Grid, Proposer
@@ -66,7 +66,7 @@ class Quantize(Stage):
     """Try quantization schemes on a model and keep the best of size against KL."""
 
     KIND: ClassVar[Kind] = "search"
-    REVISION: ClassVar[str] = "2026-11-25 segments alone, other documents; 16 bits, a cast; a runtime's finalists"
+    REVISION: ClassVar[str] = f"2026-11-25 segments alone, other documents; 16 bits, a cast; finalists by {RULES}"
     PLACES_WORKERS: ClassVar = True
     INPUTS: ClassVar[Mapping[str, Input]] = {"model": Input(("model",)), "data": Input(("dataset",))}
     FRESH_PROCESS: ClassVar[bool] = True

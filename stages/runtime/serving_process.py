@@ -4,8 +4,9 @@ vLLM's pins conflict with llm-compressor's (compressed-tensors 0.17 against 0.19
 process or an environment. What runs there is a script of ours that needs nothing but that environment.
 
 Promises: the process and all that it starts end with this object, and with this process however that ends (its input
-closes); a call that takes too long ends it; what it writes to standard error goes to the log, and its last lines are
-kept; its errors come back as errors of ours.
+closes); a call that takes too long ends it; what it writes to standard error goes to the log or, where the log drops it
+(as in Ray's tasks, which log from warnings on), to this process's own standard error, and its last lines are kept; its
+errors come back as errors of ours, and its loss as one that trying again may fix.
 Does not: know what the script can do, or restart it.
 """
 
@@ -17,12 +18,13 @@ import os
 import queue
 import signal
 import subprocess
+import sys
 import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from stages.errors import OutOfMemory, StageFailed
+from stages.errors import OutOfMemory, StageFailed, Transient, WorkerLost
 
 __all__ = ["ServingProcess"]
 
@@ -87,11 +89,15 @@ class ServingProcess:
 
         Raises:
             OutOfMemory: it ran out of memory.
-            StageFailed: it failed, ended, or took longer than the time-out, which ends it.
+            WorkerLost: it ended, now or before.
+            Transient: it took longer than the time-out, which ends it.
+            StageFailed: it says that it failed.
         """
+        assert self._process.stdin is not None
+        if self._process.stdin.closed:
+            raise WorkerLost(f"{name!r} was not asked: its process had ended")
         self._num_calls += 1
         request = {"id": self._num_calls, "call": name, "arguments": arguments}
-        assert self._process.stdin is not None
         with contextlib.suppress(OSError):  # it has ended: the answer says how
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
@@ -99,7 +105,7 @@ class ServingProcess:
             answer = self._answers.get(timeout=timeout_seconds)
         except queue.Empty:
             self.close()
-            raise StageFailed(f"it did not answer {name!r} within {timeout_seconds:g} s, and was ended") from None
+            raise Transient(f"it did not answer {name!r} within {timeout_seconds:g} s, and was ended") from None
         if answer is None:
             self.close()
             raise self._ended(name)
@@ -129,7 +135,7 @@ class ServingProcess:
         text = f"its process ended {how} at {name!r}; it said last: {last.strip()[:300]}"
         if code == -signal.SIGKILL:  # the kernel's answer to a host without memory
             return OutOfMemory(f"{text}; the host had no memory left, or somebody killed it")
-        return StageFailed(text)
+        return WorkerLost(text)
 
     def _read_answers(self) -> None:
         assert self._process.stdout is not None
@@ -145,4 +151,8 @@ class ServingProcess:
         assert self._process.stderr is not None
         for line in self._process.stderr:
             self._log.append(line.rstrip())
-            logger.info("%s", line.rstrip())
+            if logger.isEnabledFor(logging.INFO):
+                logger.info("%s", line.rstrip())
+            else:
+                sys.stderr.write(line)
+                sys.stderr.flush()

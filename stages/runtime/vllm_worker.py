@@ -5,6 +5,7 @@ prints goes to standard error. The end of the input ends the process and all tha
 other end is gone, however it went. Imports nothing of stillhouse: that environment has none of its packages.
 """
 
+import contextlib
 import json
 import os
 import queue
@@ -27,7 +28,17 @@ MESSAGE_CHARACTERS = 600
 class Engine:
     """One model, loaded."""
 
-    def __init__(self, model: str, *, dtype: str, context: int, batch_size: int, cache_bytes: int, eager: bool) -> None:
+    def __init__(
+        self,
+        model: str,
+        *,
+        dtype: str,
+        context: int,
+        batch_size: int,
+        cache_bytes: int,
+        memory_fraction: float | None,
+        eager: bool,
+    ) -> None:
         """Load a checkpoint.
 
         Args:
@@ -36,12 +47,15 @@ class Engine:
             context: tokens of the longest sequence; rotary positions are extended to it.
             batch_size: sequences that run at once, at most.
             cache_bytes: of the key-value cache.
+            memory_fraction: of a GPU's memory that must be free when it starts; of a given cache nothing else depends
+                on it. None is vLLM's own.
             eager: whether graphs are neither compiled nor captured.
         """
         from vllm import LLM
 
         longest = _longest(model)
         extended = {"max_position_embeddings": context} if longest and context > longest else {}
+        fraction = {} if memory_fraction is None else {"gpu_memory_utilization": memory_fraction}
         self.llm = LLM(
             model=model,
             dtype=dtype,
@@ -55,6 +69,7 @@ class Engine:
             disable_log_stats=True,
             hf_overrides=extended,
             seed=0,
+            **fraction,
         )
         self.num_requests = 0
 
@@ -80,19 +95,24 @@ class Engine:
         names = [str(self.num_requests + index) for index in range(len(prompts))]
         self.num_requests += len(prompts)
         start = time.perf_counter()
-        for name, prompt in zip(names, prompts, strict=True):
-            engine.add_request(name, {"prompt_token_ids": prompt}, sampling)
-        before = start
-        while engine.has_unfinished_requests():
-            decoding = len(first) == len(names)
-            outputs = engine.step()
-            now = time.perf_counter()
-            for output in outputs:
-                tokens[output.request_id] = list(output.outputs[0].token_ids)
-                first.setdefault(output.request_id, now - start)
-            if decoding and outputs:
-                steps.append(now - before)
-            before = now
+        try:
+            for name, prompt in zip(names, prompts, strict=True):
+                engine.add_request(name, {"prompt_token_ids": prompt}, sampling)
+            before = start
+            while engine.has_unfinished_requests():
+                decoding = len(first) == len(names)
+                outputs = engine.step()
+                now = time.perf_counter()
+                for output in outputs:
+                    tokens[output.request_id] = list(output.outputs[0].token_ids)
+                    first.setdefault(output.request_id, now - start)
+                if decoding and outputs:
+                    steps.append(now - before)
+                before = now
+        except Exception:
+            with contextlib.suppress(Exception):  # the engine may have ended with it
+                engine.abort_request(names)  # or the next batch would go on with these
+            raise
         return {
             "tokens": [tokens[name] for name in names],
             "first_seconds": [first[name] for name in names],

@@ -6,8 +6,12 @@ from pathlib import Path
 import pytest
 
 from stages.errors import ConfigError
+from stages.measure.stage import Measure
+from stages.models.serving import RuntimeChoice
 from stages.prepare.stage import Prepare
+from stages.promote.stage import Gate
 from workflows.compress import DataSettings, HardwareSettings, StudentSpec, compress
+from workflows.quickstart import quickstart
 
 
 def checkpoint(folder: Path, **config: int) -> str:
@@ -61,3 +65,26 @@ def test_texts_to_train_on_and_to_compare_on_that_are_the_same_are_refused(tmp_p
     graph("other.txt")
     with pytest.raises(ConfigError, match=r"copy.txt' is among the texts to compare models on, and '.*one.txt', which"):
         graph("copy.txt")
+
+
+@pytest.mark.parametrize("cpus", [0.5, 1.0, 2.5])
+def test_step_that_measures_takes_a_cpu_for_each_of_its_threads(tmp_path: Path, cpus: float) -> None:
+    teacher = checkpoint(tmp_path / "gpt2", n_positions=256)
+    hardware = HardwareSettings(device="a CPU", cpus_per_worker=cpus)
+    step = compress(teacher=teacher, documents=("a.txt",), hardware=hardware).steps["speed"]
+    assert isinstance(step.stage, Measure)
+    assert step.stage.threads == max(1, int(cpus))
+    assert step.stage.threads <= step.resources.cpus_per_worker == max(1.0, cpus)
+
+
+@pytest.mark.parametrize(("runtime", "gpus"), [("vllm-cuda", 0.0), ("vllm-cpu", 1.0)])
+def test_runtime_for_another_device_is_refused_before_anything_runs(
+    tmp_path: Path, runtime: RuntimeChoice, gpus: float
+) -> None:
+    teacher = checkpoint(tmp_path / "gpt2", n_positions=256)
+    hardware = HardwareSettings(device="a device", gpus_per_worker=gpus)
+    with pytest.raises(ConfigError, match=f"'{runtime}', but speed is measured on"):
+        compress(teacher=teacher, documents=("a.txt",), gate=Gate(runtime=runtime), hardware=hardware)
+    if not gpus:
+        with pytest.raises(ConfigError, match="'vllm-cuda', but speed is measured on CPUs"):
+            quickstart(gate=Gate(runtime=runtime))

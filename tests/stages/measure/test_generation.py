@@ -69,13 +69,23 @@ def test_models_are_interleaved_and_warmups_are_not_recorded(model):
     calls: list = []
     rounds: list = []
     models = {name: recording(model, calls, name) for name in "ABC"}
-    found = time_interleaved(
+    found, failed = time_interleaved(
         models, Load(1, 3, 2), warmup=1, repeats=2, seed=0, progress=lambda done, total: rounds.append((done, total))
     )
     prefills = [name for name, shape, _ in calls if shape == (1, 3)]
     assert prefills == ["A", "B", "C"] * 3
     assert {name: len(runs) for name, runs in found.items()} == {"A": 2, "B": 2, "C": 2}
     assert rounds == [(1, 3), (2, 3), (3, 3)]
+    assert failed == {}
+
+
+def test_model_that_fails_while_it_is_timed_costs_the_others_nothing(model):
+    odd = recording(model, [], "B")
+    type(odd).__call__ = lambda self, input_ids: {}["no such key"]
+    models = {"A": recording(model, [], "A"), "B": odd}
+    found, failed = time_interleaved(models, Load(1, 3, 2), warmup=0, repeats=2, seed=0, progress=lambda *_: None)
+    assert {name: len(runs) for name, runs in found.items()} == {"A": 2}
+    assert failed == {"B": "KeyError: 'no such key'"}
 
 
 def test_summary_takes_percentiles_over_runs_and_over_all_steps():

@@ -1,9 +1,12 @@
 """Whether a runtime's greedy tokens are what transformers would write, up to rounding."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 
-from stages.measure.same_text import compare_text, text_prompts
+from stages.measure.same_text import compare_text, release_memory, text_prompts
 from stages.models.checkpoints import load_model
 from tests.stages.evaluate.tiny import VOCABULARY, save_model, save_tokenizer
 
@@ -52,3 +55,18 @@ def test_prompts_are_sentences_where_there_is_a_tokenizer_and_ids_where_not(fold
     found = text_prompts(tmp_path, max_tokens=3, vocab_size=64, seed=0)
     assert len(found) == 4
     assert {len(prompt) for prompt in found} == {3}
+
+
+def test_memory_of_a_model_that_is_no_longer_used_is_given_back_to_the_device(folder, monkeypatch):
+    """Of one in a cycle too, which only the collector frees."""
+    model = load_model(folder)
+    model.__dict__["itself"] = [model]
+    alive, found = weakref.ref(model), []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: found.append(alive()))
+    gc.disable()
+    try:
+        del model
+        release_memory()
+    finally:
+        gc.enable()
+    assert found == [None]

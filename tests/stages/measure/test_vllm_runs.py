@@ -2,11 +2,13 @@
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from stages.candidates import read_candidates
-from stages.errors import ExternalDataError, StageFailed
+from stages.errors import ExternalDataError, StageFailed, Transient
 from stages.measure import vllm_runs
 from stages.measure.runtimes import VLLM
 from stages.measure.stage import Measure
@@ -18,6 +20,7 @@ from tests.stages.evaluate.tiny import save_model
 
 SCRIPT = """
 import json, os, sys
+failing = 0
 for line in sys.stdin:
     request = json.loads(line)
     call, given = request["call"], request["arguments"]
@@ -26,10 +29,21 @@ for line in sys.stdin:
         print("what vLLM printed", file=sys.stderr, flush=True)
         answer["error"] = {"kind": "failed", "message": "ValueError: Failed to find a kernel"}
     elif call == "load" and "large" in given["model"]:
+        print("the last words", file=sys.stderr, flush=True)
         answer["error"] = {"kind": "memory", "message": "OutOfMemoryError: too large"}
     elif call == "load" and "crashing" in given["model"]:
         os.abort()
+    elif call == "load" and "slow" in given["model"]:
+        continue
+    elif call == "load" and "unlucky" in given["model"] and not os.path.exists(given["model"] + "/tried"):
+        open(given["model"] + "/tried", "w").close()
+        os.abort()
+    elif call == "generate" and failing and len(given["prompts"]) == failing:
+        answer["error"] = {"kind": "memory", "message": "OutOfMemoryError: 5 are too many"}
+    elif call == "memory" and failing:
+        os.abort()
     elif call == "load":
+        failing = 5 if "narrow" in given["model"] else 0
         assert (given["dtype"], given["context"], given["batch_size"], given["eager"]) == ("auto", 12, 5, True)
         answer["result"] = {"dtype": "bfloat16", "weights_bytes": 10}
     elif call == "generate":
@@ -76,15 +90,57 @@ def test_answers_become_figures_and_another_text_is_found(tmp_path, vllm):
 
 
 def test_each_candidate_that_fails_says_why_and_the_others_are_measured(tmp_path, vllm):
-    found, logs = measure(tmp_path, "refused", "large", "crashing", "good")
-    assert {name: speed.served for name, speed in found.items()} == {
-        "refused": False, "large": None, "crashing": False, "good": True,
-    }  # fmt: skip
+    found, logs = measure(tmp_path, "refused", "large", "good")
+    assert {name: speed.served for name, speed in found.items()} == {"refused": False, "large": None, "good": True}
     assert "vLLM 0.32.0 on a CPU does not serve it: ValueError: Failed to find a kernel" in found["refused"].reason
     assert "has no memory for it: OutOfMemoryError" in found["large"].reason
-    assert "ended by signal 6 at 'load'" in found["crashing"].reason
-    assert logs["refused"] == ["what vLLM printed"]
+    assert logs == {"refused": ["what vLLM printed"], "large": ["the last words"]}
     assert found["good"].figures
+
+
+def test_process_that_is_lost_is_started_once_more_and_is_no_verdict(tmp_path, vllm, monkeypatch):
+    found, logs = measure(tmp_path, "crashing", "unlucky")
+    assert (found["crashing"].served, found["crashing"].figures) == (None, {})
+    assert "vLLM 0.32.0 on a CPU was lost, twice: its process ended by signal 6 at 'load'" in found["crashing"].reason
+    assert (found["unlucky"].served, found["unlucky"].reason) == (True, None)
+    assert "crashing" in logs
+    monkeypatch.setattr(vllm_runs, "LOAD_SECONDS", 0.3)
+    with pytest.raises(Transient, match=r"lost with every model.* did not answer 'load' within"):
+        measure(tmp_path / "other", "slow")
+
+
+def test_figure_that_fails_after_the_first_text_costs_no_other(tmp_path, vllm):
+    found, logs = measure(tmp_path, "narrow")
+    speed = found["narrow"]
+    assert (speed.served, speed.dtype, list(speed.by_batch)) == (True, "bfloat16", ["1"])
+    assert speed.latency_p50_ms == pytest.approx(2)
+    assert (speed.throughput_tokens_per_second, speed.peak_memory_bytes) == (None, None)
+    assert "a batch of 5 was not measured: OutOfMemoryError: 5 are too many" in speed.reason
+    assert "its peak memory was not measured: its process ended by signal 6 at 'memory'" in speed.reason
+    assert speed.same_text.tokens == 16
+    assert "narrow" in logs
+
+
+def test_checkpoint_that_is_odd_costs_no_other_its_figures(tmp_path, vllm, monkeypatch):
+    def odd(folder, *_, **__):
+        return {}["no such key"] if "strange" in str(folder) else [[1, 2]]
+
+    monkeypatch.setattr(vllm_runs, "text_prompts", odd)
+    monkeypatch.setattr(vllm_runs, "compare_text", odd)
+    found, _ = measure(tmp_path, "strange", "good")
+    assert (found["strange"].served, found["strange"].reason) == (None, "it was not measured: KeyError: 'no such key'")
+    assert found["good"].served
+
+
+def test_share_of_a_gpu_that_must_be_free_is_what_the_model_needs(tmp_path, monkeypatch):
+    save_model(tmp_path, seed=0)
+    gib = 1024**3
+    card = SimpleNamespace(total_memory=80 * gib)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
+    stored = (tmp_path / "model.safetensors").stat().st_size
+    assert vllm_runs._fraction(tmp_path, "stored", gib) == pytest.approx((stored + 5 * gib) / (80 * gib))
+    card.total_memory = gib
+    assert vllm_runs._fraction(tmp_path, "stored", gib) == 0.92
 
 
 def test_runtime_for_another_device_or_that_is_not_here_fails_the_step(tmp_path, monkeypatch):

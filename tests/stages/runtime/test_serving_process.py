@@ -1,5 +1,6 @@
 """A process in another environment: what it answers, how it fails, and that it never outlives who started it."""
 
+import logging
 import os
 import signal
 import subprocess
@@ -10,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from stages.errors import OutOfMemory, StageFailed
+from stages.errors import OutOfMemory, StageFailed, Transient, WorkerLost
 from stages.runtime.serving_process import ServingProcess
 
 SCRIPT = """
@@ -81,12 +82,22 @@ def test_error_comes_back_as_ours_and_the_process_lives(script, kind, expected):
 def test_call_that_takes_too_long_ends_the_process_and_its_children(script):
     process = start(script)
     child = process.call("child", timeout_seconds=20)
-    with pytest.raises(StageFailed, match=r"did not answer 'hang' within 0\.05 s"):
+    with pytest.raises(Transient, match=r"did not answer 'hang' within 0\.05 s"):
         process.call("hang", timeout_seconds=0.05)
     assert gone(child)
+    with pytest.raises(WorkerLost, match="'echo' was not asked: its process had ended"):
+        process.call("echo", timeout_seconds=20)
 
 
-@pytest.mark.parametrize(("number", "expected"), [(signal.SIGKILL, OutOfMemory), (signal.SIGSEGV, StageFailed)])
+@pytest.mark.parametrize("level", [logging.INFO, logging.WARNING])
+def test_standard_error_goes_to_the_log_or_to_ours_where_the_log_drops_it(script, level, caplog, capsys):
+    with caplog.at_level(level), start(script) as process:
+        process.call("echo", timeout_seconds=20)
+    logged = [record.getMessage() for record in caplog.records]
+    assert (logged, capsys.readouterr().err) == ((["ready"], "") if level == logging.INFO else ([], "ready\n"))
+
+
+@pytest.mark.parametrize(("number", "expected"), [(signal.SIGKILL, OutOfMemory), (signal.SIGSEGV, WorkerLost)])
 def test_death_is_told_with_the_signal_and_the_last_words(script, number, expected):
     with start(script) as process, pytest.raises(expected, match=rf"by signal {number:d} .*no more memory for this"):
         process.call("die", timeout_seconds=20, signal=int(number))
