@@ -15,7 +15,7 @@ import psutil
 ROOT = Path(__file__).parents[2]
 SMALL = {
     **{"max_documents": 120, "vocabulary_size": 400, "sequence_length": 32},
-    **{"teacher.layers": 1, "teacher.width": 64, "teacher.heads": 2, "teacher.ffn_width": 128},
+    **{"teacher.layers": 2, "teacher.width": 64, "teacher.heads": 2, "teacher.ffn_width": 128},
     **{"student.layers": 1, "student.width": 64, "student.heads": 2, "student.ffn_width": 128},
     **{"teacher_steps": 12, "student_steps": 12, "batch_rows": 8, "k": 8},
 }

@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.quickstart, pytest.mark.timeout(600)]
 
 SCHEMES = [option for scheme in run_command.SCHEMES[:1] for option in ("--schemes", scheme)]
 SHORT = (
-    *("--data.sequence-length", "32", "--training.optimizer-steps", "6", "--training.batch-rows", "4"),
+    *("--training.optimizer-steps", "6", "--training.batch-rows", "4"),
     *("--training.k", "8", "--hardware.cpus-per-worker", "1"),
 )
 SENTENCES = [f"the {color} {animal} walks {number} miles over the hill and rests" for color in ("red", "gray", "pale")
@@ -67,7 +67,7 @@ def test_compress_gpt2_on_text_and_parquet_with_fewer_layers(tmp_path: Path) -> 
     document = run(
         *("run", "compress", "--teacher", str(gpt2(tmp_path / "teacher")), "--documents", str(texts)),
         *("--students", '{"name": "half", "layers": 2}', "--store", str(tmp_path / "store"), *SHORT, *SCHEMES),
-        *("--data.validation-fraction", "0.2", "--data.calibration-fraction", "0.4"),
+        *("--data.sequence-length", "32", "--data.validation-fraction", "0.2", "--data.calibration-fraction", "0.4"),
     )
     assert document["outcome"] == "succeeded"
     found = candidates(document)
