@@ -145,8 +145,8 @@ class Prepare(Stage):
         overlong = summary.describe_overlong(total, self.overlong, self.sequence_length)
         for note in summary.notes(total, overlong, duplicates, division):
             context.reporter.note(note)
-        accepted = {"max_rejected_fraction": self.max_rejected_fraction, "duplicates": duplicates}
-        summary.check(total, schema=rows["schema"], division=division, **accepted)
+        rejects = self.max_rejected_fraction
+        summary.check(total, rows["schema"], division, max_rejected_fraction=rejects, duplicates=duplicates)
         DatasetInfo(
             tokenizer_digest=facts.digest,
             vocabulary_size=facts.vocabulary_size,

@@ -182,9 +182,9 @@ def finished(shards: Shards, written: frozenset[str]) -> dict[int, Summary]:
 
 def check(
     summary: Summary,
-    *,
     schema: Schema,
     division: Division,
+    *,
     max_rejected_fraction: float,
     duplicates: Duplicates | None = None,
 ) -> None:

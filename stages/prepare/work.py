@@ -10,11 +10,12 @@ from dataclasses import dataclass, field, replace
 
 from stages.contract import Shards, Split
 from stages.formats.dataset import RejectedRows, SplitCounts
+from stages.formats.packing import Segment
 from stages.formats.tokens import TokenRows, shard_name, to_parquet
 from stages.prepare.division import Division
 from stages.prepare.documents import Document, PartReader, Schema
 from stages.prepare.encoding import EncoderState, build_encoder
-from stages.prepare.packing import Cutting, Packer, Segment
+from stages.prepare.packing import Cutting, Packer
 from stages.prepare.parts import Part
 from stages.prepare.summary import SPLITS, Summary, keep
 
