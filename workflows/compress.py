@@ -66,8 +66,7 @@ class StudentSpec(Config):
 
     @property
     def _sizes(self) -> dict[str, Any]:
-        sizes = {name: getattr(self, name) for name in ("layers", "heads", "width", "ffn_width")}
-        return {name: size for name, size in sizes.items() if size is not None}
+        return self.model_dump(include={"layers", "heads", "width", "ffn_width"}, exclude_none=True)
 
     def model(self) -> Continue | Smaller:
         """Return how the student comes from its origin."""
@@ -91,6 +90,8 @@ class DataSettings(Config):
     """The field that holds the text, of rows that are texts."""
     max_rejected_fraction: float = Field(0.01, ge=0, le=1)
     """Share of rows that may be other than the first is; more fail the step."""
+    duplicate_similarity: float | None = Field(0.8, gt=0, le=1)
+    """From which on near duplicates are kept on one side (Jaccard, of runs of five words); None compares none."""
 
 
 class TrainingSettings(Config):
@@ -286,8 +287,7 @@ def compress(
         for name, model in models.items()
         if quantize_teacher or name != "teacher"
     }
-    if champion is not None:
-        models["champion"] = flow.external("champion", Checkpoint(source=champion))
+    models |= {"champion": flow.external("champion", Checkpoint(source=champion))} if champion else {}
     scores = flow.step(
         "scores",
         Evaluate(dtype=dtype, seed=seed),
@@ -301,7 +301,7 @@ def compress(
         runtime=measured_runtime(target),
         device=hardware.measured_device,
         threads=int(max(1, hardware.cpus_per_worker)),
-        prompt_tokens=min(128, row_length // 2),  # no more than every teacher that can read a row can read
+        prompt_tokens=min(128, row_length // 2),  # together no more than what can read a row can read
         new_tokens=min(32, row_length // 4),
         seed=seed,
     )
@@ -320,11 +320,11 @@ def _check_request(documents: tuple[str, ...], students: tuple[StudentSpec, ...]
             """--students '{"name": "half", "layers": 6}', or leave --no-quantize-teacher out"""
         )
     names = [student.name for student in students]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ConfigError(f"two students are named {twice[0]!r}; each needs a name of its own")
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ConfigError(f"two students are named {min(twice)!r}; each needs a name of its own")
     taken = {"teacher", "champion", *(f"{name}-quantized" for name in ("teacher", *names))}
     if taken := taken & set(names):
         raise ConfigError(f"a student is named {min(taken)!r}, which is the name of another candidate; choose another")
     for one, other in combinations(students, 2):
         if one == other.model_copy(update={"name": one.name}):
-            raise ConfigError(f"the students {one.name!r} and {other.name!r} are the same model; leave one of them out")
+            raise ConfigError(f"the students {one.name!r} and {other.name!r} are the same model; leave one out")

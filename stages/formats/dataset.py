@@ -33,7 +33,7 @@ class RejectedRows(FormatModel):
 
 
 class Duplicates(FormatModel):
-    """Documents that are copies of others, whole or nearly, none of which is on another side than what it copies."""
+    """Documents that are copies of others, whole or nearly; but for `divided`, none is on another side than these."""
 
     similarity: float
     """Jaccard similarity of runs of words from which on two documents are near duplicates."""
@@ -43,6 +43,10 @@ class Duplicates(FormatModel):
     """Documents of another content that are near duplicates of another."""
     moved: int
     """Documents that would be on another side by their content alone."""
+    largest: int = 0
+    """Documents of the largest cluster that near duplicates connect."""
+    divided: int = 0
+    """Documents in clusters that are too large for one side, and so divided by their own content."""
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -56,6 +60,8 @@ class OverlongDocuments(FormatModel):
     handling: Literal["reject", "truncate"]
     """Whether they were left out, or lost their end."""
     count: int
+    unanswered: int = 0
+    """Those that had no target left once they lost their end, and so are left out."""
     fraction: float
     """Of all chats or labelled rows."""
 

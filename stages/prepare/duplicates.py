@@ -5,17 +5,20 @@ punctuation) is at least a threshold, estimated by MinHash (Broder 1997) of 128 
 0.035 at 0.8. Candidates come from banding (Leskovec et al., Mining of Massive Datasets, 3.4), so that not every pair is
 compared. All that are connected by near duplicates are one cluster, and its side is that of its smallest digest.
 
-What is compared of a chat is what is said in it: a system message or tools that all chats share would make all of them
-alike. A cluster that is larger than half of the smallest held-out split (rows made from one template) goes to training,
-since a held-out split of one text would measure nothing.
+What is compared is what is learned: of a labelled row the completion, of a chat the answers that are targets. An
+instruction that all rows share would make all of them alike. Answers of less than `MIN_ANSWER_SHINGLES` runs of words
+("yes") are not compared. A cluster that is larger than half of the smallest split that is held out (texts made from one
+template) is left divided by its documents' own content, and counted: on one side it would leave another without text,
+or be most of it.
 
 Promise: sides follow from the documents' content and the seed alone, whatever the number of workers or the order.
-Does not: remove a document, or find one that is contained in a much longer one.
+Does not: remove a document, find one that is contained in a much longer one, or compare questions.
 
 Shapes: N documents, P permutations.
 """
 
 import io
+import json
 import re
 import tempfile
 import zlib
@@ -28,6 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stages.formats.dataset import Duplicates
+from stages.prepare.chats import calls
 from stages.prepare.division import SPLITS, Division, Moves
 from stages.prepare.documents import Document, PartReader, Schema
 from stages.prepare.parts import Part
@@ -37,9 +41,12 @@ FOLDER = "signatures"
 """Below `resume/`."""
 SHINGLE_WORDS = 5
 """As Gopher's MassiveText, FineWeb and most others compare web texts (arXiv:2112.11446, A.1; arXiv:2406.17557)."""
+MIN_ANSWER_SHINGLES = 9
+"""Of n < 9 runs, 12 words at most, two texts of which a word differs have at most (n − 1) / (n + 1) < 0.8 in common:
+what is found among them is mostly equal answers to other questions, which are no copies."""
 PERMUTATIONS = 128
 RECORD = np.dtype([("digest", "<u8", 4), ("sketch", "<u4", PERMUTATIONS), ("words", "?")])
-"""One document: its digest, its MinHash, and whether it has any words to compare."""
+"""One document: its digest, its MinHash, and whether it has words enough to compare."""
 BATCH = 8192
 """Shingles or pairs that are worked on at a time: some 4 MB."""
 SPACELESS = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff"
@@ -64,13 +71,15 @@ def signed_parts(folder: Folder) -> frozenset[int]:
 
 def _record(document: Document) -> tuple[NDArray[np.uint64], NDArray[np.uint32], bool]:
     hashes = shingles(compared_text(document))
-    return np.frombuffer(document.digest, "<u8"), sketch(hashes), len(hashes) > 0
+    fewest = 1 if document.schema == "text" else MIN_ANSWER_SHINGLES
+    return np.frombuffer(document.digest, "<u8"), sketch(hashes), len(hashes) >= fewest
 
 
 def compared_text(document: Document) -> str:
-    """Return what of a document is compared with others."""
-    said = (message["content"] for message in document.messages if message["role"] != "system")
-    return "\n".join(filter(None, [*said, document.prompt, document.text]))
+    """Return what of a document is compared with others: what is learned of it, what its answers call included."""
+    answers = [m for i, m in enumerate(document.messages) if m["role"] == "assistant" and i not in document.masked]
+    called = (json.dumps(m["tool_calls"], ensure_ascii=False) for m in answers if calls(m))
+    return "\n".join(filter(None, [*(m["content"] for m in answers), *called, document.text]))
 
 
 def shingles(text: str) -> NDArray[np.uint64]:
@@ -125,12 +134,17 @@ def keep_together(folder: Folder, division: Division, similarity: float) -> tupl
         if not file.tell():
             return division, Duplicates(similarity=similarity, exact=0, near=0, moved=0)
         clusters = find_clusters(np.memmap(file, RECORD, "r"), similarity)
-    sides_N, moved_N = _sides(clusters, division)
+    _, inverse_N, distinct_C = np.unique(clusters.cluster_N, return_inverse=True, return_counts=True)
+    sizes_C = np.where(distinct_C > 1, np.bincount(inverse_N, weights=clusters.copies_N), 0).astype(np.int64)
+    is_divided_C = sizes_C > _most(division, int(clusters.copies_N.sum()))
+    sides_N, moved_N = _sides(clusters, division, is_divided_C[inverse_N])
     duplicates = Duplicates(
         similarity=similarity,
         exact=int(clusters.copies_N.sum()) - len(clusters.copies_N),
         near=len(clusters.copies_N) - len(np.unique(clusters.cluster_N)),
         moved=int(clusters.copies_N[moved_N].sum()),
+        largest=int(sizes_C.max()),
+        divided=int(sizes_C[is_divided_C].sum()),
     )
     moves = Moves(clusters.digests_N4[moved_N, 0], sides_N[moved_N])
     return replace(division, moves=moves.sorted()), duplicates
@@ -181,16 +195,19 @@ def _similar_pairs(
             yield one[similar], other[similar]
 
 
-def _sides(clusters: Clusters, division: Division) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+def _most(division: Division, num_documents: int) -> float:
+    """Return how many documents a cluster may have that falls on one side as a whole."""
+    fractions = [fraction for fraction in division.fractions.values() if fraction > 0]
+    held_out = min(fractions) if len(fractions) > 1 else 2.0  # with one side there is nothing to divide
+    return max(1.0, held_out * num_documents / 2)
+
+
+def _sides(
+    clusters: Clusters, division: Division, is_divided_N: NDArray[np.bool_]
+) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
     """Return each document's side as an index of `SPLITS`, and whether it is another than its own."""
     own_N = np.array([SPLITS.index(division.side(digest.tobytes())) for digest in clusters.digests_N4], np.uint8)
     # Digests are in order, so that the first of a cluster is its smallest.
     _, first_C, inverse_N = np.unique(clusters.cluster_N, return_index=True, return_inverse=True)
-    side_C = own_N[first_C]
-    sizes_C = np.bincount(inverse_N, weights=clusters.copies_N)
-    held_out = [fraction for split, fraction in division.fractions.items() if split != "train" and fraction > 0]
-    if division.fractions["train"] > 0 and held_out:
-        largest = max(1, min(held_out) * clusters.copies_N.sum() / 2)
-        side_C = np.where((sizes_C > largest) & (np.bincount(inverse_N) > 1), SPLITS.index("train"), side_C)
-    sides_N = side_C[inverse_N].astype(np.uint8)
+    sides_N = np.where(is_divided_N, own_N, own_N[first_C][inverse_N])
     return sides_N, sides_N != own_N

@@ -13,29 +13,18 @@ leave and the others wait for more: 99.7 % of positions are filled with chats of
 a second (`benchmarks/packing.py`).
 """
 
-from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
+from stages.formats.packing import Segment, best_fit, pack_rows
 from stages.formats.tokens import TokenRows
 from stages.prepare.encoding import Encoded
 
-__all__ = ["Cutting", "Packer", "Segment", "best_fit"]
-
-
-@dataclass(frozen=True, slots=True)
-class Segment:
-    """Some tokens of one document; attention stays within them."""
-
-    ids: NDArray[np.int32]
-    mask: NDArray[np.bool_]
-    """True at targets."""
-    document_id: int
+__all__ = ["Cutting", "Packer"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,38 +109,5 @@ class Packer:
         return sum(len(self._waiting[index].ids) for index in row)
 
     def _rows(self, rows: list[list[int]]) -> TokenRows:
-        shape = (len(rows), self._length)
-        ids, owners = np.full(shape, self._pad, np.int32), np.full(shape, -1, np.int64)
-        mask, positions = np.zeros(shape, np.bool_), np.zeros(shape, np.int32)
-        for number, row in enumerate(rows):
-            at = 0
-            for segment in (self._waiting[index] for index in row):
-                stop = at + len(segment.ids)
-                ids[number, at:stop], owners[number, at:stop] = segment.ids, segment.document_id
-                mask[number, at:stop], positions[number, at:stop] = segment.mask, np.arange(stop - at)
-                at = stop
-            positions[number, at:] = np.arange(self._length - at)
-        return TokenRows(ids, owners, mask, positions)
-
-
-def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Put items into bins, the longest first, each where it leaves the least room; return each bin's items.
-
-    Args:
-        lengths: of the items, each at most `capacity`.
-        capacity: of a bin.
-    """
-    bins: list[list[int]] = []
-    open_bins: list[tuple[int, int]] = []
-    """(room, bin), ascending."""
-    for item in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
-        place = bisect_left(open_bins, (lengths[item], -1))
-        if place == len(open_bins):
-            room, number = capacity, len(bins)
-            bins.append([])
-        else:
-            room, number = open_bins.pop(place)
-        bins[number].append(item)
-        if room > lengths[item]:
-            insort(open_bins, (room - lengths[item], number))
-    return bins
+        segments = [[self._waiting[index] for index in row] for row in rows]
+        return pack_rows(segments, length=self._length, pad_token_id=self._pad)

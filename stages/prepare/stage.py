@@ -13,7 +13,7 @@ from stages.contract import Config, Context, ExternalData, Input, Kind, Outcome,
 from stages.errors import ConfigError, StageFailed
 from stages.external.checkpoints import PretrainedTokenizer
 from stages.external.documents import DocumentSource, Files, HubDataset
-from stages.formats.dataset import DatasetInfo, OverlongDocuments
+from stages.formats.dataset import DatasetInfo
 from stages.runtime.processes import quiet_data
 from stages.runtime.workarounds import deprecated_options
 from stages.runtime.workers import WorkerSetup, translated_errors, worker_options
@@ -43,7 +43,7 @@ class Prepare(Stage):
     """Turns documents into a dataset of packed tokens, split before it is packed."""
 
     KIND: ClassVar[Kind] = "dataset"
-    REVISION: ClassVar[str] = "2026-11-25 segments: whole chats, windows of texts, each begun as the tokenizer begins"
+    REVISION: ClassVar[str] = "2026-11-25 near duplicates by what is learned; large clusters of them stay divided"
     PLACES_WORKERS: ClassVar = True
     INPUTS: ClassVar[Mapping[str, Input]] = {"tokenizer": Input(("model", "dataset"), required=False)}
 
@@ -76,8 +76,8 @@ class Prepare(Stage):
     max_documents: int | None = Field(None, ge=1)
     """Take only the first documents, in the order of file names; None takes all."""
     duplicate_similarity: float | None = Field(0.8, gt=0, le=1)
-    """Documents at least this similar (Jaccard, of runs of five words) are kept on one side of the split; None divides
-    all by their own content. Comparing them reads the source once more."""
+    """Documents of which what is learned is at least this similar (Jaccard, of runs of five words) are kept on one side
+    of the split; None divides all by their own content. Comparing them reads the source once more."""
     part_bytes: int = Field(8 * 1024 * 1024, ge=1024)
     """Bytes of source that one task reads: about 2 million tokens, seconds of work. Rows do not span parts, so it
     counts in identity."""
@@ -142,10 +142,11 @@ class Prepare(Stage):
             shards=Shards(context.out, context.resume),
         )
         total = summary.Summary.total(_prepare_parts(parts, job, context))
-        overlong = self._overlong(total)
-        for note in summary.notes(total, overlong, duplicates):
+        overlong = summary.describe_overlong(total, self.overlong, self.sequence_length)
+        for note in summary.notes(total, overlong, duplicates, division):
             context.reporter.note(note)
-        summary.check(total, schema=rows["schema"], division=division, max_rejected_fraction=self.max_rejected_fraction)
+        rejects = self.max_rejected_fraction
+        summary.check(total, rows["schema"], division, max_rejected_fraction=rejects, duplicates=duplicates)
         DatasetInfo(
             tokenizer_digest=facts.digest,
             vocabulary_size=facts.vocabulary_size,
@@ -210,23 +211,6 @@ class Prepare(Stage):
             prefix=prefix,
             overlong=self.overlong,
             context_fraction=self.context_fraction if context is None else context,
-        )
-
-    def _overlong(self, total: "Summary") -> OverlongDocuments:
-        """Return how many chats or labelled rows are longer than a row of tokens.
-
-        Raises:
-            StageFailed: all of them are, and are to be left out.
-        """
-        num_kept = sum(of.documents for of in total.splits.values())
-        num_all = num_kept + (total.overlong if self.overlong == "reject" else 0)
-        if total.overlong and not num_kept:
-            raise StageFailed(
-                f"all {total.overlong} chats or labelled rows are longer than sequence_length={self.sequence_length} "
-                "tokens, and a row is never cut at its beginning; raise sequence_length (or set overlong='truncate')"
-            )
-        return OverlongDocuments(
-            handling=self.overlong, count=total.overlong, fraction=total.overlong / max(1, num_all)
         )
 
     def _make_tokenizer(self, context: Context, parts: list[Any], rows: dict[str, Any], folder: Path) -> Any:

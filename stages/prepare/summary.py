@@ -6,7 +6,7 @@ Promise: a part counts as finished only when its summary can be read and each of
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import get_args
+from typing import Literal, get_args
 
 from pydantic import Field, ValidationError
 
@@ -23,6 +23,11 @@ FOLDER = "parts"
 """Below `resume/`."""
 MIN_VALIDATION_DOCUMENTS = 2
 """Models are compared by intervals over documents, and one has none."""
+MIN_CALIBRATION_DOCUMENTS = 2
+"""`Quantize` calibrates on some and measures on others."""
+VERDICT_DOCUMENTS = 8
+"""With D documents a one-sided p-value is at least 2^-D, and times the candidates that it is corrected for it has to be
+below 0.025: ⌈log2(4 / 0.025)⌉ for four, as a teacher, a student and both quantized are."""
 
 
 class Summary(FormatModel):
@@ -32,6 +37,8 @@ class Summary(FormatModel):
     rejected: RejectedRows
     overlong: int = 0
     """Chats and labelled rows that are longer than a row of tokens."""
+    unanswered: int = 0
+    """Those of them that are cut at their end and have no target left, so that they are left out."""
     unlearned_answers: int
     """Answers in chats that are no targets."""
     unused_fields: dict[str, int] = Field(default_factory=dict)
@@ -49,6 +56,7 @@ class Summary(FormatModel):
                 examples=examples[:NUM_EXAMPLES],
             ),
             overlong=sum(part.overlong for part in parts),
+            unanswered=sum(part.unanswered for part in parts),
             unlearned_answers=sum(part.unlearned_answers for part in parts),
             unused_fields=dict(sum((Counter(part.unused_fields) for part in parts), Counter())),
         )
@@ -68,15 +76,44 @@ class Summary(FormatModel):
         }
 
 
-def notes(summary: Summary, overlong: OverlongDocuments, duplicates: Duplicates | None) -> Iterator[str]:
-    """Yield a line each on what is left out, cut, not learned or not used, and on copies."""
+def describe_overlong(
+    total: Summary, handling: Literal["reject", "truncate"], sequence_length: int
+) -> OverlongDocuments:
+    """Return how many chats or labelled rows are longer than a row of tokens, and what became of them.
+
+    Raises:
+        StageFailed: all of them are, and none is left.
+    """
+    num_kept = sum(of.documents for of in total.splits.values())
+    is_cut = handling == "truncate"
+    if total.overlong and not num_kept:
+        lost = ", and have no answer left once they lose their end" if is_cut else ""
+        remedy = "" if is_cut else " (or set overlong='truncate')"
+        raise StageFailed(
+            f"all {total.overlong} chats or labelled rows are longer than sequence_length={sequence_length} "
+            f"tokens{lost}, and a row is never cut at its beginning; raise sequence_length{remedy}"
+        )
+    num_all = num_kept + (total.unanswered if is_cut else total.overlong)
+    return OverlongDocuments(
+        handling=handling,
+        count=total.overlong,
+        unanswered=total.unanswered,
+        fraction=total.overlong / max(1, num_all),
+    )
+
+
+def notes(
+    summary: Summary, overlong: OverlongDocuments, duplicates: Duplicates | None, division: Division
+) -> Iterator[str]:
+    """Yield a line each on what is left out, cut, not learned or not used, on copies, and on splits that are small."""
     rejected = summary.rejected
     if rejected.count:
         yield f"{rejected.count} of {rejected.rows_read} rows are left out, such as {rejected.examples[0]}"
     if overlong.count:
         done = "are left out" if overlong.handling == "reject" else "lost their end"
         share = f"{overlong.count} chats or labelled rows, {overlong.fraction:.1%}"
-        yield f"{share}, are longer than sequence_length and {done}"
+        left = f"; {overlong.unanswered} of them had no answer left and are left out" if overlong.unanswered else ""
+        yield f"{share}, are longer than sequence_length and {done}{left}"
     if summary.unlearned_answers:
         yield f"{summary.unlearned_answers} answers in chats are no targets, since the chat template changes them"
     if unused := sorted(summary.unused_fields.items(), key=lambda field: (-field[1], field[0])):
@@ -87,6 +124,29 @@ def notes(summary: Summary, overlong: OverlongDocuments, duplicates: Duplicates 
         yield (
             f"{duplicates.exact} documents are copies of others and {duplicates.near} nearly so (similarity of at "
             f"least {duplicates.similarity:g}); {duplicates.moved} changed sides to be where what they copy is"
+        )
+    if duplicates and duplicates.divided:
+        yield (
+            f"{duplicates.divided} documents are in clusters of near duplicates (the largest has {duplicates.largest}) "
+            "that are too large for one side of the split, and stay divided, so that what models are compared on is "
+            "nearly in the training split; if they are rows of one template and no copies, set duplicate_similarity "
+            f"above {duplicates.similarity:g} or to None, or else remove copies"
+        )
+    yield from _small_splits(summary, division)
+
+
+def _small_splits(summary: Summary, division: Division) -> Iterator[str]:
+    """Yield a line each on splits that are there and too small for what reads them."""
+    num_judged, num_calibrating = (summary.splits[split].documents for split in ("validation", "calibration"))
+    if division.validation_fraction and num_judged < VERDICT_DOCUMENTS:
+        yield (
+            f"{num_judged} validation documents: with less than {VERDICT_DOCUMENTS} no difference between models is "
+            "significant, so that no verdict can be reached; give more documents, or raise validation_fraction"
+        )
+    if division.calibration_fraction and num_calibrating < MIN_CALIBRATION_DOCUMENTS:
+        yield (
+            f"{num_calibrating} calibration documents: quantization calibrates on some and measures on others, and "
+            f"fails with less than {MIN_CALIBRATION_DOCUMENTS}; give more documents, or raise calibration_fraction"
         )
 
 
@@ -120,7 +180,14 @@ def finished(shards: Shards, written: frozenset[str]) -> dict[int, Summary]:
     return found
 
 
-def check(summary: Summary, *, schema: Schema, division: Division, max_rejected_fraction: float) -> None:
+def check(
+    summary: Summary,
+    schema: Schema,
+    division: Division,
+    *,
+    max_rejected_fraction: float,
+    duplicates: Duplicates | None = None,
+) -> None:
     """Check that the dataset is worth having.
 
     Raises:
@@ -149,9 +216,15 @@ def check(summary: Summary, *, schema: Schema, division: Division, max_rejected_
         smallest = min(division.fractions[split] for split in empty)
         # (1 - fraction)^n ≤ 1 % for n documents that fall on a side independently.
         needed = math.ceil(math.log(0.01) / math.log1p(-smallest)) if smallest < 1 else MIN_VALIDATION_DOCUMENTS
+        moved = (
+            f"; {duplicates.moved} near duplicates were moved to where what they copy is (the largest cluster has "
+            f"{duplicates.largest} documents): duplicate_similarity=None leaves them where they were"
+            if duplicates and duplicates.moved
+            else ""
+        )
         raise StageFailed(
             f"too little text: {num_documents} documents with {sum(of.tokens for of in splits.values())} tokens were "
             f"found, and too few fall into {' and '.join(empty)}; about {needed} documents are needed for "
             f"validation_fraction={division.validation_fraction} and "
-            f"calibration_fraction={division.calibration_fraction}; give more documents, or raise the fractions"
+            f"calibration_fraction={division.calibration_fraction}; give more documents, or raise the fractions{moved}"
         )

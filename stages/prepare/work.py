@@ -10,11 +10,12 @@ from dataclasses import dataclass, field, replace
 
 from stages.contract import Shards, Split
 from stages.formats.dataset import RejectedRows, SplitCounts
+from stages.formats.packing import Segment
 from stages.formats.tokens import TokenRows, shard_name, to_parquet
 from stages.prepare.division import Division
 from stages.prepare.documents import Document, PartReader, Schema
 from stages.prepare.encoding import EncoderState, build_encoder
-from stages.prepare.packing import Cutting, Packer, Segment
+from stages.prepare.packing import Cutting, Packer
 from stages.prepare.parts import Part
 from stages.prepare.summary import SPLITS, Summary, keep
 
@@ -76,7 +77,7 @@ def prepare_part(part: Part, job: PrepareJob, written: frozenset[str]) -> Summar
     """
     reader = PartReader(part, job.schema, job.text_field)
     sinks = {split: _SplitSink(split, part.index, job, written) for split in SPLITS}
-    num_unlearned = num_overlong = 0
+    num_unlearned = num_overlong = num_unanswered = 0
     for batch in _batches(reader):
         results = build_encoder(job.encoder).encode([document for _, document in batch])
         for (place, document), result in zip(batch, results, strict=True):
@@ -86,8 +87,11 @@ def prepare_part(part: Part, job: PrepareJob, written: frozenset[str]) -> Summar
             reader.unused.update(result.unused)
             side = job.division.side(document.digest)
             cutting, is_text = job.cuttings[side], document.schema == "text"
-            sinks[side].add(cutting.windows(result) if is_text else cutting.whole(result))
-            num_overlong += not is_text and len(result.ids) > cutting.sequence_length
+            segments = cutting.windows(result) if is_text else cutting.whole(result)
+            sinks[side].add(segments)
+            is_overlong = not is_text and len(result.ids) > cutting.sequence_length
+            num_overlong += is_overlong
+            num_unanswered += is_overlong and cutting.overlong == "truncate" and not segments
             num_unlearned += result.num_unlearned
     for sink in sinks.values():
         sink.finish()
@@ -95,6 +99,7 @@ def prepare_part(part: Part, job: PrepareJob, written: frozenset[str]) -> Summar
         splits={split: sink.counts for split, sink in sinks.items()},
         rejected=RejectedRows(count=reader.num_rejected, rows_read=reader.num_rows, examples=tuple(reader.examples)),
         overlong=num_overlong,
+        unanswered=num_unanswered,
         unlearned_answers=num_unlearned,
         unused_fields=build_encoder(job.encoder).unused(reader.unused),
     )

@@ -1,9 +1,9 @@
 """Rows of the calibration split, and a seeded choice of some to calibrate on and of others to measure on.
 
-Promises: no document has tokens in both sets, and no row is in both, not even as a duplicate under another document;
-the same seed gives the same rows, wherever the shards lie.
+Promises: no document has tokens in both sets, and no segment is in both, not even as a duplicate under another
+document; two documents suffice; the same seed gives the same rows, wherever the shards lie.
 
-Shapes: R rows, T tokens of a row.
+Shapes: R rows, S segments.
 """
 
 from collections.abc import Iterable
@@ -14,9 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stages.errors import StageFailed
+from stages.formats.packing import Segment, best_fit, pack_rows, segments_of
 from stages.formats.tokens import TokenRows, predicts, read_rows
 
-__all__ = ["num_filled", "num_measured", "read_distinct_rows", "split_rows"]
+__all__ = ["num_distinct", "num_filled", "num_measured", "read_distinct_rows", "split_rows"]
 
 
 def read_distinct_rows(paths: Iterable[Path]) -> TokenRows:
@@ -40,6 +41,17 @@ def num_filled(rows: TokenRows) -> int:
     return int((rows.document_ids_RT >= 0).sum())
 
 
+def num_distinct(rows: TokenRows) -> int:
+    """Return the tokens that are not padding, without what windows of a text repeat of the one before."""
+    segments = list(segments_of(rows))
+    # Of a window all but its targets is repeated, or what the tokenizer puts first; a text's first has the least of it.
+    before: dict[int, int] = {}
+    for segment in segments:
+        context = int((~segment.mask).sum())
+        before[segment.document_id] = min(before.get(segment.document_id, context), context)
+    return sum(before.values()) + sum(int(segment.mask.sum()) for segment in segments)
+
+
 def num_measured(rows: TokenRows) -> int:
     """Return the tokens whose prediction is measured."""
     return int(predicts(rows.mask_RT).sum())
@@ -48,58 +60,57 @@ def num_measured(rows: TokenRows) -> int:
 def split_rows(
     rows: TokenRows, *, calibration_tokens: int, evaluation_tokens: int, seed: int
 ) -> tuple[TokenRows, TokenRows]:
-    """Choose rows to calibrate on, and rows of other documents to measure on; of too few, in the same proportion.
+    """Choose documents to calibrate on, and others to measure on, and pack each set into rows of its own.
 
-    Rows that hold a document in common, or share one with a third, fall on the same side.
+    Of too few both sets are cut in the same proportion, as far as whole documents allow. Rows of a split are not kept:
+    short documents share one, and so few of them would be on one side.
 
     Args:
-        rows: what there is.
-        calibration_tokens: tokens to calibrate on at most, padding not counted, up to a row.
-        evaluation_tokens: tokens whose prediction is to be measured at most, up to a row.
+        rows: what there is, with positions.
+        calibration_tokens: tokens to calibrate on at most, padding not counted, up to a segment.
+        evaluation_tokens: tokens whose prediction is to be measured at most, up to a segment.
         seed: of the choice.
 
     Raises:
-        StageFailed: there are no two rows without a document in common.
+        StageFailed: there are no two documents.
     """
-    group_R = _groups(rows.document_ids_RT)
-    num_groups = int(group_R.max(initial=-1)) + 1
-    if num_groups < 2:
+    first: dict[bytes, Segment] = {}
+    for segment in segments_of(rows):
+        if segment.mask.any():
+            first.setdefault(segment.ids.tobytes(), segment)
+    segments = list(first.values())
+    documents, document_S = np.unique([segment.document_id for segment in segments], return_inverse=True)
+    if len(documents) < 2:
         raise StageFailed(
-            f"the calibration split has {len(rows)} distinct rows, which all hold documents in common, directly or "
-            "through others; expected at least one to calibrate on and another, of other documents, to measure on; "
-            "give `Prepare` more documents"
+            f"the calibration split has {len(documents)} distinct documents in {len(rows)} distinct rows; expected at "
+            "least one to calibrate on and another to measure on; give `Prepare` more documents, or raise its "
+            "calibration_fraction"
         )
-    rank = np.random.default_rng(seed).permutation(num_groups)
-    order = np.argsort(rank[group_R], kind="stable")
-    rank_R = rank[group_R][order]
-    measured_R = predicts(rows.mask_RT).sum(1)[order]
-    filled_R = (rows.document_ids_RT >= 0).sum(1)[order]
-    goal = min(evaluation_tokens, int(measured_R.sum()) * evaluation_tokens // (calibration_tokens + evaluation_tokens))
-    # Up to the row that reaches the goal; the last group is left to calibrate on.
-    evaluation = _up_to(np.where(rank_R < num_groups - 1, measured_R, 0), goal)
-    evaluation &= rank_R < num_groups - 1
-    others = rank_R > rank_R[evaluation].max()
-    calibration = others & _up_to(np.where(others, filled_R, 0), calibration_tokens)
-    return rows.take(order[calibration]), rows.take(order[evaluation])
+    rank_S = np.random.default_rng(seed).permutation(len(documents))[document_S]
+    length_S = np.array([len(segment.ids) for segment in segments])
+    measured_S = np.array([int(segment.mask.sum()) for segment in segments])
+    order = np.lexsort((length_S - measured_S, rank_S))  # of a text its first window first
+    rank_S, length_S, measured_S = rank_S[order], length_S[order], measured_S[order]
+    goal = min(evaluation_tokens, int(measured_S.sum()) * evaluation_tokens // (calibration_tokens + evaluation_tokens))
+    # Up to the segment that reaches the goal; the last document is left to calibrate on.
+    may_measure = rank_S < len(documents) - 1
+    evaluation = may_measure & _up_to(np.where(may_measure, measured_S, 0), goal)
+    others = rank_S > rank_S[evaluation].max()
+    calibration = others & _up_to(np.where(others, length_S, 0), calibration_tokens)
+    chosen = ([segments[i] for i in order[is_chosen]] for is_chosen in (calibration, evaluation))
+    calibrating, measuring = (_packed(each, rows) for each in chosen)
+    return calibrating, measuring
 
 
-def _up_to(tokens_R: NDArray[Any], goal: int) -> NDArray[np.bool_]:
-    """Return the first rows, up to the one that reaches a number of tokens, at least one of them."""
-    before_R = np.cumsum(tokens_R) - tokens_R
-    return np.asarray(before_R < max(1, goal))
+def _up_to(tokens_S: NDArray[Any], goal: int) -> NDArray[np.bool_]:
+    """Return the first segments, up to the one that reaches a number of tokens, at least one of them."""
+    before_S = np.cumsum(tokens_S) - tokens_S
+    return np.asarray(before_S < max(1, goal))
 
 
-def _groups(document_ids_RT: NDArray[np.int64]) -> NDArray[Any]:
-    """Return for each row the number of its group: rows that share documents, directly or through others."""
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-
-    num_rows, length = document_ids_RT.shape
-    rows_N = np.repeat(np.arange(num_rows), length)
-    filled_N = document_ids_RT.ravel() >= 0
-    documents, place_N = np.unique(document_ids_RT.ravel()[filled_N], return_inverse=True)
-    size = num_rows + len(documents)
-    ones = np.ones(len(place_N), np.int8)
-    graph = coo_array((ones, (rows_N[filled_N], num_rows + place_N)), shape=(size, size))
-    _, group = connected_components(graph, directed=False)
-    return np.unique(group[:num_rows], return_inverse=True)[1]
+def _packed(segments: list[Segment], like: TokenRows) -> TokenRows:
+    """Return rows that hold segments, as long as other rows and padded with what pads these (0 where nothing does)."""
+    length = like.ids_RT.shape[1]
+    padding = like.ids_RT[like.document_ids_RT < 0]
+    chosen = [[segments[i] for i in row] for row in best_fit([len(segment.ids) for segment in segments], length)]
+    return pack_rows(chosen, length=length, pad_token_id=int(padding[0]) if len(padding) else 0)

@@ -66,7 +66,7 @@ class Quantize(Stage):
     """Try quantization schemes on a model and keep the best of size against KL."""
 
     KIND: ClassVar[Kind] = "search"
-    REVISION: ClassVar[str] = f"2026-11-25 segments alone, other documents; 16 bits, a cast; finalists by {RULES}"
+    REVISION: ClassVar[str] = f"2026-11-25 calibration by documents; a faithful finalist; finalists by {RULES}"
     PLACES_WORKERS: ClassVar = True
     INPUTS: ClassVar[Mapping[str, Input]] = {"model": Input(("model",)), "data": Input(("dataset",))}
     FRESH_PROCESS: ClassVar[bool] = True
@@ -113,17 +113,16 @@ class Quantize(Stage):
         import ray
 
         from stages.formats.tokens import shard_pattern
-        from stages.quantize.rows import num_filled, num_measured, read_distinct_rows, split_rows
+        from stages.quantize.rows import num_distinct, num_filled, num_measured, read_distinct_rows, split_rows
 
         rows = read_distinct_rows(context.one("data").paths(shard_pattern("calibration")))
         calibration, evaluation = split_rows(
             rows, calibration_tokens=self.calibration_tokens, evaluation_tokens=self.evaluation_tokens, seed=self.seed
         )
-        seen, measured = num_filled(calibration), num_measured(evaluation)
-        if seen < self.calibration_tokens or measured < self.evaluation_tokens:
-            context.reporter.note(
-                f"a small calibration split: {seen} tokens to calibrate on, {measured} of other documents to measure on"
-            )
+        measured = num_measured(evaluation)
+        if num_filled(calibration) < self.calibration_tokens or measured < self.evaluation_tokens:
+            seen = f"{num_distinct(calibration)} tokens to calibrate on, {measured} of other documents to measure on"
+            context.reporter.note(f"a small calibration split: {seen}")
         job = ray.put(self._job(context, calibration))
         survey_task = remote_task(_survey, context, fresh_process=True, num_returns=2)
         survey_ref, base = survey_task.remote(job, evaluation)

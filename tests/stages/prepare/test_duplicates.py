@@ -114,7 +114,7 @@ def test_chats_that_share_their_system_message_only_are_no_duplicates(tmp_path: 
             "messages": [
                 system,
                 {"role": "user", "content": " ".join(words(20, i))},
-                {"role": "assistant", "content": "Yes."},
+                {"role": "assistant", "content": " ".join(words(40, 100 + i))},
             ]
         }
         for i in range(50)
@@ -123,13 +123,48 @@ def test_chats_that_share_their_system_message_only_are_no_duplicates(tmp_path: 
     assert (counts.exact, counts.near, counts.moved) == (0, 0, 0)
 
 
-def test_rows_of_one_template_are_all_trained_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("own_words", [1, 8, 15, 60])
+def test_rows_that_share_their_instruction_are_divided_by_what_is_learned_of_them(
+    tmp_path: Path, own_words: int
+) -> None:
+    """Answers of one word are few, and no copies of one another."""
+    instruction = " ".join(words(250, 99))
+    answers = [words(1, i % 2) if own_words == 1 else words(own_words, i) for i in range(200)]
+    rows = [{"prompt": f"{instruction} {i}", "completion": " ".join(answers[i])} for i in range(200)]
+    chats = [
+        {"messages": [{"role": r, "content": row[f]} for r, f in (("user", "prompt"), ("assistant", "completion"))]}
+        for row in rows
+    ]
+    for schema, given in (("prompt-completion", rows), ("chat", chats)):
+        _, counts = sides(tmp_path / schema, given, part_bytes=10**9, schema=schema)
+        assert (counts.exact, counts.near, counts.moved, counts.divided) == (0, 0, 0, 0)
+
+
+def test_rows_whose_answers_are_nearly_the_same_fall_on_one_side(tmp_path: Path) -> None:
+    answers = [words(80, i // 2) for i in range(100)]
+    rows = [{"prompt": f"question {i}", "completion": " ".join([*answers[i], str(i % 2)])} for i in range(100)]
+    found, counts = sides(tmp_path / "a", rows, part_bytes=10**9, schema="prompt-completion")
+    assert counts.near == 50
+    assert all(found[rows[i]["completion"]] == found[rows[i + 1]["completion"]] for i in range(0, 100, 2))
+
+
+def test_answers_that_call_tools_are_compared_by_their_calls(tmp_path: Path) -> None:
+    def chat(i: int) -> dict[str, Any]:
+        call = {"function": {"name": "find", "arguments": {"text": " ".join(words(60, i // 2)) + f" {i}"}}}
+        answer = {"role": "assistant", "content": "", "tool_calls": [call]}
+        return {"messages": [{"role": "user", "content": f"question {i}"}, answer]}
+
+    _, counts = sides(tmp_path / "a", [chat(i) for i in range(60)], part_bytes=10**9, schema="chat")
+    assert counts.near == 30
+
+
+def test_cluster_larger_than_a_split_stays_divided_and_is_counted(tmp_path: Path) -> None:
     template = " ".join(words(300, 0))
     rows = [{"text": f"{template} {i}"} for i in range(80)] + [{"text": " ".join(words(50, i))} for i in range(1, 200)]
     found, counts = sides(tmp_path / "a", rows, part_bytes=10**9)
-    assert counts.near == 79
-    assert {found[row["text"]] for row in rows[:80]} == {"train"}
-    assert {found[row["text"]] for row in rows[80:]} == {"train", "validation", "calibration"}
+    assert (counts.near, counts.moved, counts.largest, counts.divided) == (79, 0, 80, 80)
+    for part in (rows[:80], rows[80:]):
+        assert {found[row["text"]] for row in part} == {"train", "validation", "calibration"}
 
 
 def test_source_without_a_document_has_no_duplicates(tmp_path: Path) -> None:

@@ -6,9 +6,10 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
+from stages.formats.packing import Segment, best_fit
 from stages.formats.tokens import TokenRows
 from stages.prepare.encoding import Encoded
-from stages.prepare.packing import Cutting, Packer, Segment, best_fit
+from stages.prepare.packing import Cutting, Packer
 from stages.prepare.stage import Overlong
 
 BEGIN = 9

@@ -252,6 +252,20 @@ def test_rows_longer_than_a_row_are_counted_and_told_with_their_share(tmp_path: 
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("local_ray")
+def test_chats_whose_prompt_fills_a_row_are_counted_apart_of_those_that_lose_their_end(tmp_path: Path) -> None:
+    rows = [{"prompt": f"{i}: " + "say it " * (60 if i % 4 == 0 else 1), "completion": "yes " * 60} for i in range(40)]
+    context = fake_context(tmp_path)
+    stage = prepare(tmp_path, lines(tmp_path / "a.jsonl", rows), sequence_length=64, overlong="truncate")
+    stage.run(context)
+    found = description(context)
+    assert found.overlong == OverlongDocuments(handling="truncate", count=40, unanswered=10, fraction=1.0)
+    assert sum(of.documents for of in found.splits.values()) == 30
+    assert isinstance(context.reporter, RecordingReporter)
+    assert any(note.endswith("10 of them had no answer left and are left out") for note in context.reporter.notes)
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
 def test_every_segment_begins_as_the_tokenizer_begins_a_text(tmp_path: Path) -> None:
     tokenizer = llama_like()
     source = PretrainedTokenizer(source=str(saved(tokenizer, tmp_path / "llama")))

@@ -1,11 +1,16 @@
 """Summaries of parts: which count as finished, and what they are together."""
 
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from stages.contract import Shards
+from stages.errors import StageFailed
 from stages.formats.dataset import Duplicates, OverlongDocuments, RejectedRows, SplitCounts
 from stages.formats.tokens import shard_name
 from stages.prepare import summary
+from stages.prepare.division import Division
 from stages.prepare.summary import SPLITS, Summary
 from tests.fakes import fake_context
 
@@ -19,6 +24,10 @@ def summary_of(rows: int, *examples: str) -> Summary:
         unlearned_answers=1,
         unused_fields={"id": 5, "url": rows},
     )
+
+
+UNDIVIDED = Division(0, 0.0, 0.0)
+NOTHING_OVERLONG = OverlongDocuments(handling="reject", count=0, fraction=0.0)
 
 
 def shards_of(folder: Path) -> Shards:
@@ -55,9 +64,53 @@ def test_fields_that_are_not_used_are_told_in_one_line_with_their_counts() -> No
         OverlongDocuments(handling="reject", count=0, fraction=0.0),
         Duplicates(similarity=0.8, exact=3, near=2, moved=1),
     )
-    unlearned, unused, told = summary.notes(total, overlong, copies)
+    unlearned, unused, told = summary.notes(total, overlong, copies, UNDIVIDED)
     assert unlearned.startswith("2 answers in chats are no targets")
     assert unused == "fields of rows that are not used: id (10 rows), url (7 rows)"
     assert told.startswith("3 documents are copies of others and 2 nearly so (similarity of at least 0.8); 1 changed")
     nothing = Duplicates(similarity=0.8, exact=0, near=0, moved=0)
-    assert list(summary.notes(Summary.total([]), overlong, nothing)) == []
+    assert list(summary.notes(Summary.total([]), overlong, nothing, UNDIVIDED)) == []
+
+
+def test_large_clusters_of_near_duplicates_are_told_with_what_to_set() -> None:
+    copies = Duplicates(similarity=0.8, exact=0, near=90, moved=0, largest=70, divided=92)
+    _, told = summary.notes(Summary.total([]), NOTHING_OVERLONG, copies, UNDIVIDED)
+    assert told.startswith("92 documents are in clusters of near duplicates (the largest has 70) that are too large")
+    assert "set duplicate_similarity above 0.8 or to None" in told
+
+
+def test_chats_cut_before_their_answer_are_told_apart() -> None:
+    overlong = OverlongDocuments(handling="truncate", count=10, unanswered=4, fraction=0.25)
+    (told,) = summary.notes(Summary.total([]), overlong, None, UNDIVIDED)
+    assert told.endswith(
+        "longer than sequence_length and lost their end; 4 of them had no answer left and are left out"
+    )
+
+
+@pytest.mark.parametrize(("handling", "advised"), [("reject", True), ("truncate", False)])
+def test_dataset_of_overlong_chats_alone_is_refused_with_what_helps(handling: Any, advised: bool) -> None:
+    total = Summary.total([]).model_copy(update={"overlong": 7, "unanswered": 0 if advised else 7})
+    with pytest.raises(StageFailed, match=r"all 7 chats .* raise sequence_length") as caught:
+        summary.describe_overlong(total, handling, 64)
+    assert ("overlong='truncate'" in str(caught.value)) == advised
+
+
+@pytest.mark.parametrize(("judged", "calibrating", "told"), [(7, 1, 2), (8, 2, 0), (7, 2, 1)])
+def test_splits_too_small_for_what_reads_them_are_told(judged: int, calibrating: int, told: int) -> None:
+    counts = {"validation": judged, "calibration": calibrating}
+    splits = {split: SplitCounts(shards=1, rows=9, tokens=9, documents=counts.get(split, 50)) for split in SPLITS}
+    total = Summary.total([]).model_copy(update={"splits": splits})
+    found = list(summary.notes(total, NOTHING_OVERLONG, None, Division(0, 0.05, 0.05)))
+    assert len(found) == told
+    assert not found or found[0].startswith("7 validation documents: with less than 8 no difference")
+    assert told < 2 or found[1].startswith("1 calibration documents: ")
+    assert list(summary.notes(total, NOTHING_OVERLONG, None, UNDIVIDED)) == []
+
+
+def test_split_emptied_by_near_duplicates_names_their_cluster() -> None:
+    copies = Duplicates(similarity=0.8, exact=0, near=20, moved=3, largest=12)
+    total = summary_of(3)
+    with pytest.raises(
+        StageFailed, match=r"3 near duplicates were moved .* has 12 documents.*duplicate_similarity=None"
+    ):
+        summary.check(total, schema="text", division=Division(0, 0.5, 0.1), max_rejected_fraction=1, duplicates=copies)
