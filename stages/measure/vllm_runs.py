@@ -143,6 +143,7 @@ def _serve(
             facts = run.load(folder, dtype, candidate, device=installed.device)
             written = run.generate(prompts)["tokens"]
         except StageFailed as error:
+            process.close()  # so that all of what it said has been read
             logs[candidate.name] = process.log
             if isinstance(error, OutOfMemory):
                 return _Answer(speed.model_copy(update={"reason": f"{name} has no memory for it: {error}"}))
@@ -150,8 +151,8 @@ def _serve(
                 return _Answer(speed.model_copy(update={"reason": f"{name} was lost, twice: {error}"}), lost=True)
             return _Answer(speed.model_copy(update={"served": False, "reason": f"{name} does not serve it: {error}"}))
         figures, missing = run.figures(folder, facts)
-        if missing:
-            logs[candidate.name] = process.log
+    if missing:
+        logs[candidate.name] = process.log
     found = {"served": True, "dtype": facts["dtype"], "reason": "; ".join(missing) or None, **figures}
     return _Answer(speed.model_copy(update=found), written)
 

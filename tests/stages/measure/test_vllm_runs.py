@@ -127,7 +127,10 @@ def test_checkpoint_that_is_odd_costs_no_other_its_figures(tmp_path, vllm, monke
 
     monkeypatch.setattr(vllm_runs, "text_prompts", odd)
     monkeypatch.setattr(vllm_runs, "compare_text", odd)
+    released: list[str] = []
+    monkeypatch.setattr(vllm_runs, "release_memory", lambda: released.append("before the next process starts"))
     found, _ = measure(tmp_path, "strange", "good")
+    assert len(released) == 2
     assert (found["strange"].served, found["strange"].reason) == (None, "it was not measured: KeyError: 'no such key'")
     assert found["good"].served
 
