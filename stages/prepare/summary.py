@@ -141,7 +141,7 @@ def _small_splits(summary: Summary, division: Division) -> Iterator[str]:
     if division.validation_fraction and num_judged < VERDICT_DOCUMENTS:
         yield (
             f"{num_judged} validation documents: with less than {VERDICT_DOCUMENTS} no difference between models is "
-            "significant, so that no verdict can be reached; give more documents, or raise validation_fraction"
+            "significant on them, so that they reach no verdict; give more documents, or raise validation_fraction"
         )
     if division.calibration_fraction and num_calibrating < MIN_CALIBRATION_DOCUMENTS:
         yield (
