@@ -90,8 +90,8 @@ class DataSettings(Config):
     """The field that holds the text, of rows that are texts."""
     max_rejected_fraction: float = Field(0.01, ge=0, le=1)
     """Share of rows that may be other than the first is; more fail the step."""
-    duplicate_similarity: float | None = Field(0.8, gt=0, le=1)
-    """From which on near duplicates are kept on one side (Jaccard, of runs of five words); None compares none."""
+    duplicate_similarity: float = Field(0.8, gt=0, le=1)
+    """From which on near duplicates stay on one side of the split (Jaccard, runs of five words); 1: equal ones only."""
 
 
 class TrainingSettings(Config):

@@ -169,7 +169,8 @@ def _bands(similarity: float) -> list[slice]:
     from datasketch import MinHashLSH
 
     # To miss a pair is worse than to compare one that is not similar, since each is compared.
-    plan = MinHashLSH(threshold=similarity, num_perm=PERMUTATIONS, weights=(0.1, 0.9))
+    # Above 0.99 one band would be best, which datasketch refuses.
+    plan = MinHashLSH(threshold=min(similarity, 0.99), num_perm=PERMUTATIONS, weights=(0.1, 0.9))
     return [slice(i * plan.r, (i + 1) * plan.r) for i in range(plan.b)]
 
 

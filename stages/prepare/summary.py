@@ -129,8 +129,8 @@ def notes(
         yield (
             f"{duplicates.divided} documents are in clusters of near duplicates (the largest has {duplicates.largest}) "
             "that are too large for one side of the split, and stay divided, so that what models are compared on is "
-            "nearly in the training split; if they are rows of one template and no copies, set duplicate_similarity "
-            f"above {duplicates.similarity:g} or to None, or else remove copies"
+            "nearly in the training split; if they are rows of one template and no copies, raise duplicate_similarity "
+            f"(it is {duplicates.similarity:g}; with 1 only equal ones count), or else remove copies"
         )
     yield from _small_splits(summary, division)
 
@@ -141,7 +141,7 @@ def _small_splits(summary: Summary, division: Division) -> Iterator[str]:
     if division.validation_fraction and num_judged < VERDICT_DOCUMENTS:
         yield (
             f"{num_judged} validation documents: with less than {VERDICT_DOCUMENTS} no difference between models is "
-            "significant, so that no verdict can be reached; give more documents, or raise validation_fraction"
+            "significant on them, so that they reach no verdict; give more documents, or raise validation_fraction"
         )
     if division.calibration_fraction and num_calibrating < MIN_CALIBRATION_DOCUMENTS:
         yield (
@@ -218,7 +218,7 @@ def check(
         needed = math.ceil(math.log(0.01) / math.log1p(-smallest)) if smallest < 1 else MIN_VALIDATION_DOCUMENTS
         moved = (
             f"; {duplicates.moved} near duplicates were moved to where what they copy is (the largest cluster has "
-            f"{duplicates.largest} documents): duplicate_similarity=None leaves them where they were"
+            f"{duplicates.largest} documents; with duplicate_similarity=1 only equal ones are)"
             if duplicates and duplicates.moved
             else ""
         )

@@ -53,6 +53,13 @@ def test_row_longer_than_a_checkpoint_can_read_is_refused_before_anything_runs(t
         row_length(long, gpt2, sequence_length=512)
 
 
+def test_similarity_of_near_duplicates_is_the_one_that_is_asked_for() -> None:
+    hardware, data = HardwareSettings(device="a CPU"), DataSettings(duplicate_similarity=0.95)
+    stage = compress(teacher="a/b", documents=("a.txt",), data=data, hardware=hardware).steps["corpus"].stage
+    assert isinstance(stage, Prepare)
+    assert stage.duplicate_similarity == 0.95
+
+
 def test_texts_to_train_on_and_to_compare_on_that_are_the_same_are_refused(tmp_path: Path) -> None:
     for name in ("one.txt", "copy.txt", "other.txt"):
         (tmp_path / name).write_text("other" if name == "other.txt" else "one")

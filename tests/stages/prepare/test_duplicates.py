@@ -148,6 +148,13 @@ def test_rows_whose_answers_are_nearly_the_same_fall_on_one_side(tmp_path: Path)
     assert all(found[rows[i]["completion"]] == found[rows[i + 1]["completion"]] for i in range(0, 100, 2))
 
 
+def test_similarity_of_1_keeps_equal_texts_together_and_no_others(tmp_path: Path) -> None:
+    texts = corpus(20, copies=1)
+    same = [text.upper() for text in texts[:10]]  # of other content, with the same words
+    _, counts = sides(tmp_path / "a", [{"text": text} for text in texts + same], part_bytes=10**9, similarity=1.0)
+    assert (counts.exact, counts.near) == (0, 10)
+
+
 def test_answers_that_call_tools_are_compared_by_their_calls(tmp_path: Path) -> None:
     def chat(i: int) -> dict[str, Any]:
         call = {"function": {"name": "find", "arguments": {"text": " ".join(words(60, i // 2)) + f" {i}"}}}

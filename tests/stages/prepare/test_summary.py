@@ -76,7 +76,7 @@ def test_large_clusters_of_near_duplicates_are_told_with_what_to_set() -> None:
     copies = Duplicates(similarity=0.8, exact=0, near=90, moved=0, largest=70, divided=92)
     _, told = summary.notes(Summary.total([]), NOTHING_OVERLONG, copies, UNDIVIDED)
     assert told.startswith("92 documents are in clusters of near duplicates (the largest has 70) that are too large")
-    assert "set duplicate_similarity above 0.8 or to None" in told
+    assert "raise duplicate_similarity (it is 0.8; with 1 only equal ones count)" in told
 
 
 def test_chats_cut_before_their_answer_are_told_apart() -> None:
@@ -111,6 +111,6 @@ def test_split_emptied_by_near_duplicates_names_their_cluster() -> None:
     copies = Duplicates(similarity=0.8, exact=0, near=20, moved=3, largest=12)
     total = summary_of(3)
     with pytest.raises(
-        StageFailed, match=r"3 near duplicates were moved .* has 12 documents.*duplicate_similarity=None"
+        StageFailed, match=r"3 near duplicates were moved .* has 12 documents; with duplicate_similarity=1"
     ):
         summary.check(total, schema="text", division=Division(0, 0.5, 0.1), max_rejected_fraction=1, duplicates=copies)
