@@ -47,7 +47,7 @@ def qwen3(folder: Path, *, layers: int) -> Path:
 
     config = Qwen3Config(
         hidden_size=64, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
-        intermediate_size=128, max_position_embeddings=64, tie_word_embeddings=True,
+        intermediate_size=128, max_position_embeddings=128, tie_word_embeddings=True,
     )  # fmt: skip
     save(config, qwen_like(), folder, dtype="bfloat16")  # as checkpoints on the hub are
     write_qwen_as_on_the_hub(folder)
