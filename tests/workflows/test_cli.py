@@ -188,7 +188,7 @@ def test_run_compress_student_that_is_nothing_is_refused(capsys: pytest.CaptureF
         ),
         (
             ('{"name": "a", "layers": 1}', '{"name": "b", "layers": 1}'),
-            "the students 'a' and 'b' are the same model; leave one of them out",
+            "the students 'a' and 'b' are the same model; leave one out",
         ),
         (('{"name": "Half", "layers": 1}',), "--students.name: String should match pattern"),
         (('{"name": "half", "layers": 9}',), "Smaller.layers is 9, expected at most the origin's 4"),

@@ -145,7 +145,7 @@ def test_verdict_worse_later_candidate_leaves_the_alias_where_it_is(sqlite: Plac
     sqlite.publish("b", night("b", at_ms=50_000, champion="student"))
     assert_champion(sqlite, {"1": "student-w8a8", "2": "student"}, "1")
     tags = sqlite.client.get_model_version("llama-6l", "2").tags
-    assert tags["challenge"].startswith("student is neither smaller than the champion")
+    assert tags["challenge"].startswith("student is not smaller than the champion")
     assert "replaced_version" not in tags
 
 
