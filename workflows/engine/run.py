@@ -116,7 +116,7 @@ def execute(
     store.check_writable()
     run = f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(3)}"  # sorts by time
     runs, tracking_uri = store.root / "runs", settings.tracking(store)
-    told, not_sent = _told_of_mlflow(tracking_uri, workflow.experiment)
+    warned, not_sent = _warn_of_mlflow(tracking_uri, workflow.experiment)
     executor = RayExecutor(address=settings.address, verbose=settings.verbose, by_value=by_value)
     with _announced(runs, run), closing(executor):
 
@@ -131,7 +131,7 @@ def execute(
                 executor.check_store_is_shared(store.root)
                 plan = plan_for(executor.cluster_resources())
         persist("remember the tracking URI", partial(remember_tracking_uri, store.root, tracking_uri), interrupt)
-        tracker = RunTracker(tracking_uri=tracking_uri, runs=runs, run=run, told=told)
+        tracker = RunTracker(tracking_uri=tracking_uri, runs=runs, run=run, warned=warned)
         try:
             tracker.record(run_started(run, workflow, params, command, store))
             with watch(plan) as watcher:
@@ -149,15 +149,15 @@ def execute(
     return Execution(plan, result, store.root, reports, state, tracking_uri, not_sent, time.monotonic() - began)
 
 
-def _told_of_mlflow(uri: str, experiment: str) -> tuple[str, str]:
-    """Tell people what MLflow will not get; return what they were told, and of it why files are left out for good."""
+def _warn_of_mlflow(uri: str, experiment: str) -> tuple[str, str]:
+    """Warn of what MLflow will not get; return the warning, and of it why files are left out for good."""
     try:
-        told = not_sent = check_tracking_uri(uri, experiment)
+        warning = not_sent = check_tracking_uri(uri, experiment)
     except TrackingUnavailable as error:
-        told, not_sent = WORK_GOES_ON % error, ""
-    if told:
-        logger.warning("%s", told)
-    return told, not_sent
+        warning, not_sent = WORK_GOES_ON % error, ""
+    if warning:
+        logger.warning("%s", warning)
+    return warning, not_sent
 
 
 def _unblocked(plan: Plan) -> Plan:

@@ -146,7 +146,7 @@ def test_execute_tracking_uri_that_is_refused_is_not_remembered(tmp_path: Path, 
 class Recording:
     """A tracker that no MLflow is behind."""
 
-    told: str
+    warned: str
     events: list[RunEvent]
 
     def record(self, event: RunEvent) -> None:
@@ -164,14 +164,14 @@ def test_execute_tells_before_its_plan_what_mlflow_will_not_get_and_goes_on(
     caplog: pytest.LogCaptureFixture,
     login: str | None,
 ) -> None:
-    told, plan, trackers = list[str](), run_module.make_plan, list[Recording]()
+    warned, plan, trackers = list[str](), run_module.make_plan, list[Recording]()
 
     def planning(*args: Any, **options: Any) -> Plan:
-        told[:] = caplog.messages
+        warned[:] = caplog.messages
         return plan(*args, **options)
 
-    def tracker(*, told: str, **_: object) -> Recording:
-        trackers.append(Recording(told, []))
+    def tracker(*, warned: str, **_: object) -> Recording:
+        trackers.append(Recording(warned, []))
         return trackers[0]
 
     monkeypatch.setattr(run_module, "make_plan", planning)
@@ -179,14 +179,14 @@ def test_execute_tells_before_its_plan_what_mlflow_will_not_get_and_goes_on(
     with mlflow_stub(login=login, locations={"other": "file:///srv/mlruns/0"}) as uri:
         execution = run_it(tmp_path / "store", tracking_uri=uri)
     assert execution.result.succeeded
-    assert told == [trackers[0].told]
+    assert warned == [trackers[0].warned]
     assert trackers[0].events
     if login is None:
-        assert execution.not_sent == told[0]
-        assert "--serve-artifacts" in told[0]
+        assert execution.not_sent == warned[0]
+        assert "--serve-artifacts" in warned[0]
     else:
         assert execution.not_sent == ""
-        assert re.search("answered 401 .*MLFLOW_TRACKING_USERNAME.*work goes on", told[0])
+        assert re.search("answered 401 .*MLFLOW_TRACKING_USERNAME.*work goes on", warned[0])
 
 
 def fail_to_read_reports(monkeypatch: pytest.MonkeyPatch, *, times: int) -> None:

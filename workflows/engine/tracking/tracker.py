@@ -44,8 +44,8 @@ class RunTracker:
     a thread it took the driver's interpreter for that long.
     """
 
-    def __init__(self, *, tracking_uri: str, runs: Folder, run: str, told: str = "") -> None:
-        self._told = {told}  # warnings that people have read
+    def __init__(self, *, tracking_uri: str, runs: Folder, run: str, warned: str = "") -> None:
+        self._warned = {warned}  # warnings that people have read
         self._folder, self._log = runs / run, EventLog(runs / run / "events")
         self._inbox: deque[RunEvent] = deque()
         self._num_events = 0
@@ -117,6 +117,6 @@ class RunTracker:
             except ValueError:
                 self._error = line.strip() or self._error
                 continue
-            if warning not in self._told:
+            if warning not in self._warned:
                 logger.warning("%s", warning)
-            self._told.add(warning)
+            self._warned.add(warning)

@@ -27,8 +27,8 @@ class Place:
     def client(self) -> Any:
         return connect(self.uri)
 
-    def tracker(self, run: str, uri: str | None = None, told: str = "") -> RunTracker:
-        return RunTracker(tracking_uri=uri or self.uri, runs=self.runs, run=run, told=told)
+    def tracker(self, run: str, uri: str | None = None, warned: str = "") -> RunTracker:
+        return RunTracker(tracking_uri=uri or self.uri, runs=self.runs, run=run, warned=warned)
 
     def log(self, run: str, *batches: Sequence[RunEvent]) -> EventLog:
         log = EventLog(self.runs / run / "events")

@@ -202,7 +202,7 @@ def test_publish_to_a_server_without_a_proxy_writes_nothing_below_its_path(
     told = check_tracking_uri(uri, EXPERIMENT)
     assert f"at {root.as_uri()}, a path of its own disk" in told
     for run, said, at_ms in (("night-1", "", 1000), ("night-2", told, 50_000)):
-        tracker = place.tracker(run, told=said)
+        tracker = place.tracker(run, warned=said)
         for event in night(run, at_ms=at_ms, files=(tmp_path / "leaderboard.md",)):
             tracker.record(event)
         state = tracker.close(60)
