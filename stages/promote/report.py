@@ -47,27 +47,28 @@ def _references(evidence: Evidence) -> Iterator[ReferenceRow]:
     rows = {"trigram": scores.trigram, "bigram": scores.bigram, "teacher again": scores.noise_floor}
     for name, row in rows.items():
         if row is not None:
-            known = {metric: value for metric, value in _reference_metrics(row).items() if value is not None}
+            known = {metric: value for metric, value in _text_metrics(row).items() if value is not None}
             yield ReferenceRow(name=name, text=row.text, metrics=known)
 
 
-def _reference_metrics(row: ReferenceScores) -> dict[str, float | None]:
+def _text_metrics(scores: CandidateScores | ReferenceScores) -> dict[str, float | None]:
+    """Return how well the held-out text is predicted, by a candidate or by a row to compare it with."""
     return {
-        "final/perplexity": row.perplexity,
-        "final/cross_entropy": row.cross_entropy,
-        "final/bits_per_byte": row.bits_per_byte,
-        "final/kl_to_teacher": row.kl_to_reference,
-        "final/agreement": row.agreement,
+        "final/perplexity": scores.perplexity,
+        "final/cross_entropy": scores.cross_entropy,
+        "final/bits_per_byte": scores.bits_per_byte,
+        "final/kl_to_teacher": scores.kl_to_reference,
+        "final/agreement": scores.agreement,
     }
 
 
 def _candidate(evidence: Evidence, name: str) -> ReportedCandidate:
-    scores, speed = evidence.models[name], _speed_metrics(evidence.speed(name))
+    scores, measured = evidence.models[name], evidence.speed(name)
+    speed = _speed_metrics(measured)
     quality = _quality_metrics(scores)
     quality["final/perplexity_delta_to_teacher"] = scores.perplexity - evidence.perplexity(evidence.teacher)
     if scores.base is not None:
         quality["final/perplexity_delta_to_base"] = scores.perplexity - evidence.perplexity(scores.base)
-    measured = evidence.speed(name)
     reason, answers = measured.reason, answers_about(scores, measured)
     return ReportedCandidate(
         name=name,
@@ -87,11 +88,7 @@ def _candidate(evidence: Evidence, name: str) -> ReportedCandidate:
 
 def _quality_metrics(scores: CandidateScores) -> dict[str, float | None]:
     return {
-        "final/perplexity": scores.perplexity,
-        "final/cross_entropy": scores.cross_entropy,
-        "final/bits_per_byte": scores.bits_per_byte,
-        "final/kl_to_teacher": scores.kl_to_reference,
-        "final/agreement": scores.agreement,
+        **_text_metrics(scores),
         "final/size_bytes": scores.size_bytes,
         "final/compression_x": scores.compression_x,
         "final/bits_per_weight": scores.bits_per_weight,

@@ -190,8 +190,7 @@ def _importance(job: TrainJob, ranks: Ranks, dataset: DatasetInfo, origin: Path 
     filled_RT = torch.tensor(rows.document_ids_RT >= 0, device=ranks.device)
     model = load_model(origin, dtype=job.recipe.dtype, device=str(ranks.device))
     whole = keeps_segments_apart(model)
-    largest = max(1, MICRO_BATCH_TOKENS[ranks.device.type] // dataset.sequence_length)
-    size = job.context.resources.micro_batch or largest
+    size = job.context.resources.micro_batch or _most_rows(ranks, dataset.sequence_length)
     inputs = row_inputs(ids_RT.long(), positions_RT, filled_RT, whole=whole, batch_rows=size)
     filled = torch.split(filled_RT, size) if whole else [torch.ones_like(each["input_ids"]) for each in inputs]
     with within_memory("measuring what the origin's parts do", micro_batch=size):
@@ -213,6 +212,11 @@ def _teacher(job: TrainJob, ranks: Ranks, dataset: DatasetInfo) -> LiveTeacher |
     return LiveTeacher(model, dataset.vocabulary_size)
 
 
+def _most_rows(ranks: Ranks, length: int) -> int:
+    """Return the rows of one forward pass where `micro_batch` is not set."""
+    return max(1, MICRO_BATCH_TOKENS[ranks.device.type] // length)
+
+
 def _reader(job: TrainJob, ranks: Ranks, length: int) -> Reader:
     context = job.context
     paths = context.one("data").paths(shard_pattern(job.split))
@@ -227,7 +231,7 @@ def _reader(job: TrainJob, ranks: Ranks, length: int) -> Reader:
                 f"{len(absent)} of {len(paths)} shards have no signals (the first is {absent[0]}), "
                 f"expected one for each; run Teach on this dataset and split"
             )
-    largest = max(1, MICRO_BATCH_TOKENS[ranks.device.type] // length)
+    largest = _most_rows(ranks, length)
     rows = -(-job.batch_rows // ranks.world_size)
     return Reader(
         shards=tuple(ShardPair(path, known.get(path.name)) for path in paths),

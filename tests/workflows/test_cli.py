@@ -178,6 +178,18 @@ def test_run_compress_student_that_is_nothing_is_refused(capsys: pytest.CaptureF
     assert "needs either a checkpoint or at least one of layers" in refused(capsys, "run", "compress", *request)
 
 
+def compress_request(tmp_path: Path, *more: str) -> tuple[str, ...]:
+    """A request whose inputs are there, as far as planning looks at them."""
+    teacher = tmp_path / "teacher"
+    teacher.mkdir()
+    (teacher / "config.json").write_text('{"model_type": "gpt2", "n_layer": 4, "n_head": 4, "n_embd": 64}')
+    (teacher / "tokenizer.json").write_text("{}")
+    (teacher / "model.safetensors").write_bytes(b"weights")
+    (tmp_path / "x.txt").write_text("text")
+    places = ("--documents", str(tmp_path / "x.txt"), "--store", str(tmp_path / "store"))
+    return ("compress", "--teacher", str(teacher), *places, *more)
+
+
 @pytest.mark.parametrize(
     ("students", "message"),
     [
@@ -199,26 +211,7 @@ def test_run_compress_student_that_is_nothing_is_refused(capsys: pytest.CaptureF
 def test_run_compress_students_that_cannot_be_are_refused(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, students: tuple[str, ...], message: str
 ) -> None:
-    teacher = tmp_path / "teacher"
-    teacher.mkdir()
-    (teacher / "config.json").write_text('{"model_type": "gpt2", "n_layer": 4, "n_head": 4, "n_embd": 64}')
-    (teacher / "tokenizer.json").write_text("{}")
-    (teacher / "model.safetensors").write_bytes(b"weights")
-    (tmp_path / "x.txt").write_text("text")
-    request = ("--teacher", str(teacher), "--documents", str(tmp_path / "x.txt"), "--students", *students)
-    assert message in refused(capsys, "plan", "compress", *request, "--store", str(tmp_path / "store"))
-
-
-def compress_request(tmp_path: Path, *more: str) -> tuple[str, ...]:
-    """A request whose inputs are there, as far as planning looks at them."""
-    teacher = tmp_path / "teacher"
-    teacher.mkdir()
-    (teacher / "config.json").write_text('{"model_type": "gpt2", "n_layer": 4, "n_head": 4, "n_embd": 64}')
-    (teacher / "tokenizer.json").write_text("{}")
-    (teacher / "model.safetensors").write_bytes(b"weights")
-    (tmp_path / "x.txt").write_text("text")
-    places = ("--documents", str(tmp_path / "x.txt"), "--store", str(tmp_path / "store"))
-    return ("compress", "--teacher", str(teacher), *places, *more)
+    assert message in refused(capsys, "plan", *compress_request(tmp_path, "--students", *students))
 
 
 def test_compress_without_students_quantizes_the_teacher_and_trains_nothing(
